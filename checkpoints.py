@@ -1,0 +1,275 @@
+"""Checkpoints: saved whole or not at all, found, verified, restored; and the lock on a run's folder.
+
+A checkpoint is an ordinary `tf.train.Checkpoint` prefix, `model.ckpt-STEP`, with a file of SHA-256
+digests beside it. It carries the description of its run (see run_config.py), so that its path is
+all one needs to build the network again.
+"""
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+
+import tensorflow as tf
+
+from errors import UserError
+from resnet_model import ResNet
+from run_config import RunConfig
+
+NAME = "model.ckpt"
+DESCRIPTION_KEY = "description/.ATTRIBUTES/VARIABLE_VALUE"
+STEP_KEY = "step/.ATTRIBUTES/VARIABLE_VALUE"
+# In the order in which they move into place: a checkpoint is there once its index is.
+SUFFIXES = (".sha256", ".data-00000-of-00001", ".index")
+
+
+def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep: int = -1) -> str:
+    """Writes `model.ckpt-STEP`, which appears whole or not at all, and returns its prefix.
+
+    Keeps the newest `max_to_keep` checkpoints, or all when that is negative.
+    """
+    name = f"{NAME}-{step}"
+    prefix = os.path.join(directory, name)
+    try:
+        with _saving_folder(directory) as folder:
+            written = checkpoint.write(os.path.join(folder, name))
+            with open(written + ".sha256", "w") as digests:
+                digests.writelines(
+                    f"{_sha256(written + suffix)}  {name}{suffix}\n" for suffix in SUFFIXES[1:]
+                )
+            for suffix in SUFFIXES:
+                _flush(written + suffix)
+            # Where a damaged one is replaced, it stops counting as a checkpoint first.
+            _remove(prefix + ".index")
+            for suffix in SUFFIXES:
+                os.replace(written + suffix, prefix + suffix)
+            _flush(directory)
+        kept = [saved for _, saved in list_checkpoints(directory)]
+        surplus = max(0, len(kept) - max(1, max_to_keep)) if max_to_keep >= 0 else 0
+        _write_state(directory, kept[surplus:])
+        for old in kept[:surplus]:
+            _delete(old)
+    except (OSError, tf.errors.OpError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.message
+        raise UserError(
+            f"cannot save {prefix}: {reason}. The checkpoints before it are as they were; make "
+            "room or mend the folder and start the same command again."
+        ) from error
+    return prefix
+
+
+def list_checkpoints(directory: str) -> list[tuple[int, str]]:
+    """The checkpoints of a folder as (step, prefix), oldest first, intact or not."""
+    found = []
+    for index in glob.glob(os.path.join(glob.escape(directory), f"{NAME}-*.index")):
+        prefix = index.removesuffix(".index")
+        if match := re.fullmatch(rf"{re.escape(NAME)}-(\d+)", os.path.basename(prefix)):
+            found.append((int(match[1]), prefix))
+    return sorted(found)
+
+
+def newest_intact(directory: str) -> tuple[str | None, list[str]]:
+    """The newest checkpoint that verifies, or None; and what is wrong with each newer one."""
+    passed_over = []
+    for _, prefix in reversed(list_checkpoints(directory)):
+        try:
+            verify(prefix)
+            return prefix, passed_over
+        except UserError as error:
+            passed_over.append(str(error))
+    return None, passed_over
+
+
+def find(path: str) -> str:
+    """The prefix that `path` names: itself, or the newest checkpoint of that folder. Verified."""
+    if os.path.isdir(path):
+        found = list_checkpoints(path)
+        if not found:
+            raise UserError(
+                f"there is no checkpoint in {path}: name a folder that run_trainer.py wrote "
+                f"({NAME}-STEP.index and so on), or one checkpoint in it."
+            )
+        prefix = found[-1][1]
+    else:
+        prefix = re.sub(r"\.(index|sha256|data-\d+-of-\d+)$", "", path)
+        if not any(os.path.exists(prefix + suffix) for suffix in SUFFIXES):
+            raise UserError(
+                f"there is no checkpoint at {path}: give a prefix such as runs/resnet20/{NAME}-1000 "
+                "or the folder that holds it."
+            )
+    verify(prefix)
+    return prefix
+
+
+def verify(prefix: str) -> None:
+    """Refuses a checkpoint of which a part is missing or was changed since it was written."""
+    for suffix in SUFFIXES[1:]:
+        if not os.path.exists(prefix + suffix):
+            raise UserError(
+                f"{prefix} is not a whole checkpoint: {os.path.basename(prefix + suffix)} is "
+                "missing, so it was copied in part or damaged; copy it again or use another."
+            )
+    try:
+        with open(prefix + ".sha256", encoding="utf-8") as digests:
+            lines = [line.split(maxsplit=1) for line in digests]
+            expected = {name.strip(): digest for digest, name in lines}
+    except FileNotFoundError:
+        return  # TensorFlow's own checksums of each tensor still stand
+    except (OSError, ValueError) as error:
+        raise UserError(f"{prefix} is damaged: {prefix}.sha256 cannot be read.") from error
+    for suffix in SUFFIXES[1:]:
+        file = prefix + suffix
+        try:
+            intact = _sha256(file) == expected.get(os.path.basename(prefix) + suffix)
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}.") from error
+        if not intact:
+            raise UserError(
+                f"{prefix} is damaged: {os.path.basename(file)} is not what was written (its "
+                "SHA-256 differs); use another checkpoint."
+            )
+
+
+def read_run(prefix: str) -> tuple[RunConfig, int]:
+    """The run that a checkpoint belongs to, and the step it was saved at."""
+    try:
+        reader = tf.train.load_checkpoint(prefix)
+        if not reader.has_tensor(DESCRIPTION_KEY):
+            raise UserError(
+                f"{prefix} is a TensorFlow checkpoint, but not one that this project wrote: it "
+                "has no description of its network."
+            )
+        text = reader.get_tensor(DESCRIPTION_KEY).decode()
+        step = int(reader.get_tensor(STEP_KEY))
+    except (tf.errors.OpError, ValueError, RuntimeError) as error:
+        raise UserError(f"{prefix} cannot be read as a checkpoint: {_first_line(error)}") from error
+    return RunConfig.from_json(text), step
+
+
+def restore(checkpoint: tf.train.Checkpoint, prefix: str) -> None:
+    """Restores a whole run: every object of `checkpoint`, and every value of the file."""
+    with _restoring(prefix):
+        status = checkpoint.read(prefix)
+        status.assert_existing_objects_matched().assert_consumed()
+
+
+def restore_model(model: ResNet, prefix: str) -> None:
+    """Restores the network alone, whatever else the checkpoint holds."""
+    with _restoring(prefix):
+        status = tf.train.Checkpoint(model=model).read(prefix)
+        status.assert_existing_objects_matched().expect_partial()
+
+
+@contextlib.contextmanager
+def _restoring(prefix: str) -> Iterator[None]:
+    try:
+        yield
+    except (tf.errors.OpError, ValueError, AssertionError) as error:
+        raise UserError(f"{prefix} cannot be restored: {_first_line(error)}") from error
+
+
+def load_model(prefix: str, data_format: str = "channels_last", dtype: str = "fp32") -> ResNet:
+    """Builds the network that a checkpoint describes, with its weights, statistics and mean."""
+    run, _ = read_run(prefix)
+    model = ResNet(run.model, data_format, dtype)
+    restore_model(model, prefix)
+    return model
+
+
+@contextlib.contextmanager
+def lock(directory: str) -> Iterator[None]:
+    """Holds a run's folder, created where missing, against a second trainer.
+
+    The system drops the lock with the process, however that ends: nothing stale stays behind.
+    """
+    try:
+        os.makedirs(directory, exist_ok=True)
+        file = open(os.path.join(directory, ".lock"), "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another trainer is at work in {directory}: wait for it, stop it, or name another "
+                "--ckpt_path."
+            ) from error
+        # left behind by a process that was killed while it saved
+        shutil.rmtree(os.path.join(directory, ".saving"), ignore_errors=True)
+        yield
+
+
+def clean(directory: str, log_path: str) -> None:
+    """Deletes a run's checkpoints and summaries, and nothing that this project did not write."""
+    for _, prefix in list_checkpoints(directory):
+        if not os.path.exists(prefix + ".sha256"):
+            raise UserError(
+                f"--clean leaves {directory} alone: {os.path.basename(prefix)} there was not "
+                "written by this project."
+            )
+    for file in glob.glob(os.path.join(glob.escape(directory), f"{NAME}-*.sha256")):
+        _delete(file.removesuffix(".sha256"))
+    _remove(os.path.join(directory, "checkpoint"))
+    for part in ("train", "eval"):
+        pattern = os.path.join(glob.escape(log_path), part, "events.out.tfevents.*")
+        for file in glob.glob(pattern):
+            os.remove(file)
+
+
+@contextlib.contextmanager
+def _saving_folder(directory: str) -> Iterator[str]:
+    folder = os.path.join(directory, ".saving")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_state(directory: str, prefixes: list[str]) -> None:
+    """Writes the file by which `tf.train.latest_checkpoint` finds the newest one."""
+    names = [os.path.basename(prefix) for prefix in prefixes]
+    lines = [f'model_checkpoint_path: "{names[-1]}"\n']
+    lines += [f'all_model_checkpoint_paths: "{name}"\n' for name in names]
+    file = os.path.join(directory, "checkpoint")
+    with open(file + ".new", "w") as new:
+        new.writelines(lines)
+    _flush(file + ".new")
+    os.replace(file + ".new", file)
+
+
+def _delete(prefix: str) -> None:
+    for suffix in reversed(SUFFIXES):
+        _remove(prefix + suffix)
+
+
+def _remove(file: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(file)
+
+
+def _flush(path: str) -> None:
+    """Makes sure that a file or a folder's entries are on the disk, not only in memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(file: str) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while chunk := opened.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,120 @@
+"""What the trainer's and the evaluator's command lines share: flags, and starting TensorFlow."""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from absl import flags, logging
+
+from errors import UserError
+
+DEFAULT_PATH = "cifar-10-batches-bin"
+
+flags.DEFINE_string(
+    "path", DEFAULT_PATH, "Folder of CIFAR-10's binary batches, or the folder above it."
+)
+flags.DEFINE_alias("data_dir", "path")
+flags.DEFINE_integer(
+    "num_layers",
+    20,
+    "Depth: 6n + 2 layers (20, 32, 44, 56, 110 …), or 9n + 2 with --bottleneck (29, 164 …).",
+    lower_bound=1,
+)
+flags.DEFINE_alias("resnet_size", "num_layers")
+flags.DEFINE_bool("shortcut_connections", True, "Whether to build shortcuts; without, a plain net.")
+flags.DEFINE_alias("shortcut_connection", "shortcut_connections")
+flags.DEFINE_bool(
+    "bottleneck", False, "Units of three convolutions (1x1, 3x3, 1x1), four times as deep."
+)
+flags.DEFINE_enum(
+    "resnet_version", "2", ["1", "2"], "Units with ReLU after (1) or before (2) the convolutions."
+)
+flags.DEFINE_enum(
+    "data_format",
+    "auto",
+    ["auto", "channels_first", "channels_last"],
+    "Layout inside the network; auto is channels_first on a GPU, channels_last on a CPU.",
+)
+flags.DEFINE_enum("dtype", "fp32", ["fp32", "bf16", "fp16"], "What the network computes in.")
+flags.DEFINE_float(
+    "loss_scale", 128, "With fp16, the loss is multiplied by this against underflow.", lower_bound=1
+)
+flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu"], "auto is a GPU where one is visible.")
+
+SHARED_FLAGS = (
+    *("path", "data_dir", "num_layers", "resnet_size"),
+    *("shortcut_connections", "shortcut_connection", "bottleneck", "resnet_version"),
+    *("data_format", "dtype", "loss_scale", "device"),
+)
+# those that say which network it is, under the names of run_config.ModelConfig
+NETWORK_FLAGS = ("num_layers", "shortcut_connections", "bottleneck", "resnet_version")
+
+
+def declare_shared_flags() -> None:
+    """Has `--help` of the calling program show the flags of this module too."""
+    for name in SHARED_FLAGS:
+        flags.declare_key_flag(name)
+
+
+def given_flags(names: tuple[str, ...]) -> dict[str, Any]:
+    """The values of those flags that were given on the command line; None for the others."""
+    return {
+        name: None if flags.FLAGS[name].using_default_value else flags.FLAGS[name].value
+        for name in names
+    }
+
+
+def given_network() -> dict[str, Any]:
+    """The network's flags that were given, under the names of run_config.ModelConfig."""
+    given = given_flags(NETWORK_FLAGS)
+    if given["resnet_version"] is not None:
+        given["resnet_version"] = int(given["resnet_version"])
+    return given
+
+
+def start_tensorflow(device: str) -> str:
+    """Imports TensorFlow, quietly, and settles the device: returns "cpu" or "gpu"."""
+    with _quiet_start():
+        import tensorflow as tf
+
+        if device == "cpu":
+            tf.config.set_visible_devices([], "GPU")
+        has_gpu = bool(tf.config.list_logical_devices("GPU"))
+    if flags.FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.WARNING)  # which TensorFlow has raised
+    if device == "gpu" and not has_gpu:
+        raise UserError(
+            "--device=gpu was asked for, but TensorFlow sees no GPU: `pip install -r "
+            "requirements-gpu.txt` brings the libraries it needs beside NVIDIA's driver, or use "
+            "--device=cpu."
+        )
+    return "gpu" if has_gpu else "cpu"
+
+
+@contextlib.contextmanager
+def _quiet_start() -> Iterator[None]:
+    """Keeps TensorFlow's start-up messages from the terminal, unless its log level was chosen.
+
+    Some are written straight to the process's standard error before any setting is read, hence
+    the detour at that level. They come out after all where the start fails.
+    """
+    if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
+        yield
+        return
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            said.seek(0)
+            os.write(terminal, said.read())
+            raise
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)

@@ -1,0 +1,24 @@
+"""How the programs tell people of a mistake: one sentence on stderr, exit status 1, no traceback."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text says what is wrong, where, and what to do next."""
+
+
+def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Wraps a program's `main` so that a UserError ends it in one sentence; a bug keeps its traceback."""
+
+    @functools.wraps(main)
+    def guarded(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+            return 1
+
+    return guarded

@@ -1,0 +1,166 @@
+"""A model and images in, metrics out."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+import checkpoints
+from cifar10_input import ImageSet, class_names, load_split
+from errors import UserError
+from resnet_model import ResNet
+from run_config import RunConfig, refuse_contradictions
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What an evaluation found. `confusion_matrix[i, j]` counts images of class i taken for j."""
+
+    loss: float
+    top_5_accuracy: float
+    confusion_matrix: np.ndarray
+
+    @property
+    def num_images(self) -> int:
+        return int(self.confusion_matrix.sum())
+
+    @property
+    def accuracy(self) -> float:
+        return float(np.trace(self.confusion_matrix) / self.num_images)
+
+    @property
+    def per_class_accuracy(self) -> list[float | None]:
+        """The share of each class's images that was recognised; None where there are none."""
+        right, counts = np.diag(self.confusion_matrix), self.confusion_matrix.sum(axis=1)
+        return [float(r / n) if n else None for r, n in zip(right, counts, strict=True)]
+
+    def report(self, names: Sequence[str]) -> str:
+        """The figures as lines for people."""
+        shown = min(5, len(names))
+        lines = [
+            f"  {'images':<16}{self.num_images}",
+            f"  {'loss':<16}{self.loss:.4f}",
+            f"  {'accuracy':<16}{self.accuracy:.4f}",
+            f"  {f'top-{shown} accuracy':<16}{self.top_5_accuracy:.4f}",
+        ]
+        width = max(len(name) for name in names) + 2
+        for name, accuracy in zip(names, self.per_class_accuracy, strict=True):
+            share = "no images" if accuracy is None else f"{accuracy:.4f}"
+            lines.append(f"    {name:<{width}}{share}")
+        return "\n".join(lines)
+
+
+class Evaluator:
+    """Scores a model, any number of times over its life: traced once."""
+
+    def __init__(self, model: ResNet, batch_size: int = 500):
+        self.model = model
+        self.batch_size = batch_size
+        self._score = tf.function(
+            self._score_batch,
+            input_signature=[
+                tf.TensorSpec([None, 32, 32, 3], tf.uint8),
+                tf.TensorSpec([None], tf.int32),
+            ],
+        )
+
+    def __call__(self, examples: ImageSet) -> Metrics:
+        """Scores every image exactly once."""
+        loss, top_5, confusion = 0.0, 0, 0
+        count = len(examples.labels)
+        for start in range(0, count, self.batch_size):
+            images, labels = examples.part(slice(start, start + self.batch_size))
+            scores = self._score(images, labels)
+            batch_loss, batch_top_5, batch_confusion = (score.numpy() for score in scores)
+            loss += float(batch_loss)
+            top_5 += int(batch_top_5)
+            confusion = confusion + batch_confusion
+        return Metrics(loss / count, top_5 / count, confusion)
+
+    def _score_batch(
+        self, images: tf.Tensor, labels: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        logits = self.model(tf.cast(images, tf.float32) - self.model.image_mean, training=False)
+        classes = self.model.config.num_classes
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        in_top_5 = tf.math.in_top_k(labels, logits, min(5, classes))
+        predicted = tf.argmax(logits, axis=1, output_type=tf.int32)
+        return (
+            tf.reduce_sum(tf.cast(losses, tf.float64)),
+            tf.reduce_sum(tf.cast(in_top_5, tf.int64)),
+            tf.math.confusion_matrix(labels, predicted, classes, dtype=tf.int64),
+        )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A checkpoint and what its evaluation found."""
+
+    checkpoint: str
+    step: int
+    run: RunConfig
+    split: str
+    metrics: Metrics
+
+    def report(self) -> str:
+        """All of it as lines for people."""
+        head = f"{self.checkpoint} ({self.run.model.name}, step {self.step}) on {self.split} images"
+        return f"{head}\n{self.metrics.report(self.run.data.class_names)}"
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as an object for programs."""
+        return {
+            "checkpoint": self.checkpoint,
+            "step": self.step,
+            "split": self.split,
+            "num_images": self.metrics.num_images,
+            "loss": self.metrics.loss,
+            "accuracy": self.metrics.accuracy,
+            "top_5_accuracy": self.metrics.top_5_accuracy,
+            "per_class_accuracy": self.metrics.per_class_accuracy,
+            "confusion_matrix": self.metrics.confusion_matrix.tolist(),
+            "description": dataclasses.asdict(self.run),
+        }
+
+
+def score_checkpoints(
+    prefixes: Sequence[str],
+    path: str | None = None,
+    split: str = "test",
+    data_format: str = "channels_last",
+    dtype: str = "fp32",
+    batch_size: int = 500,
+    given: dict[str, Any] | None = None,
+) -> Iterator[Scored]:
+    """Scores checkpoints of one run in turn, on the images in `path`.
+
+    Without a path that is the generated stand-in for a run that trained on it. Refuses `given`
+    values that contradict the checkpoint.
+    """
+    model = examples = None
+    for prefix in prefixes:
+        run, step = checkpoints.read_run(prefix)
+        refuse_contradictions(run, given or {}, prefix)
+        if model is None or model.config != run.model:
+            model = ResNet(run.model, data_format, dtype)
+            evaluator = Evaluator(model, batch_size)
+        checkpoints.restore_model(model, prefix)
+        if examples is None:
+            examples = _images_for(run, prefix, path, split)
+        yield Scored(prefix, step, run, split, evaluator(examples))
+
+
+def _images_for(run: RunConfig, prefix: str, path: str | None, split: str) -> ImageSet:
+    data = run.data
+    if path is not None:
+        data = dataclasses.replace(data, dataset="cifar10")
+        names = class_names(data.dataset, path)
+        if names != data.class_names:
+            raise UserError(
+                f"{prefix} tells apart {', '.join(data.class_names)}, but the images in {path} are "
+                f"of {', '.join(names)}: name the data it was trained on with --path."
+            )
+    return load_split(data, path or "", split)

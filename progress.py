@@ -1,0 +1,114 @@
+"""What a training shows of itself: a live line on a terminal, plain lines elsewhere, TensorBoard."""
+
+import os
+import sys
+import time
+
+import tensorflow as tf
+from tqdm import tqdm
+
+from evaluation import Metrics
+
+
+class Progress:
+    """Shows a training from `first_step` on; a context manager, so that the terminal is left tidy."""
+
+    def __init__(
+        self,
+        first_step: int,
+        last_step: int,
+        steps_per_epoch: float,
+        batch_size: int,
+        log_path: str,
+    ):
+        self._last_step = last_step
+        self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
+        self._writers = {
+            name: tf.summary.create_file_writer(os.path.join(log_path, name))
+            for name in ("train", "eval")
+        }
+        self._started = self._logged_at = self._shown_at = time.monotonic()
+        self._first_step = self._logged_step = first_step
+        # A pipe or a file gets lines that grep can read; only a terminal gets the moving one.
+        self._bar = tqdm(
+            total=last_step,
+            initial=first_step,
+            disable=not sys.stdout.isatty(),
+            file=sys.stdout,
+            dynamic_ncols=True,
+            unit="step",
+            bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {postfix}, {remaining} left",
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+        for writer in self._writers.values():
+            writer.close()
+
+    def wants_update(self) -> bool:
+        """Whether the live line is due: asked every step, so that the step itself never waits."""
+        return not self._bar.disable and time.monotonic() - self._shown_at > 0.5
+
+    def update(self, step: int, loss: float, accuracy: float, learning_rate: float) -> None:
+        """Moves the live line."""
+        self._shown_at = time.monotonic()
+        rate = self._rate(self._first_step, self._started, step)
+        self._bar.set_postfix_str(
+            f"epoch {step / self._steps_per_epoch:.2f}, loss {loss:.4f}, accuracy {accuracy:.4f}, "
+            f"lr {learning_rate:.4g}, {rate:,.0f} images/s",
+            refresh=False,
+        )
+        self._bar.update(step - self._bar.n)
+
+    def log_training(self, step: int, loss: float, accuracy: float, learning_rate: float) -> None:
+        """Writes down the training's mean loss and accuracy since the last time."""
+        rate = self._rate(self._logged_step, self._logged_at, step)
+        self._logged_step, self._logged_at = step, time.monotonic()
+        left = (self._last_step - step) * self._batch_size / rate
+        self.write(
+            f"step {step}/{self._last_step} epoch {step / self._steps_per_epoch:.2f} "
+            f"loss {loss:.4f} accuracy {accuracy:.4f} lr {learning_rate:.5g} "
+            f"images/s {rate:.0f} left {duration(left)}"
+        )
+        values = {
+            "loss": loss,
+            "accuracy": accuracy,
+            "learning_rate": learning_rate,
+            "images_per_second": rate,
+        }
+        self._summarise("train", step, values)
+
+    def log_evaluation(self, step: int, split: str, metrics: Metrics) -> None:
+        """Writes down an evaluation made while training."""
+        self.write(
+            f"step {step}/{self._last_step} evaluated on {split}: loss {metrics.loss:.4f} "
+            f"accuracy {metrics.accuracy:.4f}"
+        )
+        self._summarise("eval", step, {"loss": metrics.loss, "accuracy": metrics.accuracy})
+
+    def write(self, line: str) -> None:
+        """Prints a line, above the live one where there is one."""
+        self._bar.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def elapsed(self) -> str:
+        return duration(time.monotonic() - self._started)
+
+    def _rate(self, since_step: int, since: float, step: int) -> float:
+        return (step - since_step) * self._batch_size / max(time.monotonic() - since, 1e-9)
+
+    def _summarise(self, name: str, step: int, values: dict[str, float]) -> None:
+        with self._writers[name].as_default(step=step):
+            for tag, value in values.items():
+                tf.summary.scalar(tag, value)
+        self._writers[name].flush()
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

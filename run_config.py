@@ -1,0 +1,173 @@
+"""What a run is: its network, its data, its hyperparameters. Every checkpoint carries this.
+
+Plain dataclasses without TensorFlow, so that a wrong depth or a contradiction is told before
+anything slow is imported.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from errors import UserError
+
+CIFAR10_NAMES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
+
+
+def units_per_block(num_layers: int, bottleneck: bool = False) -> int:
+    """Returns n for a depth of 6n + 2 layers (9n + 2 with bottleneck units)."""
+    per_unit = 9 if bottleneck else 6
+    n, rest = divmod(num_layers - 2, per_unit)
+    if n >= 1 and rest == 0:
+        return n
+    below = max(n, 1) * per_unit + 2
+    neighbours = f"{below} or {below + per_unit}"
+    kind = "9n + 2 (with bottleneck units)" if bottleneck else "6n + 2"
+    common = "29, 56, 110, 164, 1001" if bottleneck else "20, 32, 44, 56, 110, 1202"
+    raise UserError(
+        f"--num_layers={num_layers} is not a depth of these networks, which have {kind} layers: "
+        f"the nearest are {neighbours} (common depths: {common})."
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a network: all that is needed to build it again."""
+
+    num_layers: int = 20
+    shortcut_connections: bool = True
+    bottleneck: bool = False
+    resnet_version: int = 2
+    num_classes: int = 10
+    batch_norm_decay: float = 0.99
+    batch_norm_epsilon: float = 1e-3
+
+    def __post_init__(self) -> None:
+        units_per_block(self.num_layers, self.bottleneck)
+        if self.resnet_version not in (1, 2):
+            raise UserError(
+                f"--resnet_version={self.resnet_version} is unknown: give 1 (the first paper's "
+                "post-activation units) or 2 (pre-activation)."
+            )
+
+    @property
+    def name(self) -> str:
+        """A short name, as used for folders: resnet20, plain56, resnet164-bottleneck, resnet20-v1."""
+        return (
+            ("resnet" if self.shortcut_connections else "plain")
+            + str(self.num_layers)
+            + ("-bottleneck" if self.bottleneck else "")
+            + ("-v1" if self.resnet_version == 1 else "")
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images a run trains on."""
+
+    dataset: str = "cifar10"
+    class_names: tuple[str, ...] = CIFAR10_NAMES
+    holdout: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The hyperparameters. The defaults are those of the paper's recipe."""
+
+    recipe: str = "paper"
+    num_iterations: int = 64_000
+    batch_size: int = 128
+    init_lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 2e-4
+    label_smoothing: float = 0.0
+    seed: int = 0
+
+
+# What each recipe sets, on top of TrainingConfig's defaults. A flag given explicitly wins.
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "one_cycle": {
+        "num_iterations": 16_000,
+        "init_lr": 0.2,
+        "nesterov": True,
+        "weight_decay": 5e-4,
+    },
+}
+
+
+def with_given(config: Any, given: dict[str, Any]) -> Any:
+    """The configuration with those of its fields replaced that are given (not None)."""
+    names = {item.name for item in dataclasses.fields(config)}
+    chosen = {k: v for k, v in given.items() if k in names and v is not None}
+    return dataclasses.replace(config, **chosen)
+
+
+def training_config(given: dict[str, Any]) -> TrainingConfig:
+    """The hyperparameters of the given recipe, with those that are given put over them."""
+    return with_given(with_given(TrainingConfig(), RECIPES[given.get("recipe") or "paper"]), given)
+
+
+def learning_rates(training: TrainingConfig) -> np.ndarray:
+    """The learning rate of each step, as float32 [num_iterations]."""
+    steps = np.arange(training.num_iterations)
+    fraction = steps / training.num_iterations
+    if training.recipe == "one_cycle":
+        # up to the peak at a fifth of the way, then down towards zero, never quite reaching it
+        rise, fall = (steps + 1) / training.num_iterations / 0.2, (1 - fraction) / 0.8
+        factors = np.minimum(np.minimum(rise, fall), 1.0)
+    else:
+        # 500, 32,000 and 48,000 of 64,000 steps; a run of another length keeps the proportions
+        boundaries = np.round(np.array([500, 32_000, 48_000]) * training.num_iterations / 64_000)
+        factors = np.array([0.1, 1.0, 0.1, 0.01])[np.searchsorted(boundaries, steps, side="right")]
+    return (training.init_lr * factors).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, whole."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunConfig":
+        """Reads what `to_json` wrote. Fields that an older version did not know take their defaults."""
+        try:
+            parts = json.loads(text)
+            data = {**parts["data"], "class_names": tuple(parts["data"]["class_names"])}
+            return cls(
+                ModelConfig(**parts["model"]),
+                DataConfig(**data),
+                TrainingConfig(**parts["training"]),
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                "the checkpoint's description is not one that this version of the project can "
+                f"read ({error})."
+            ) from error
+
+
+def refuse_contradictions(run: RunConfig, given: dict[str, Any], prefix: str) -> None:
+    """Refuses given values (None is not given) that are not those of the checkpoint's run."""
+    fixed = {
+        name: value
+        for part in (run.model, run.data, run.training)
+        for name, value in dataclasses.asdict(part).items()
+    }
+    for name, value in given.items():
+        if value is not None and value != fixed[name]:
+            raise UserError(
+                f"{name}={value} was asked for, but the checkpoint {prefix} has "
+                f"{name}={fixed[name]}: leave that flag out, or name another --ckpt_path."
+            )

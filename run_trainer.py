@@ -1,0 +1,160 @@
+"""Trains a ResNet on CIFAR-10. `python run_trainer.py --help` lists the flags."""
+
+import os
+
+from absl import app, flags
+
+import command_line
+from errors import UserError, exits_with_a_sentence
+from run_config import RECIPES, ModelConfig, units_per_block
+
+FLAGS = flags.FLAGS
+
+command_line.declare_shared_flags()
+flags.DEFINE_string(
+    "ckpt_path", None, "Folder for the checkpoints (default: runs/resnet20 and so on)."
+)
+flags.DEFINE_alias("model_dir", "ckpt_path")
+flags.DEFINE_string("train_log_path", None, "Folder for TensorBoard (default: <ckpt_path>/log).")
+flags.DEFINE_enum("recipe", "paper", list(RECIPES), "Schedule and hyperparameters to start from.")
+flags.DEFINE_integer("batch_size", 128, "Images in a step.", lower_bound=1)
+flags.DEFINE_integer(
+    "num_iterations", None, "Length in steps (default: the recipe's; paper: 64000).", lower_bound=1
+)
+flags.DEFINE_float("train_epochs", None, "Length in epochs, instead of in steps.", lower_bound=1e-9)
+flags.DEFINE_integer(
+    "max_train_steps", None, "Stop after this step, the schedule being as it is.", lower_bound=1
+)
+flags.DEFINE_float(
+    "init_lr",
+    None,
+    "Learning rate, or its peak (default: the recipe's; paper: 0.1).",
+    lower_bound=0,
+)
+flags.DEFINE_float("momentum", None, "Momentum (default: 0.9).", lower_bound=0, upper_bound=1)
+flags.DEFINE_bool("nesterov", None, "Nesterov's momentum (default: the recipe's; paper: false).")
+flags.DEFINE_float(
+    "weight_decay", None, "L2 on the kernels (default: the recipe's; paper: 2e-4).", lower_bound=0
+)
+flags.DEFINE_float(
+    "batch_norm_decay", 0.99, "Share that batch-norm averages keep.", lower_bound=0, upper_bound=1
+)
+flags.DEFINE_float(
+    "label_smoothing",
+    0.0,
+    "Share of each label spread over all classes.",
+    lower_bound=0,
+    upper_bound=1,
+)
+flags.DEFINE_integer(
+    "seed", 0, "Of the weights, the order, the crops and the flips.", lower_bound=0
+)
+flags.DEFINE_integer(
+    "holdout", 0, "Keep the last N training images out of training.", lower_bound=0
+)
+flags.DEFINE_bool("use_synthetic_data", False, "Train on generated pictures; needs no --path.")
+flags.DEFINE_integer("log_per_iterations", 200, "Log every N steps.", lower_bound=1)
+flags.DEFINE_integer("save_per_iterations", 1000, "Save every N steps.", lower_bound=1)
+flags.DEFINE_integer("max_ckpts", 5, "Checkpoints to keep; a negative number keeps all.")
+flags.DEFINE_integer(
+    "epochs_between_evals",
+    0,
+    "Evaluate on the test images (with --holdout on those held out) every N epochs; 0: never.",
+    lower_bound=0,
+)
+flags.DEFINE_float(
+    "stop_threshold",
+    None,
+    "Stop once an evaluation reaches this accuracy.",
+    lower_bound=0,
+    upper_bound=1,
+)
+flags.DEFINE_bool("eval_only", False, "Do not train: evaluate the newest checkpoint.")
+flags.DEFINE_bool("clean", False, "Delete the run in --ckpt_path and start over.")
+
+# under the names of the dataclasses in run_config
+RUN_FLAGS = (
+    *("recipe", "batch_size", "num_iterations", "init_lr", "momentum", "nesterov"),
+    *("weight_decay", "batch_norm_decay", "label_smoothing", "seed", "holdout"),
+)
+
+
+@flags.multi_flags_validator(
+    ["num_iterations", "train_epochs"], "give --num_iterations or --train_epochs, not both"
+)
+def _one_length(values: dict[str, object]) -> bool:
+    return None in values.values()
+
+
+@flags.multi_flags_validator(
+    ["stop_threshold", "epochs_between_evals"],
+    "--stop_threshold needs evaluations: give --epochs_between_evals=1 too",
+)
+def _threshold_is_measured(values: dict[str, object]) -> bool:
+    return values["stop_threshold"] is None or bool(values["epochs_between_evals"])
+
+
+@exits_with_a_sentence
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    units_per_block(FLAGS.num_layers, FLAGS.bottleneck)  # told before TensorFlow is imported
+    given = command_line.given_network() | command_line.given_flags(RUN_FLAGS)
+    if FLAGS.use_synthetic_data:
+        given["dataset"] = "synthetic"
+    elif command_line.given_flags(("path",))["path"] is not None:
+        given["dataset"] = "cifar10"
+    ckpt_path = FLAGS.ckpt_path or _default_ckpt_path()
+    log_path = FLAGS.train_log_path or os.path.join(ckpt_path, "log")
+
+    device = command_line.start_tensorflow(FLAGS.device)
+    import checkpoints
+    import evaluation
+    import training
+    from resnet_model import resolve_data_format
+
+    options = training.Options(
+        ckpt_path=ckpt_path,
+        train_log_path=log_path,
+        data_path=FLAGS.path,
+        data_format=resolve_data_format(FLAGS.data_format, FLAGS.dtype, device),
+        dtype=FLAGS.dtype,
+        loss_scale=FLAGS.loss_scale,
+        log_per_iterations=FLAGS.log_per_iterations,
+        save_per_iterations=FLAGS.save_per_iterations,
+        max_ckpts=FLAGS.max_ckpts,
+        epochs_between_evals=FLAGS.epochs_between_evals,
+        stop_threshold=FLAGS.stop_threshold,
+        max_train_steps=FLAGS.max_train_steps,
+    )
+    with checkpoints.lock(ckpt_path):
+        if FLAGS.clean:
+            checkpoints.clean(ckpt_path, log_path)
+        run, resume_from = training.prepare_run(given, ckpt_path, FLAGS.path, FLAGS.train_epochs)
+        if FLAGS.eval_only:
+            if resume_from is None:
+                raise UserError(f"there is no checkpoint in {ckpt_path} to evaluate.")
+            split = "holdout" if run.data.holdout else "test"
+            path = None if run.data.dataset == "synthetic" else FLAGS.path
+            scores = evaluation.score_checkpoints(
+                [resume_from], path, split, options.data_format, options.dtype
+            )
+            print(next(scores).report())
+            return 0
+        outcome = training.train(run, options, resume_from)
+    return 128 + outcome.stopped_by if outcome.stopped_by else 0
+
+
+def _default_ckpt_path() -> str:
+    network = ModelConfig(
+        num_layers=FLAGS.num_layers,
+        shortcut_connections=FLAGS.shortcut_connections,
+        bottleneck=FLAGS.bottleneck,
+        resnet_version=int(FLAGS.resnet_version),
+    )
+    data = "-synthetic" if FLAGS.use_synthetic_data else ""
+    return os.path.join("runs", network.name + data)
+
+
+if __name__ == "__main__":
+    app.run(main)

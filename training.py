@@ -1,0 +1,324 @@
+"""The training loop as a library: the step, the optimizer, saving, evaluating. No flags."""
+
+import dataclasses
+import math
+import signal
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+import checkpoints
+from cifar10_input import (
+    class_names,
+    count_images,
+    load_split,
+    load_training,
+    mean_image,
+    training_batches,
+)
+from errors import UserError
+from evaluation import Evaluator, Metrics
+from progress import Progress
+from resnet_model import ResNet
+from run_config import (
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    learning_rates,
+    refuse_contradictions,
+    training_config,
+    with_given,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to go about a run: all that may change from one start of it to the next."""
+
+    ckpt_path: str
+    train_log_path: str
+    data_path: str = ""
+    data_format: str = "channels_last"
+    dtype: str = "fp32"
+    loss_scale: float = 128.0
+    log_per_iterations: int = 200
+    save_per_iterations: int = 1000
+    max_ckpts: int = 5
+    epochs_between_evals: int = 0
+    stop_threshold: float | None = None
+    max_train_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended: where it is saved, and the signal that stopped it if one did."""
+
+    step: int
+    checkpoint: str
+    metrics: Metrics | None = None
+    stopped_by: int | None = None
+
+
+class Momentum:
+    """Stochastic gradient descent with momentum; the L2 penalty is added to its gradients."""
+
+    def __init__(self, model: ResNet, training: TrainingConfig):
+        self._training = training
+        self._variables = model.trainable_variables
+        self._decayed = {kernel.ref() for kernel in model.kernels}
+        self.slots = {
+            v.name.removesuffix(":0").replace("/", "_"): tf.Variable(tf.zeros_like(v))
+            for v in self._variables
+        }
+
+    def apply(self, gradients: list[tf.Tensor], learning_rate: tf.Tensor) -> None:
+        slots = self.slots.values()
+        for variable, slot, gradient in zip(self._variables, slots, gradients, strict=True):
+            if variable.ref() in self._decayed:
+                # the gradient of weight_decay * tf.nn.l2_loss(kernel)
+                gradient += self._training.weight_decay * variable
+            tf.raw_ops.ResourceApplyMomentum(
+                var=variable.handle,
+                accum=slot.handle,
+                lr=learning_rate,
+                grad=gradient,
+                momentum=self._training.momentum,
+                use_nesterov=self._training.nesterov,
+            )
+
+
+class Trainer:
+    """A network in training: its weights, its momentum, its step, and how one step is taken."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        data_format: str = "channels_last",
+        dtype: str = "fp32",
+        loss_scale: float = 1.0,
+    ):
+        self.run = run
+        self.model = ResNet(run.model, data_format, dtype, run.training.seed)
+        self.optimizer = Momentum(self.model, run.training)
+        self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self.learning_rates = learning_rates(run.training)
+        with tf.device("cpu"):
+            self._description = tf.Variable(run.to_json(), trainable=False)
+        self.checkpoint = tf.train.Checkpoint(
+            model=self.model,
+            momentum=self.optimizer.slots,
+            step=self.step,
+            description=self._description,
+        )
+        # Gathered on the device, so that no step waits for the host to read them.
+        self._loss_scale = loss_scale if dtype == "fp16" else 1.0
+        self._loss_sum = tf.Variable(0.0, dtype=tf.float64, trainable=False)
+        self._correct = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self._first_bad_step = tf.Variable(-1, dtype=tf.int64, trainable=False)
+        self._rates = tf.constant(self.learning_rates)
+        self._means_since = 0
+
+    @tf.function
+    def train_step(self, images: tf.Tensor, labels: tf.Tensor) -> None:
+        """One step on a batch of mean-subtracted images and integer labels."""
+        with tf.GradientTape() as tape:
+            logits = self.model(images, training=True)
+            loss = tf.reduce_mean(self._cross_entropy(labels, logits))
+            scaled_loss = loss * self._loss_scale
+        gradients = tape.gradient(scaled_loss, self.model.trainable_variables)
+        if self._loss_scale != 1.0:
+            gradients = [gradient / self._loss_scale for gradient in gradients]
+        self.optimizer.apply(gradients, tf.gather(self._rates, self.step))
+        self.step.assign_add(1)
+
+        right = tf.equal(tf.argmax(logits, axis=1, output_type=labels.dtype), labels)
+        self._correct.assign_add(tf.math.count_nonzero(right))
+        self._loss_sum.assign_add(tf.cast(loss, tf.float64))
+        is_first_bad = ~tf.math.is_finite(loss) & (self._first_bad_step < 0)
+        self._first_bad_step.assign(tf.where(is_first_bad, self.step, self._first_bad_step))
+
+    def _cross_entropy(self, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+        smoothing = self.run.training.label_smoothing
+        if not smoothing:
+            return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        classes = self.run.model.num_classes
+        targets = tf.one_hot(
+            labels, classes, 1 - smoothing + smoothing / classes, smoothing / classes
+        )
+        return tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+
+    def means(self, reset: bool = False) -> tuple[float, float]:
+        """Mean loss and accuracy over the steps since the last reset."""
+        step = int(self.step)
+        steps = max(step - self._means_since, 1)
+        loss = float(self._loss_sum) / steps
+        accuracy = int(self._correct) / (steps * self.run.training.batch_size)
+        if reset:
+            self._loss_sum.assign(0)
+            self._correct.assign(0)
+            self._means_since = step
+        return loss, accuracy
+
+    def restore(self, prefix: str) -> None:
+        checkpoints.restore(self.checkpoint, prefix)
+        self._means_since = int(self.step)
+
+    def check_finite(self, ckpt_path: str) -> None:
+        """Stops a run whose loss or weights are no longer numbers, before it is saved so."""
+        bad_step = int(self._first_bad_step)
+        if bad_step < 0:
+            if all(np.isfinite(v).all() for v in self.model.variables):
+                return
+            bad_step = int(self.step)
+        good, _ = checkpoints.newest_intact(ckpt_path)
+        rest = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
+        raise UserError(
+            f"the loss was not finite at step {bad_step}: training diverged; {rest}. A lower "
+            f"--init_lr (it was {self.run.training.init_lr:g}) or --dtype=fp32 usually helps, in "
+            "another --ckpt_path or with --clean."
+        )
+
+
+def prepare_run(
+    given: dict[str, Any], ckpt_path: str, data_path: str, train_epochs: float | None = None
+) -> tuple[RunConfig, str | None]:
+    """The run in `ckpt_path` and its newest intact checkpoint; or a new run from what is given."""
+    newest, passed_over = checkpoints.newest_intact(ckpt_path)
+    if newest:
+        for reason in passed_over:
+            print(f"Passed over: {reason}", flush=True)
+        run, _ = checkpoints.read_run(newest)
+    elif passed_over:
+        raise UserError(
+            f"{ckpt_path} holds no intact checkpoint to go on from: {passed_over[0]} "
+            "(--clean starts over.)"
+        )
+    else:
+        dataset = given.get("dataset") or "cifar10"
+        names = class_names(dataset, data_path)
+        run = RunConfig(
+            with_given(ModelConfig(num_classes=len(names)), given),
+            with_given(DataConfig(dataset, names), given),
+            training_config(given),
+        )
+    if train_epochs:
+        examples = count_images(run.data, data_path, "train") - run.data.holdout
+        batch_size = given.get("batch_size") or run.training.batch_size
+        given = {**given, "num_iterations": math.ceil(train_epochs * examples / batch_size)}
+    if newest:
+        refuse_contradictions(run, given, newest)
+        return run, newest
+    return dataclasses.replace(run, training=with_given(run.training, given)), None
+
+
+def train(run: RunConfig, options: Options, resume_from: str | None = None) -> Outcome:
+    """Trains a run to its end, from its beginning or from a checkpoint of its own."""
+    examples, held_out = load_training(run.data, options.data_path)
+    trainer = Trainer(run, options.data_format, options.dtype, options.loss_scale)
+    mean = mean_image(examples.images)
+    if resume_from:
+        trainer.restore(resume_from)
+        if not np.array_equal(mean, trainer.model.image_mean):
+            raise UserError(
+                f"the training images in {options.data_path} are not those that {resume_from} was "
+                "trained on (their mean differs): give the same --path, or another --ckpt_path."
+            )
+    else:
+        trainer.model.image_mean.assign(mean)
+
+    first_step = step = int(trainer.step)
+    last_step = min(run.training.num_iterations, options.max_train_steps or 2**62)
+    if step >= last_step:
+        reason = "finished" if step >= run.training.num_iterations else "past --max_train_steps"
+        print(
+            f"This run is {reason}: {resume_from} is step {step} of {run.training.num_iterations}."
+        )
+        return Outcome(step, resume_from)
+    parameters = sum(np.prod(v.shape) for v in trainer.model.trainable_variables)
+    print(
+        f"Training {run.model.name} ({parameters:,} parameters) on {len(examples.labels):,} "
+        f"{run.data.dataset} images, {run.training.num_iterations} steps of "
+        f"{run.training.batch_size} images by the recipe {run.training.recipe}, in {options.dtype}, "
+        f"{options.data_format}; checkpoints in {options.ckpt_path}.",
+        f"Going on from {resume_from}, step {step}." if resume_from else "Starting at step 0.",
+        sep="\n",
+        flush=True,
+    )
+    eval_split = "holdout" if run.data.holdout else "test"
+    steps_per_epoch = len(examples.labels) / run.training.batch_size
+    steps_between_evals = round(options.epochs_between_evals * steps_per_epoch)
+    evaluator = metrics = None
+    if steps_between_evals:
+        evaluator = Evaluator(trainer.model)
+        to_score = held_out
+        if not run.data.holdout:
+            to_score = load_split(run.data, options.data_path, "test")
+    batches = training_batches(
+        examples,
+        mean,
+        run.training.batch_size,
+        run.training.seed,
+        first_step,
+        last_step - first_step,
+    )
+
+    saved = resume_from
+    with (
+        StopSignals() as stop,
+        Progress(
+            first_step, last_step, steps_per_epoch, run.training.batch_size, options.train_log_path
+        ) as progress,
+    ):
+        for images, labels in batches:
+            trainer.train_step(images, labels)
+            step += 1
+            ending = step == last_step or stop.signal is not None
+            rate = trainer.learning_rates[step - 1]
+            if progress.wants_update():
+                progress.update(step, *trainer.means(), rate)
+            if ending or step % options.log_per_iterations == 0:
+                trainer.check_finite(options.ckpt_path)
+                progress.log_training(step, *trainer.means(reset=True), rate)
+            if evaluator and (step % steps_between_evals == 0 or step == last_step):
+                metrics = evaluator(to_score)
+                progress.log_evaluation(step, eval_split, metrics)
+                if options.stop_threshold and metrics.accuracy >= options.stop_threshold:
+                    progress.write(
+                        f"accuracy {metrics.accuracy:.4f} has reached --stop_threshold="
+                        f"{options.stop_threshold:g}: stopping here."
+                    )
+                    ending = True
+            if ending or step % options.save_per_iterations == 0:
+                trainer.check_finite(options.ckpt_path)
+                saved = checkpoints.save(
+                    trainer.checkpoint, options.ckpt_path, step, options.max_ckpts
+                )
+            if ending:
+                break
+        progress.write(f"{step - first_step} steps in {progress.elapsed()}; saved as {saved}.")
+    return Outcome(step, saved, metrics, stop.signal)
+
+
+class StopSignals:
+    """While entered, Ctrl-C and SIGTERM ask for a tidy end, kept in `signal`; a second one insists."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._handlers: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.signal is not None:
+            raise SystemExit(128 + number)
+        self.signal = number
