@@ -1,4 +1,4 @@
-"""Checkpoints: saved whole or not at all, found, verified, restored; and the lock on a run's folder.
+"""Checkpoints: saved whole or not at all, found, verified, restored; and the run folder's lock.
 
 A checkpoint is an ordinary `tf.train.Checkpoint` prefix, `model.ckpt-STEP`, with a file of SHA-256
 digests beside it. It carries the description of its run (see run_config.py), so that its path is
@@ -98,7 +98,7 @@ def find(path: str) -> str:
         prefix = re.sub(r"\.(index|sha256|data-\d+-of-\d+)$", "", path)
         if not any(os.path.exists(prefix + suffix) for suffix in SUFFIXES):
             raise UserError(
-                f"there is no checkpoint at {path}: give a prefix such as runs/resnet20/{NAME}-1000 "
+                f"no checkpoint is at {path}: give a prefix such as runs/plain20/{NAME}-1000 "
                 "or the folder that holds it."
             )
     verify(prefix)

@@ -164,8 +164,8 @@ def load_training(data: DataConfig, path: str) -> tuple[ImageSet, ImageSet]:
     kept = len(examples.labels) - data.holdout
     if kept < 1:
         raise UserError(
-            f"--holdout={data.holdout} leaves nothing to train on: there are {len(examples.labels)} "
-            "training images."
+            f"--holdout={data.holdout} leaves nothing to train on: only {len(examples.labels)} "
+            "training images are there."
         )
     return examples.part(slice(kept)), examples.part(slice(kept, None))
 
@@ -230,7 +230,7 @@ def training_batches(
 
 
 def _epoch_order(first: tf.Tensor, count: int, num_examples: int, seed: int) -> tf.Tensor:
-    """The examples at places `first` … `first + count - 1` of the endless row of shuffled epochs."""
+    """The examples at places `first` to `first + count - 1` of the endless row of epochs."""
     place = first + tf.range(count, dtype=tf.int64)
     # the seed of each place's permutation: (run, epoch)
     seeds = tf.stack([tf.fill([count], np.int64(seed)), place // num_examples], axis=1)

@@ -77,13 +77,14 @@ def given_network() -> dict[str, Any]:
 
 def start_tensorflow(device: str) -> str:
     """Imports TensorFlow, quietly, and settles the device: returns "cpu" or "gpu"."""
+    keep_verbosity = flags.FLAGS["verbosity"].using_default_value
     with _quiet_start():
         import tensorflow as tf
 
         if device == "cpu":
             tf.config.set_visible_devices([], "GPU")
         has_gpu = bool(tf.config.list_logical_devices("GPU"))
-    if flags.FLAGS["verbosity"].using_default_value:
+    if keep_verbosity:
         logging.set_verbosity(logging.WARNING)  # which TensorFlow has raised
     if device == "gpu" and not has_gpu:
         raise UserError(

@@ -1,4 +1,4 @@
-"""How the programs tell people of a mistake: one sentence on stderr, exit status 1, no traceback."""
+"""How the programs tell of a mistake: one sentence on stderr, exit status 1, no traceback."""
 
 import functools
 import os
@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Wraps a program's `main` so that a UserError ends it in one sentence; a bug keeps its traceback."""
+    """Wraps a program's `main`: a UserError ends it in one sentence, a bug in its traceback."""
 
     @functools.wraps(main)
     def guarded(*args, **kwargs):

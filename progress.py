@@ -1,4 +1,4 @@
-"""What a training shows of itself: a live line on a terminal, plain lines elsewhere, TensorBoard."""
+"""What a training shows: a live line on a terminal, plain lines elsewhere, TensorBoard."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from evaluation import Metrics
 
 
 class Progress:
-    """Shows a training from `first_step` on; a context manager, so that the terminal is left tidy."""
+    """Shows a training from `first_step` on. A context manager: it leaves the terminal tidy."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Progress:
             file=sys.stdout,
             dynamic_ncols=True,
             unit="step",
-            bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {postfix}, {remaining} left",
+            bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}, left {remaining}",
         )
 
     def __enter__(self) -> "Progress":

@@ -201,7 +201,7 @@ class ResNet(tf.Module):
         return self.project(self.features(images, training))
 
     def features(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Everything below the projection: images to globally pooled features, float32 [N, depth]."""
+        """All below the projection: images to globally pooled features, float32 [N, depth]."""
         layout = self._layout
         x = tf.cast(images, self._dtype)
         if layout == "NCHW":

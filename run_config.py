@@ -57,7 +57,7 @@ class ModelConfig:
 
     @property
     def name(self) -> str:
-        """A short name, as used for folders: resnet20, plain56, resnet164-bottleneck, resnet20-v1."""
+        """A short name, for folders: resnet20, plain56, resnet164-bottleneck, resnet20-v1."""
         return (
             ("resnet" if self.shortcut_connections else "plain")
             + str(self.num_layers)
@@ -142,7 +142,7 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "RunConfig":
-        """Reads what `to_json` wrote. Fields that an older version did not know take their defaults."""
+        """Reads what `to_json` wrote. Fields that an older version lacked take their defaults."""
         try:
             parts = json.loads(text)
             data = {**parts["data"], "class_names": tuple(parts["data"]["class_names"])}

@@ -241,8 +241,8 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
     print(
         f"Training {run.model.name} ({parameters:,} parameters) on {len(examples.labels):,} "
         f"{run.data.dataset} images, {run.training.num_iterations} steps of "
-        f"{run.training.batch_size} images by the recipe {run.training.recipe}, in {options.dtype}, "
-        f"{options.data_format}; checkpoints in {options.ckpt_path}.",
+        f"{run.training.batch_size} images, recipe {run.training.recipe}, {options.dtype}, "
+        f"{options.data_format}; checkpoints go to {options.ckpt_path}.",
         f"Going on from {resume_from}, step {step}." if resume_from else "Starting at step 0.",
         sep="\n",
         flush=True,
@@ -303,7 +303,7 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
 
 
 class StopSignals:
-    """While entered, Ctrl-C and SIGTERM ask for a tidy end, kept in `signal`; a second one insists."""
+    """While entered, Ctrl-C and SIGTERM ask for a tidy end (`signal`); a second one insists."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
