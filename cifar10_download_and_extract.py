@@ -314,7 +314,8 @@ def obtain_archive(urls: Sequence[str], part: Path, sha256: str, timeout: float)
     kept = f" (the {size_of(part)} bytes in {part} are kept)" if size_of(part) else ""
     raise errors.UserError(
         f"cannot download CIFAR-10: {'; '.join(problems)}; check the address and the network and "
-        f"run the same command again{kept}, or name a mirror with --url."
+        f"run the same command again{kept}, name a mirror with --url, or make the generated "
+        "stand-in with --synthetic."
     )
 
 

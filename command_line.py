@@ -44,25 +44,14 @@ flags.DEFINE_float(
 )
 flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu"], "auto is a GPU where one is visible.")
 
-SHARED_FLAGS = (
-    *("path", "data_dir", "num_layers", "resnet_size"),
-    *("shortcut_connections", "shortcut_connection", "bottleneck", "resnet_version"),
-    *("data_format", "dtype", "loss_scale", "device"),
-)
 # those that say which network it is, under the names of run_config.ModelConfig
 NETWORK_FLAGS = ("num_layers", "shortcut_connections", "bottleneck", "resnet_version")
-
-
-def declare_shared_flags() -> None:
-    """Has `--help` of the calling program show the flags of this module too."""
-    for name in SHARED_FLAGS:
-        flags.declare_key_flag(name)
 
 
 def given_flags(names: tuple[str, ...]) -> dict[str, Any]:
     """The values of those flags that were given on the command line; None for the others."""
     return {
-        name: None if flags.FLAGS[name].using_default_value else flags.FLAGS[name].value
+        name: flags.FLAGS[name].value if flags.FLAGS[name].present else None
         for name in names
     }
 
@@ -77,15 +66,14 @@ def given_network() -> dict[str, Any]:
 
 def start_tensorflow(device: str) -> str:
     """Imports TensorFlow, quietly, and settles the device: returns "cpu" or "gpu"."""
-    keep_verbosity = flags.FLAGS["verbosity"].using_default_value
     with _quiet_start():
         import tensorflow as tf
 
         if device == "cpu":
             tf.config.set_visible_devices([], "GPU")
         has_gpu = bool(tf.config.list_logical_devices("GPU"))
-    if keep_verbosity:
-        logging.set_verbosity(logging.WARNING)  # which TensorFlow has raised
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
     if device == "gpu" and not has_gpu:
         raise UserError(
             "--device=gpu was asked for, but TensorFlow sees no GPU: `pip install -r "

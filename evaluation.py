@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 import checkpoints
-from cifar10_input import ImageSet, class_names, load_split
+from cifar10_input import FOLDER, ImageSet, class_names, load_split
 from errors import UserError
 from resnet_model import ResNet
 from run_config import RunConfig, refuse_contradictions
@@ -163,4 +163,4 @@ def _images_for(run: RunConfig, prefix: str, path: str | None, split: str) -> Im
                 f"{prefix} tells apart {', '.join(data.class_names)}, but the images in {path} are "
                 f"of {', '.join(names)}: name the data it was trained on with --path."
             )
-    return load_split(data, path or "", split)
+    return load_split(data, path or FOLDER, split)

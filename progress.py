@@ -37,7 +37,7 @@ class Progress:
             file=sys.stdout,
             dynamic_ncols=True,
             unit="step",
-            bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}, left {remaining}",
+            bar_format="{percentage:3.0f}%|{bar:20}| {n}/{total}{postfix}, left {remaining}",
         )
 
     def __enter__(self) -> "Progress":

@@ -10,7 +10,7 @@ from errors import UserError, exits_with_a_sentence
 
 FLAGS = flags.FLAGS
 
-command_line.declare_shared_flags()
+flags.adopt_module_key_flags(command_line)
 flags.DEFINE_string("ckpt_path", None, "A checkpoint's prefix, or a folder: its newest checkpoint.")
 flags.DEFINE_alias("model_dir", "ckpt_path")
 flags.DEFINE_enum(

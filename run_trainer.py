@@ -10,7 +10,7 @@ from run_config import RECIPES, ModelConfig, units_per_block
 
 FLAGS = flags.FLAGS
 
-command_line.declare_shared_flags()
+flags.adopt_module_key_flags(command_line)
 flags.DEFINE_string(
     "ckpt_path", None, "Folder for the checkpoints (default: runs/resnet20 and so on)."
 )

@@ -169,14 +169,17 @@ class Trainer:
     def check_finite(self, ckpt_path: str) -> None:
         """Stops a run whose loss or weights are no longer numbers, before it is saved so."""
         bad_step = int(self._first_bad_step)
-        if bad_step < 0:
-            if all(np.isfinite(v).all() for v in self.model.variables):
-                return
-            bad_step = int(self.step)
+        if bad_step >= 0:
+            what = f"the loss was not finite at step {bad_step}"
+        elif not all(np.isfinite(v).all() for v in self.model.variables):
+            # ReLU turns what is not a number into zero, and so may hide it from the loss
+            what = f"the weights were no longer finite by step {int(self.step)}"
+        else:
+            return
         good, _ = checkpoints.newest_intact(ckpt_path)
         rest = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
         raise UserError(
-            f"the loss was not finite at step {bad_step}: training diverged; {rest}. A lower "
+            f"{what}: training diverged; {rest}. A lower "
             f"--init_lr (it was {self.run.training.init_lr:g}) or --dtype=fp32 usually helps, in "
             "another --ckpt_path or with --clean."
         )

@@ -1,0 +1,71 @@
+"""What several test files need: CIFAR-10 folders in miniature, and losing root's privileges."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
+NOBODY = 65534
+
+
+def write_records(file: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """A batch file as its format is described: a label byte, then the red, green, blue planes."""
+    with open(file, "wb") as opened:
+        for image, label in zip(images, labels, strict=True):
+            planes = (image[:, :, channel].tobytes() for channel in range(3))
+            opened.write(bytes([int(label)]) + b"".join(planes))
+
+
+def random_images(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (count, 32, 32, 3), np.uint8), rng.integers(0, 10, count, np.uint8)
+
+
+@pytest.fixture
+def write_cifar10(tmp_path) -> Callable[..., Path]:
+    """Writes `cifar-10-batches-bin`: training images over five files, test images in one."""
+
+    def write(
+        train: tuple[np.ndarray, np.ndarray] | None = None,
+        test: tuple[np.ndarray, np.ndarray] | None = None,
+        names: str | None = None,
+        parent: Path = tmp_path,
+    ) -> Path:
+        train = train or random_images(15, seed=1)
+        test = test or random_images(4, seed=2)
+        folder = parent / "cifar-10-batches-bin"
+        folder.mkdir(parents=True)
+        parts = (np.array_split(values, len(TRAIN_FILES)) for values in train)
+        for name, images, labels in zip(TRAIN_FILES, *parts, strict=True):
+            write_records(folder / name, images, labels)
+        write_records(folder / "test_batch.bin", *test)
+        if names is not None:
+            (folder / "batches.meta.txt").write_text(names)
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def as_nobody() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """A `with` block in which file permissions count, for a root that would pass them all by."""
+
+    @contextlib.contextmanager
+    def nobody() -> Iterator[None]:
+        if os.geteuid() != 0:
+            yield
+            return
+        try:
+            os.seteuid(NOBODY)
+        except OSError:
+            pytest.skip("this root may not become another user")
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+
+    return nobody

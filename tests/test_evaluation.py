@@ -1,0 +1,319 @@
+"""Evaluation: every image counts once, and the figures are those that NumPy finds."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import random_images
+
+import checkpoints
+import cifar10_input
+import synthetic_data
+from cifar10_input import ImageSet
+from errors import UserError
+from evaluation import Evaluator, Metrics, score_checkpoints
+from resnet_model import ResNet
+from run_config import CIFAR10_NAMES, DataConfig, ModelConfig, RunConfig, TrainingConfig
+from training import Trainer
+
+COUNT = 53  # a prime: no batch size but 1 divides it
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu():
+    # An accelerator may pick other kernels for other batch sizes, and round more coarsely.
+    with tf.device("cpu"):
+        yield
+
+
+def varied_images(count: int) -> np.ndarray:
+    """Images that differ enough for an untrained network to tell some of them apart."""
+    rng = np.random.default_rng(11)
+    colours = rng.integers(0, 256, (count, 1, 1, 3))
+    slopes = rng.integers(-8, 9, (count, 2, 1, 1, 3))
+    x, y = np.arange(32)[None, None, :, None], np.arange(32)[None, :, None, None]
+    pictures = colours + slopes[:, 0] * x + slopes[:, 1] * y + rng.integers(-9, 10, (32, 32, 3))
+    return np.clip(pictures, 0, 255).astype(np.uint8)
+
+
+def stir(variables, seed: int = 0) -> None:
+    """Moves every variable a little from where it is; variances stay positive."""
+    rng = np.random.default_rng(seed)
+    for variable in variables:
+        variable.assign_add(rng.uniform(-0.05, 0.05, variable.shape))
+
+
+@pytest.fixture(scope="module")
+def model() -> ResNet:
+    with tf.device("cpu"):
+        model = ResNet(ModelConfig(num_layers=8, batch_norm_decay=0.0))
+        stir(model.variables)
+        # without decay, the statistics become those of this batch: the logits spread out
+        model(tf.constant(varied_images(COUNT) - np.float32(128)), training=True)
+        model.image_mean.assign(np.random.default_rng(1).uniform(90, 150, [32, 32, 3]))
+    return model
+
+
+@pytest.fixture(scope="module")
+def examples() -> ImageSet:
+    labels = np.random.default_rng(2).integers(0, 10, COUNT)
+    labels[labels == 4] = 3  # nobody is a deer
+    return ImageSet(varied_images(COUNT), labels.astype(np.int32))
+
+
+@pytest.fixture(scope="module")
+def metrics(model, examples) -> Metrics:
+    with tf.device("cpu"):
+        return Evaluator(model)(examples)
+
+
+def numpy_figures(model: ResNet, mean: np.ndarray, examples: ImageSet) -> dict:
+    """The same figures in plain NumPy, from the network's logits for all images at once."""
+    inputs = examples.images.astype(np.float32) - np.asarray(mean, np.float32)
+    logits = model(tf.constant(inputs), training=False).numpy().astype(np.float64)
+    labels, classes = examples.labels, logits.shape[1]
+    highest = logits.max(axis=1, keepdims=True)
+    log_sum = highest[:, 0] + np.log(np.exp(logits - highest).sum(axis=1))
+    rows = np.arange(len(labels))
+    ranks = (logits > logits[rows, labels][:, None]).sum(axis=1)
+    confusion = np.zeros([classes, classes], np.int64)
+    for label, predicted in zip(labels, logits.argmax(axis=1), strict=True):
+        confusion[label, predicted] += 1
+    return {
+        "loss": (log_sum - logits[rows, labels]).mean(),
+        "accuracy": (ranks == 0).mean(),
+        "top_5_accuracy": (ranks < 5).mean(),
+        "confusion_matrix": confusion,
+        "per_class_accuracy": [
+            (ranks[labels == c] == 0).mean() if (labels == c).any() else None
+            for c in range(classes)
+        ],
+    }
+
+
+def assert_figures(metrics: Metrics, expected: dict) -> None:
+    np.testing.assert_array_equal(metrics.confusion_matrix, expected["confusion_matrix"])
+    assert metrics.num_images == expected["confusion_matrix"].sum()
+    assert metrics.loss == pytest.approx(expected["loss"], rel=1e-5)
+    assert metrics.accuracy == pytest.approx(expected["accuracy"], abs=1e-12)
+    assert metrics.top_5_accuracy == pytest.approx(expected["top_5_accuracy"], abs=1e-12)
+    # approx leaves None to be equal to None alone
+    assert metrics.per_class_accuracy == pytest.approx(expected["per_class_accuracy"], abs=1e-12)
+
+
+# --- The figures ----------------------------------------------------------------------------------
+
+
+def test_the_figures_are_those_that_numpy_finds(model, examples, metrics):
+    expected = numpy_figures(model, model.image_mean.numpy(), examples)
+    assert (expected["confusion_matrix"].sum(axis=0) > 0).sum() >= 3, "several classes predicted"
+    assert 0 < expected["accuracy"] < expected["top_5_accuracy"] < 1
+    assert_figures(metrics, expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, COUNT, COUNT + 1])
+def test_every_image_counts_once_whatever_the_batch_size(model, examples, metrics, batch_size):
+    scored = Evaluator(model, batch_size)(examples)
+    assert scored.num_images == COUNT
+    np.testing.assert_array_equal(scored.confusion_matrix, metrics.confusion_matrix)
+    np.testing.assert_array_equal(
+        scored.confusion_matrix.sum(axis=1), np.bincount(examples.labels, minlength=10)
+    )
+    assert scored.top_5_accuracy == metrics.top_5_accuracy
+    assert scored.loss == pytest.approx(metrics.loss, rel=1e-5)
+
+
+def test_an_evaluator_starts_afresh_each_time(model, examples):
+    evaluator = Evaluator(model, 20)
+    first = evaluator(examples)
+    part = evaluator(examples.part(slice(5)))
+    again = evaluator(examples)
+    assert part.num_images == 5
+    assert (again.loss, again.num_images) == (first.loss, first.num_images)
+
+
+def test_the_mean_that_is_subtracted_is_the_one_in_the_model(model, examples, metrics):
+    evaluator = Evaluator(model)
+    stored = model.image_mean.numpy()
+    other = stored[::-1] * 0.5
+    try:
+        evaluator(examples.part(slice(5)))  # a mean that the graph keeps to itself would show
+        model.image_mean.assign(other)
+        scored = evaluator(examples)
+    finally:
+        model.image_mean.assign(stored)
+    assert scored.loss != pytest.approx(metrics.loss, rel=1e-2)
+    assert_figures(scored, numpy_figures(model, other, examples))
+
+
+def test_scoring_leaves_the_model_as_it_is(model, examples):
+    before = [variable.numpy() for variable in model.variables]
+    Evaluator(model)(examples)
+    for variable, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+
+
+def test_a_class_without_images_has_no_accuracy(metrics):
+    assert metrics.per_class_accuracy[4] is None
+    assert all(0 <= share <= 1 for c, share in enumerate(metrics.per_class_accuracy) if c != 4)
+
+
+def test_with_fewer_than_five_classes_top_5_means_all_of_them():
+    model = ResNet(ModelConfig(num_layers=8, num_classes=3))
+    examples = ImageSet(varied_images(10), np.arange(10, dtype=np.int32) % 3)
+    metrics = Evaluator(model)(examples)
+    assert metrics.confusion_matrix.shape == (3, 3)
+    assert metrics.top_5_accuracy == 1.0
+    assert "top-3 accuracy" in metrics.report(["cat", "dog", "eel"])
+
+
+def test_figures_follow_from_a_confusion_matrix_by_hand():
+    metrics = Metrics(1.25, 0.875, np.array([[3, 1, 0], [0, 0, 0], [2, 0, 2]]))
+    assert metrics.num_images == 8
+    assert metrics.accuracy == 5 / 8
+    assert metrics.per_class_accuracy == [0.75, None, 0.5]
+
+
+def test_the_report_has_the_figures_and_the_names():
+    metrics = Metrics(1.25, 0.875, np.array([[3, 1, 0], [0, 0, 0], [2, 0, 2]]))
+    lines = [line.split() for line in metrics.report(["cat", "dog", "eel"]).splitlines()]
+    assert lines == [
+        ["images", "8"],
+        ["loss", "1.2500"],
+        ["accuracy", "0.6250"],
+        ["top-3", "accuracy", "0.8750"],
+        ["cat", "0.7500"],
+        ["dog", "no", "images"],
+        ["eel", "0.5000"],
+    ]
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+RUN = RunConfig(
+    ModelConfig(num_layers=8),
+    DataConfig(holdout=4),
+    TrainingConfig(num_iterations=100, batch_size=8),
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> list[str]:
+    """Two checkpoints of one run, at steps 10 and 20, with other weights and another mean each."""
+    directory = tmp_path_factory.mktemp("run")
+    with tf.device("cpu"):
+        trainer = Trainer(RUN)
+        prefixes = []
+        for step in (10, 20):
+            stir(trainer.model.variables, seed=step)
+            trainer.model.image_mean.assign(np.full([32, 32, 3], 5.0 * step))
+            trainer.step.assign(step)
+            prefixes.append(checkpoints.save(trainer.checkpoint, str(directory), step))
+    return prefixes
+
+
+@pytest.fixture
+def folder(write_cifar10) -> Path:
+    train = varied_images(20), np.arange(20) % 10
+    test = varied_images(30)[::-1], np.arange(30) % 7
+    return write_cifar10(train=train, test=test, names="\n".join(CIFAR10_NAMES))
+
+
+def figures_of(prefix: str, images: np.ndarray, labels: np.ndarray) -> dict:
+    model = checkpoints.load_model(prefix)
+    return numpy_figures(model, model.image_mean.numpy(), ImageSet(images, labels))
+
+
+def test_checkpoints_are_scored_in_turn_on_the_test_images(saved, folder):
+    scores = list(score_checkpoints(saved, str(folder), batch_size=8))
+    assert [scored.checkpoint for scored in scores] == saved
+    assert [scored.step for scored in scores] == [10, 20]
+    for scored, prefix in zip(scores, saved, strict=True):
+        assert scored.run == RUN
+        assert scored.split == "test"
+        expected = figures_of(prefix, varied_images(30)[::-1], np.arange(30) % 7)
+        assert_figures(scored.metrics, expected)
+    assert scores[0].metrics.loss != scores[1].metrics.loss
+
+
+@pytest.mark.parametrize(
+    ("split", "part"), [("train", slice(0, 16)), ("holdout", slice(16, 20))], ids=str
+)
+def test_holdout_and_the_images_trained_on_are_scored_apart(saved, folder, split, part):
+    (scored,) = score_checkpoints(saved[:1], str(folder), split=split)
+    assert scored.split == split
+    expected = figures_of(saved[0], varied_images(20)[part], np.arange(20)[part] % 10)
+    assert_figures(scored.metrics, expected)
+
+
+def test_what_a_score_tells_people_and_programs_is_the_same(saved, folder):
+    (scored,) = score_checkpoints(saved[1:], str(folder.parent))
+    report = scored.report()
+    head, *figures = report.splitlines()
+    assert saved[1] in head
+    assert "resnet8" in head
+    assert "step 20)" in head
+    assert "test" in head
+    assert "\n".join(figures) == scored.metrics.report(CIFAR10_NAMES)
+
+    told = json.loads(json.dumps(scored.as_json()))
+    assert told["checkpoint"] == saved[1]
+    assert (told["step"], told["split"], told["num_images"]) == (20, "test", 30)
+    assert told["loss"] == scored.metrics.loss
+    assert told["accuracy"] == scored.metrics.accuracy
+    assert told["top_5_accuracy"] == scored.metrics.top_5_accuracy
+    assert told["per_class_accuracy"] == scored.metrics.per_class_accuracy
+    assert told["per_class_accuracy"][9] is None
+    assert told["confusion_matrix"] == scored.metrics.confusion_matrix.tolist()
+    assert told["description"] == json.loads(RUN.to_json())
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "held"),
+    [("num_layers", 20, 8), ("shortcut_connections", False, True), ("resnet_version", 1, 2)],
+)
+def test_a_given_value_that_contradicts_the_checkpoint_is_refused(saved, folder, name, given, held):
+    with pytest.raises(UserError) as refused:
+        list(score_checkpoints(saved, str(folder), given={name: given}))
+    assert f"{name}={given}" in str(refused.value)
+    assert f"{name}={held}" in str(refused.value)
+    assert saved[0] in str(refused.value)
+
+
+def test_given_values_that_agree_or_are_left_out_are_accepted(saved, folder):
+    given = {"num_layers": 8, "shortcut_connections": True, "bottleneck": None}
+    (scored,) = score_checkpoints(saved[:1], str(folder), given=given)
+    assert scored.metrics.num_images == 30
+
+
+def test_images_of_other_classes_than_the_run_knows_are_refused(saved, write_cifar10, tmp_path):
+    names = synthetic_data.CLASS_NAMES
+    other = write_cifar10(names="\n".join(names), parent=tmp_path / "other")
+    with pytest.raises(UserError) as refused:
+        list(score_checkpoints(saved[:1], str(other)))
+    for told in (saved[0], str(other), *names, *CIFAR10_NAMES):
+        assert told in str(refused.value)
+
+
+def test_labels_that_the_network_has_no_class_for_are_refused(saved, write_cifar10):
+    images, labels = random_images(6)
+    labels[3] = 10
+    with pytest.raises(UserError, match="label 10 "):
+        list(score_checkpoints(saved[:1], str(write_cifar10(test=(images, labels)))))
+
+
+def test_a_run_on_generated_pictures_is_scored_without_a_path(tmp_path, monkeypatch):
+    monkeypatch.setitem(cifar10_input.SYNTHETIC_IMAGES, "test", 30)
+    run = RunConfig(ModelConfig(num_layers=8), DataConfig("synthetic", synthetic_data.CLASS_NAMES))
+    prefix = checkpoints.save(Trainer(run).checkpoint, str(tmp_path), 0)
+    (scored,) = score_checkpoints([prefix])
+    images, labels = synthetic_data.make_split("test", 30)
+    assert_figures(scored.metrics, figures_of(prefix, images, labels.astype(np.int32)))
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, folder):
+    prefix = tf.train.Checkpoint(v=tf.Variable(1.0)).write(str(tmp_path / "other"))
+    with pytest.raises(UserError, match="not one that this project wrote"):
+        list(score_checkpoints([prefix], str(folder)))

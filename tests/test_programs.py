@@ -1,0 +1,377 @@
+"""The commands themselves, run as their users run them: processes, files, exit statuses."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+# 8 layers and small batches: a step takes a few milliseconds
+SMALL = ("--num_layers=8", "--batch_size=16", "--log_per_iterations=5")
+
+
+def start(*command: object, **keywords) -> subprocess.Popen:
+    program, *arguments = map(str, command)
+    return subprocess.Popen(
+        [sys.executable, str(PROJECT / program), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **keywords,
+    )
+
+
+def run(*command: object, status: int = 0, **keywords) -> subprocess.CompletedProcess:
+    process = start(*command, **keywords)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == status, out + err
+    assert "Traceback" not in err
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def error_of(*command: object, **keywords) -> str:
+    """The one sentence in which a command refuses its work."""
+    err = run(*command, status=1, **keywords).stderr
+    assert len(err.strip().splitlines()) == 1, err
+    return err
+
+
+def values_in(prefix: str | Path) -> dict[str, object]:
+    import tensorflow as tf
+
+    reader = tf.train.load_checkpoint(str(prefix))
+    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+
+
+def assert_same_checkpoint(one: str | Path, other: str | Path) -> None:
+    ours, theirs = values_in(one), values_in(other)
+    assert ours.keys() == theirs.keys()
+    assert any("momentum" in name for name in ours)
+    for name, value in ours.items():
+        if not name.startswith("_CHECKPOINTABLE"):
+            np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    run(
+        *("cifar10_download_and_extract.py", "--synthetic", f"--data_dir={folder}"),
+        *("--synthetic_train_images=400", "--synthetic_test_images=130"),
+    )
+    return folder / "cifar-10-batches-bin"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory) -> Path:
+    """A whole run of 60 steps, for others to be compared with."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run(
+        *("run_trainer.py", f"--path={data}", f"--ckpt_path={folder}", *SMALL),
+        *("--num_iterations=60", "--save_per_iterations=20", "--max_ckpts=-1"),
+    )
+    return folder
+
+
+def test_a_newcomers_commands_work_one_after_the_other(tmp_path):
+    run("cifar10_download_and_extract.py", "--synthetic", "--synthetic_train_images=200",
+        "--synthetic_test_images=50", cwd=tmp_path)  # fmt: skip
+    trained = run(
+        *("run_trainer.py", "--path=cifar-10-batches-bin", *SMALL, "--max_train_steps=6"),
+        cwd=tmp_path,
+    )
+    assert "64000 steps" in trained.stdout  # the paper's schedule
+    plain = run(
+        *("run_trainer.py", "--path=cifar-10-batches-bin", *SMALL, "--max_train_steps=6"),
+        "--shortcut_connections=False",
+        cwd=tmp_path,
+    )
+    assert "plain8" in plain.stdout
+    scored = run(
+        *("run_evaluator.py", "--path=cifar-10-batches-bin", "--num_layers=8"),
+        "--ckpt_path=runs/plain8/model.ckpt-6",
+        cwd=tmp_path,
+    )
+    assert re.search(r"accuracy +0\.\d{4}", scored.stdout)
+    assert (tmp_path / "runs/resnet8/log/train").is_dir()
+    # nothing but the sentences that are meant for people
+    assert (trained.stderr, scored.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("program", ["run_trainer.py", "run_evaluator.py"])
+def test_help_and_wrong_flags_answer_without_importing_tensorflow(program, tmp_path):
+    (tmp_path / "tensorflow.py").write_text("raise SystemExit('tensorflow was imported')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    shown = run(program, "--help", status=1, env=environment).stdout
+    for flag in ("path", "ckpt_path", "num_layers", "data_format", "dtype", "device"):
+        assert f"--{flag}" in shown or f"--[no]{flag}" in shown
+    wrong = run(program, "--num_layer=20", "--ckpt_path=x", status=1, env=environment)
+    assert "num_layers" in wrong.stderr
+    if program == "run_trainer.py":
+        assert "20 or 26" in error_of(program, "--num_layers=21", env=environment)
+
+
+def test_the_names_of_both_reference_programs_are_understood(data, tmp_path):
+    run(
+        *("run_trainer.py", f"--data_dir={data}", f"--model_dir={tmp_path}", "--resnet_size=8"),
+        *("--shortcut_connection=False", "--batch_size=16", "--max_train_steps=1"),
+    )
+    scored = run(
+        *("run_evaluator.py", f"--data_dir={data}", f"--model_dir={tmp_path}", "--resnet_size=8"),
+        "--noshortcut_connection",
+    )
+    assert "plain8, step 1" in scored.stdout
+
+
+def test_a_killed_run_ends_bit_for_bit_like_one_never_interrupted(data, tmp_path, uninterrupted):
+    command = (
+        *("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL),
+        *("--num_iterations=60", "--save_per_iterations=20", "--max_ckpts=-1"),
+    )
+    process = start(*command)
+    for line in process.stdout:  # past the first checkpoint, and on its way to the second
+        if line.startswith("step 30/"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    again = run(*command)
+    assert re.search(r"Going on from \S+model\.ckpt-(20|40), step (20|40)", again.stdout)
+    assert_same_checkpoint(uninterrupted / "model.ckpt-60", tmp_path / "model.ckpt-60")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_saves_says_where_and_goes_on_from_there(
+    data, tmp_path, uninterrupted, number, status
+):
+    command = (
+        *("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL),
+        *("--num_iterations=60", "--save_per_iterations=1000"),
+    )
+    process = start(*command)
+    for line in process.stdout:
+        if line.startswith("step 10/"):
+            process.send_signal(number)
+            break
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == status, out + err
+    saved = re.search(r"saved as (\S+/model\.ckpt-(\d+))", out)
+    assert 10 <= int(saved[2]) < 60
+    again = run(*command)
+    assert f"Going on from {saved[1]}" in again.stdout
+    assert_same_checkpoint(uninterrupted / "model.ckpt-60", tmp_path / "model.ckpt-60")
+
+
+def test_a_finished_run_started_again_says_so_and_changes_nothing(data, uninterrupted):
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in uninterrupted.glob("model*"))
+    again = run("run_trainer.py", f"--path={data}", f"--ckpt_path={uninterrupted}")
+    assert "finished" in again.stdout
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in uninterrupted.glob("model*")) == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "asked", "found"),
+    [
+        ("--num_layers=14", "num_layers=14", "num_layers=8"),
+        ("--shortcut_connections=False", "shortcut_connections=False", "connections=True"),
+        ("--num_iterations=70", "num_iterations=70", "num_iterations=60"),
+        ("--seed=1", "seed=1", "seed=0"),
+        ("--use_synthetic_data", "dataset=synthetic", "dataset=cifar10"),
+    ],
+)
+def test_resuming_with_another_value_names_both(data, uninterrupted, flag, asked, found):
+    error = error_of("run_trainer.py", f"--path={data}", f"--ckpt_path={uninterrupted}", flag)
+    assert asked in error
+    assert found in error
+
+
+def test_what_may_change_on_resuming_does(data, tmp_path):
+    command = ("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL)
+    run(*command, "--num_iterations=12", "--max_train_steps=5")
+    resumed = run(*command, "--data_format=channels_first", "--dtype=bf16", "--max_train_steps=9")
+    assert "bf16, channels_first" in resumed.stdout
+    assert "step 9/9" in resumed.stdout
+    run(*command)
+    assert values_in(tmp_path / "model.ckpt-12")["step/.ATTRIBUTES/VARIABLE_VALUE"] == 12
+
+
+def test_clean_starts_over(data, tmp_path):
+    command = ("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL)
+    run(*command, "--num_iterations=4")
+    (tmp_path / "notes.txt").write_text("mine")
+    again = run(*command, "--num_iterations=3", "--clean")
+    assert "Starting at step 0" in again.stdout
+    assert {p.name for p in tmp_path.glob("*.index")} == {"model.ckpt-3.index"}
+    assert len(list((tmp_path / "log/train").iterdir())) == 1
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_second_trainer_in_the_same_folder_is_refused(data, tmp_path):
+    command = ("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL)
+    first = start(*command)
+    try:
+        while not first.stdout.readline().startswith("step 5/"):
+            assert first.poll() is None
+        assert "another trainer" in error_of(*command)
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_a_diverging_run_stops_and_leaves_its_last_good_checkpoint(data, tmp_path):
+    command = (
+        *("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL),
+        *("--init_lr=1e20", "--num_iterations=64000", "--save_per_iterations=1"),
+    )
+    error = error_of(*command)
+    assert re.search(r"not finite at step \d+|no longer finite by step \d+", error)
+    saved = [p.name for p in tmp_path.glob("model.ckpt-*.index")]
+    for name in saved:
+        values = values_in(tmp_path / name.removesuffix(".index"))
+        numbers = [v for v in values.values() if getattr(v, "dtype", None) == np.float32]
+        assert all(np.isfinite(v).all() for v in numbers)
+    good = re.search(r"last good checkpoint is (\S+);? ", error)
+    if saved:
+        assert os.path.basename(good[1].rstrip(".")) + ".index" in saved
+    else:
+        assert "no checkpoint was written" in error
+
+
+@pytest.mark.parametrize("where", ["missing", "file", "empty", "truncated"])
+def test_wrong_data_ends_in_one_sentence_before_training(data, tmp_path, where):
+    path = tmp_path / "cifar"
+    if where == "file":
+        path.write_bytes(b"")
+    elif where != "missing":
+        path.mkdir()
+    if where == "truncated":
+        for file in data.glob("*.bin"):
+            (path / file.name).write_bytes(file.read_bytes())
+        (path / "data_batch_3.bin").write_bytes(b"\0" * 3072)
+    error = error_of("run_trainer.py", f"--path={path}", f"--ckpt_path={tmp_path / 'run'}")
+    expected = {
+        "missing": "cifar10_download_and_extract.py",
+        "file": "is a file",
+        "empty": "data_batch_1.bin is missing",
+        "truncated": "data_batch_3.bin has 3,072 bytes",
+    }
+    assert expected[where] in error
+    assert not list((tmp_path / "run").glob("model*"))
+
+
+def test_without_data_the_trainer_says_how_to_get_it(tmp_path):
+    error = error_of("run_trainer.py", cwd=tmp_path)
+    assert "python cifar10_download_and_extract.py" in error
+    assert "--use_synthetic_data" in error
+
+
+def test_a_gpu_that_is_not_there_is_refused_by_name_of_what_to_install(tmp_path):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
+    for program in ("run_trainer.py", "run_evaluator.py"):
+        arguments = (program, "--device=gpu", f"--ckpt_path={tmp_path}")
+        assert "requirements-gpu.txt" in error_of(*arguments, env=environment)
+
+
+def test_the_evaluator_writes_what_it_prints(data, uninterrupted, tmp_path):
+    file = tmp_path / "scores.json"
+    shown = run(
+        *("run_evaluator.py", f"--path={data}", f"--ckpt_path={uninterrupted}"),
+        f"--output_json={file}",
+    ).stdout
+    scores = json.loads(file.read_text())
+    assert scores["num_images"] == 130
+    assert np.sum(scores["confusion_matrix"]) == 130
+    assert f"{scores['accuracy']:.4f}" in shown
+    assert f"{scores['loss']:.4f}" in shown
+    assert scores["accuracy"] == np.trace(scores["confusion_matrix"]) / 130
+    assert scores["accuracy"] <= scores["top_5_accuracy"] <= 1
+    assert len(scores["per_class_accuracy"]) == 10
+    assert scores["description"]["model"]["num_layers"] == 8
+
+
+def test_all_checkpoints_are_scored_in_turn(data, uninterrupted, tmp_path):
+    file = tmp_path / "scores.json"
+    run(
+        *("run_evaluator.py", f"--path={data}", f"--ckpt_path={uninterrupted}", "--split=train"),
+        *("--all_checkpoints", f"--output_json={file}", "--batch_size=64"),
+    )
+    scores = json.loads(file.read_text())
+    assert [score["step"] for score in scores] == [20, 40, 60]
+    assert {score["num_images"] for score in scores} == {400}
+    assert len({score["loss"] for score in scores}) == 3
+
+
+def test_evaluating_needs_the_test_file_alone(data, uninterrupted, tmp_path):
+    for name in ("test_batch.bin", "batches.meta.txt"):
+        (tmp_path / name).write_bytes((data / name).read_bytes())
+    run("run_evaluator.py", f"--path={tmp_path}", f"--ckpt_path={uninterrupted}")
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [("channels_first", "fp32"), ("channels_last", "fp16")]
+)
+def test_layouts_and_precisions_score_one_checkpoint_alike(
+    data, uninterrupted, tmp_path, layout, dtype
+):
+    losses = []
+    for flags in ((), (f"--data_format={layout}", f"--dtype={dtype}")):
+        file = tmp_path / "scores.json"
+        run(
+            *("run_evaluator.py", f"--path={data}", f"--ckpt_path={uninterrupted}"),
+            *(f"--output_json={file}", *flags),
+        )
+        losses.append(json.loads(file.read_text())["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5 if dtype == "fp32" else 2e-2)
+
+
+def test_what_the_evaluator_cannot_score_ends_in_one_sentence(data, uninterrupted, tmp_path):
+    def refused(ckpt_path, *flags):
+        return error_of("run_evaluator.py", f"--path={data}", f"--ckpt_path={ckpt_path}", *flags)
+
+    assert "no checkpoint" in refused(tmp_path / "nowhere")
+    assert "no checkpoint" in refused(tmp_path)
+    assert "no checkpoint" in refused(data)
+    names = refused(uninterrupted, "--num_layers=20")
+    assert "num_layers=20" in names
+    assert "num_layers=8" in names
+    for suffix in (".index", ".sha256"):
+        name = "model.ckpt-20" + suffix
+        (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
+    assert "is missing" in refused(tmp_path / "model.ckpt-20")
+    name = "model.ckpt-20.data-00000-of-00001"
+    (tmp_path / name).write_bytes((uninterrupted / name).read_bytes()[:-1])
+    assert "damaged" in refused(tmp_path)
+
+
+def test_eval_only_scores_the_holdout_of_its_run_and_trains_nothing(data, tmp_path):
+    command = ("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL)
+    run(*command, "--holdout=100", "--num_iterations=3")
+    shown = run(*command, "--eval_only").stdout
+    assert "on holdout images" in shown
+    assert re.search(r"images +100", shown)
+    scored = run(
+        *("run_evaluator.py", f"--path={data}", f"--ckpt_path={tmp_path}", "--split=holdout")
+    )
+    assert scored.stdout == shown
+    assert re.search(
+        r"images +300",
+        run(
+            "run_evaluator.py", f"--path={data}", f"--ckpt_path={tmp_path}", "--split=train"
+        ).stdout,
+    )
+
+
+def test_generated_pictures_need_no_files(tmp_path):
+    run(
+        *("run_trainer.py", "--use_synthetic_data", *SMALL, "--max_train_steps=2"),
+        cwd=tmp_path,
+    )
+    scored = run("run_evaluator.py", "--ckpt_path=runs/resnet8-synthetic", cwd=tmp_path)
+    assert re.search(r"images +2000", scored.stdout)
+    assert "crescent" in scored.stdout

@@ -1,0 +1,234 @@
+"""The training step against an independent reference, and the loop's promises, in one process."""
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import checkpoints
+import training
+from cifar10_input import ImageSet, mean_image
+from errors import UserError
+from evaluation import Evaluator
+from run_config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from synthetic_data import CLASS_NAMES, make_split
+
+SMALL = ModelConfig(num_layers=8)
+
+
+def make_run(**hyperparameters) -> RunConfig:
+    data = DataConfig("synthetic", CLASS_NAMES)
+    return RunConfig(SMALL, data, TrainingConfig(batch_size=8, **hyperparameters))
+
+
+def make_batch(seed: int = 0) -> tuple[tf.Tensor, tf.Tensor]:
+    rng = np.random.default_rng(seed)
+    images = rng.normal(0, 60, [8, 32, 32, 3]).astype(np.float32)
+    return tf.constant(images), tf.constant(rng.integers(0, 10, 8).astype(np.int32))
+
+
+def gradients_of(trainer: training.Trainer, batch) -> list[np.ndarray]:
+    """Gradients of the cross-entropy alone, in their own plain words."""
+    images, labels = batch
+    with tf.GradientTape() as tape:
+        logits = trainer.model(images, training=True)
+        log_probabilities = tf.nn.log_softmax(logits)
+        loss = -tf.reduce_mean(tf.gather(log_probabilities, labels, batch_dims=1))
+    return [g.numpy() for g in tape.gradient(loss, trainer.model.trainable_variables)]
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_two_steps_are_those_of_momentum_with_l2_on_kernels_alone(nesterov):
+    run = make_run(nesterov=nesterov, weight_decay=0.01, init_lr=0.05, num_iterations=64_000)
+    trainer = training.Trainer(run)
+    variables = trainer.model.trainable_variables
+    weights = [v.numpy() for v in variables]
+    momenta = [np.zeros_like(w) for w in weights]
+    for step in range(2):
+        batch = make_batch(step)
+        before = [v.numpy() for v in trainer.model.variables]
+        gradients = gradients_of(trainer, batch)
+        for variable, value in zip(trainer.model.variables, before, strict=True):
+            variable.assign(value)  # the reference moved the batch-norm averages
+        trainer.train_step(*batch)
+        for i, (variable, gradient) in enumerate(zip(variables, gradients, strict=True)):
+            if "kernel" in variable.name:
+                gradient = gradient + 0.01 * weights[i]
+            momenta[i] = 0.9 * momenta[i] + gradient
+            change = gradient + 0.9 * momenta[i] if nesterov else momenta[i]
+            weights[i] = weights[i] - 0.005 * change  # the first 500 steps: a tenth of init_lr
+            np.testing.assert_allclose(
+                variable.numpy(), weights[i], rtol=1e-4, atol=1e-6, err_msg=variable.name
+            )
+    assert int(trainer.step) == 2
+
+
+def test_the_loss_scale_changes_no_step_beyond_rounding():
+    results = []
+    for dtype, scale in (("fp16", 1.0), ("fp16", 128.0)):
+        trainer = training.Trainer(make_run(), dtype=dtype, loss_scale=scale)
+        trainer.train_step(*make_batch())
+        results.append(np.concatenate([v.numpy().ravel() for v in trainer.model.variables]))
+    assert np.abs(results[0] - results[1]).max() < 1e-3
+    assert np.isfinite(results[1]).all()
+
+
+def test_label_smoothing_trains_towards_smoothed_labels():
+    trainer = training.Trainer(make_run(label_smoothing=0.1))
+    images, labels = make_batch()
+    before = [v.numpy() for v in trainer.model.variables]
+    log_probabilities = tf.nn.log_softmax(trainer.model(images, training=True)).numpy()
+    for variable, value in zip(trainer.model.variables, before, strict=True):
+        variable.assign(value)
+    trainer.train_step(images, labels)
+    targets = np.full([8, 10], 0.01)
+    targets[np.arange(8), labels] = 0.91
+    loss, _ = trainer.means()
+    assert loss == pytest.approx(-(targets * log_probabilities).sum(1).mean(), rel=1e-4)
+
+
+def test_means_are_over_the_steps_since_the_last_reset():
+    trainer = training.Trainer(make_run())
+    losses = []
+    for step in range(3):
+        trainer.train_step(*make_batch(step))
+        losses.append(trainer.means(reset=True)[0])
+    again = training.Trainer(make_run())
+    for step in range(3):
+        again.train_step(*make_batch(step))
+    loss, accuracy = again.means()
+    assert loss == pytest.approx(np.mean(losses), rel=1e-6)
+    assert accuracy in [i / 24 for i in range(25)]
+
+
+def test_a_loss_that_is_not_finite_is_reported_with_its_own_step(tmp_path):
+    trainer = training.Trainer(make_run())
+    images, labels = make_batch()
+    trainer.train_step(images, labels)
+    trainer.check_finite(str(tmp_path))
+    trainer.model.logits_bias.assign(np.full([10], np.nan))
+    trainer.train_step(images, labels)
+    trainer.train_step(images, labels)
+    with pytest.raises(UserError, match=r"not finite at step 2.*no checkpoint"):
+        trainer.check_finite(str(tmp_path))
+
+
+def test_weights_that_are_not_finite_are_never_saved_even_before_a_loss_shows_it(tmp_path):
+    trainer = training.Trainer(make_run())
+    trainer.model.logits_bias.assign(np.full([10], np.inf))
+    with pytest.raises(UserError, match="weights were no longer finite by step 0"):
+        trainer.check_finite(str(tmp_path))
+
+
+def test_every_way_to_compute_goes_on_from_every_others_checkpoint(tmp_path):
+    run = make_run()
+    first = training.Trainer(run, "channels_last", "fp32")
+    first.train_step(*make_batch())
+    prefix = checkpoints.save(first.checkpoint, str(tmp_path), 1)
+    for data_format, dtype in [
+        ("channels_first", "fp32"),
+        ("channels_first", "bf16"),
+        ("channels_last", "fp16"),
+    ]:
+        other = training.Trainer(run, data_format, dtype, loss_scale=128)
+        other.restore(prefix)
+        for ours, theirs in zip(first.model.variables, other.model.variables, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        other.train_step(*make_batch(1))
+        assert int(other.step) == 2
+
+
+def test_bf16_learns_the_synthetic_data_as_well_as_fp32():
+    images, labels = make_split("train", 3000)
+    train_set = ImageSet(images, labels.astype(np.int32))
+    images, labels = make_split("test", 1000)
+    test_set = ImageSet(images, labels.astype(np.int32))
+    mean = mean_image(train_set.images)
+    accuracies = {}
+    for dtype in ("fp32", "bf16"):
+        hyperparameters = TrainingConfig(
+            "one_cycle", 500, batch_size=64, init_lr=0.2, nesterov=True, weight_decay=5e-4
+        )
+        # statistics that follow within 500 steps
+        config = ModelConfig(num_layers=8, batch_norm_decay=0.9)
+        trainer = training.Trainer(
+            RunConfig(config, DataConfig("synthetic", CLASS_NAMES), hyperparameters), dtype=dtype
+        )
+        trainer.model.image_mean.assign(mean)
+        for batch in training.training_batches(train_set, mean, 64, num_steps=500):
+            trainer.train_step(*batch)
+        accuracies[dtype] = Evaluator(trainer.model)(test_set).accuracy
+    assert accuracies["fp32"] > 0.75
+    assert accuracies["bf16"] == pytest.approx(accuracies["fp32"], abs=0.05)
+
+
+def options(folder, **changes) -> training.Options:
+    folder = str(folder)
+    defaults = training.Options(folder, os.path.join(folder, "log"), log_per_iterations=2)
+    return dataclasses.replace(defaults, **changes)
+
+
+@pytest.fixture
+def small_synthetic(monkeypatch):
+    monkeypatch.setattr("cifar10_input.SYNTHETIC_IMAGES", {"train": 80, "test": 40})
+
+
+def test_curves_of_training_and_evaluation_share_their_charts(tmp_path, small_synthetic):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = make_run(num_iterations=20)
+    training.train(run, options(tmp_path, epochs_between_evals=1))
+    tags = {}
+    for part in ("train", "eval"):
+        events = EventAccumulator(str(tmp_path / "log" / part)).Reload()
+        tags[part] = {
+            tag: [event.step for event in events.Tensors(tag)] for tag in events.Tags()["tensors"]
+        }
+    assert tags["eval"] == {"loss": [10, 20], "accuracy": [10, 20]}
+    assert set(tags["train"]) == {"loss", "accuracy", "learning_rate", "images_per_second"}
+    assert tags["train"]["loss"] == list(range(2, 21, 2))
+
+
+def test_an_evaluation_that_reaches_the_threshold_ends_the_run_with_a_checkpoint(
+    tmp_path, small_synthetic
+):
+    run = make_run(num_iterations=50)
+    outcome = training.train(run, options(tmp_path, epochs_between_evals=1, stop_threshold=0.01))
+    assert outcome.step == 10
+    assert outcome.checkpoint == checkpoints.find(str(tmp_path))
+
+
+def test_a_holdout_is_what_is_evaluated_while_training(tmp_path, small_synthetic, capsys):
+    run = make_run(num_iterations=8)
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, holdout=16))
+    outcome = training.train(run, options(tmp_path, epochs_between_evals=1))
+    assert outcome.metrics.num_images == 16
+    assert "evaluated on holdout" in capsys.readouterr().out
+
+
+def test_other_training_images_than_the_runs_own_are_refused(
+    tmp_path, small_synthetic, monkeypatch
+):
+    run = make_run(num_iterations=20)
+    outcome = training.train(run, options(tmp_path, max_train_steps=4))
+    monkeypatch.setattr("cifar10_input.SYNTHETIC_IMAGES", {"train": 88, "test": 40})
+    with pytest.raises(UserError, match="not those that"):
+        training.train(run, options(tmp_path), outcome.checkpoint)
+
+
+def test_only_the_newest_checkpoints_are_kept_and_the_last_step_is_among_them(
+    tmp_path, small_synthetic
+):
+    run = make_run(num_iterations=11)
+    training.train(run, options(tmp_path, save_per_iterations=2, max_ckpts=3))
+    assert [step for step, _ in checkpoints.list_checkpoints(str(tmp_path))] == [8, 10, 11]
+
+
+def test_epochs_become_the_steps_that_see_every_image_that_often(small_synthetic, tmp_path):
+    given = {"dataset": "synthetic", "batch_size": 32, "holdout": 10}
+    run, resume_from = training.prepare_run(given, str(tmp_path), "", train_epochs=3)
+    assert resume_from is None
+    assert run.training.num_iterations == 7  # 3 * 70 / 32, rounded up
+    assert run.data.class_names == CLASS_NAMES
