@@ -48,7 +48,12 @@ def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep
             for suffix in SUFFIXES:
                 os.replace(written + suffix, prefix + suffix)
             _flush(directory)
-        kept = [saved for _, saved in list_checkpoints(directory)]
+        kept = []
+        for saved_step, saved in list_checkpoints(directory):
+            if saved_step > step:
+                _delete(saved)  # a damaged one that this run was resumed without
+            else:
+                kept.append(saved)
         surplus = max(0, len(kept) - max(1, max_to_keep)) if max_to_keep >= 0 else 0
         _write_state(directory, kept[surplus:])
         for old in kept[:surplus]:
@@ -62,11 +67,11 @@ def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep
     return prefix
 
 
-def list_checkpoints(directory: str) -> list[tuple[int, str]]:
+def list_checkpoints(directory: str, suffix: str = ".index") -> list[tuple[int, str]]:
     """The checkpoints of a folder as (step, prefix), oldest first, intact or not."""
     found = []
-    for index in glob.glob(os.path.join(glob.escape(directory), f"{NAME}-*.index")):
-        prefix = index.removesuffix(".index")
+    for file in glob.glob(os.path.join(glob.escape(directory), f"{NAME}-*{suffix}")):
+        prefix = file.removesuffix(suffix)
         if match := re.fullmatch(rf"{re.escape(NAME)}-(\d+)", os.path.basename(prefix)):
             found.append((int(match[1]), prefix))
     return sorted(found)
@@ -86,6 +91,7 @@ def newest_intact(directory: str) -> tuple[str | None, list[str]]:
 
 def find(path: str) -> str:
     """The prefix that `path` names: itself, or the newest checkpoint of that folder. Verified."""
+    _refuse_patterns(path)
     if os.path.isdir(path):
         found = list_checkpoints(path)
         if not found:
@@ -115,8 +121,9 @@ def verify(prefix: str) -> None:
             )
     try:
         with open(prefix + ".sha256", encoding="utf-8") as digests:
-            lines = [line.split(maxsplit=1) for line in digests]
-            expected = {name.strip(): digest for digest, name in lines}
+            lines = [line.split() for line in digests]
+            # by what they end in, so that a copy under another name verifies too
+            expected = {name[name.index(".", len(NAME)) :]: digest for digest, name in lines}
     except FileNotFoundError:
         return  # TensorFlow's own checksums of each tensor still stand
     except (OSError, ValueError) as error:
@@ -124,7 +131,7 @@ def verify(prefix: str) -> None:
     for suffix in SUFFIXES[1:]:
         file = prefix + suffix
         try:
-            intact = _sha256(file) == expected.get(os.path.basename(prefix) + suffix)
+            intact = _sha256(file) == expected.get(suffix)
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror}.") from error
         if not intact:
@@ -140,28 +147,31 @@ def read_run(prefix: str) -> tuple[RunConfig, int]:
         reader = tf.train.load_checkpoint(prefix)
         if not reader.has_tensor(DESCRIPTION_KEY):
             raise UserError(
-                f"{prefix} is a TensorFlow checkpoint, but not one that this project wrote: it "
-                "has no description of its network."
+                "it is a TensorFlow checkpoint, but not one that this project wrote, for it has no "
+                "description of its network."
             )
         text = reader.get_tensor(DESCRIPTION_KEY).decode()
         step = int(reader.get_tensor(STEP_KEY))
-    except (tf.errors.OpError, ValueError, RuntimeError) as error:
+        return RunConfig.from_json(text), step
+    except UserError as error:
+        raise UserError(f"{prefix} cannot be used: {error}") from error
+    except (tf.errors.OpError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{prefix} cannot be read as a checkpoint: {_first_line(error)}") from error
-    return RunConfig.from_json(text), step
 
 
 def restore(checkpoint: tf.train.Checkpoint, prefix: str) -> None:
     """Restores a whole run: every object of `checkpoint`, and every value of the file."""
     with _restoring(prefix):
-        status = checkpoint.read(prefix)
+        # expect_partial: what is left over is told once, as an error, and not again at the exit
+        status = checkpoint.read(prefix).expect_partial()
         status.assert_existing_objects_matched().assert_consumed()
 
 
 def restore_model(model: ResNet, prefix: str) -> None:
     """Restores the network alone, whatever else the checkpoint holds."""
     with _restoring(prefix):
-        status = tf.train.Checkpoint(model=model).read(prefix)
-        status.assert_existing_objects_matched().expect_partial()
+        status = tf.train.Checkpoint(model=model).read(prefix).expect_partial()
+        status.assert_existing_objects_matched()
 
 
 @contextlib.contextmanager
@@ -186,6 +196,7 @@ def lock(directory: str) -> Iterator[None]:
 
     The system drops the lock with the process, however that ends: nothing stale stays behind.
     """
+    _refuse_patterns(directory)
     try:
         os.makedirs(directory, exist_ok=True)
         file = open(os.path.join(directory, ".lock"), "w")  # noqa: SIM115
@@ -199,6 +210,8 @@ def lock(directory: str) -> Iterator[None]:
                 f"another trainer is at work in {directory}: wait for it, stop it, or name another "
                 "--ckpt_path."
             ) from error
+        except OSError as error:
+            raise UserError(f"cannot lock {directory}: {error.strerror}.") from error
         # left behind by a process that was killed while it saved
         shutil.rmtree(os.path.join(directory, ".saving"), ignore_errors=True)
         yield
@@ -212,13 +225,36 @@ def clean(directory: str, log_path: str) -> None:
                 f"--clean leaves {directory} alone: {os.path.basename(prefix)} there was not "
                 "written by this project."
             )
-    for file in glob.glob(os.path.join(glob.escape(directory), f"{NAME}-*.sha256")):
-        _delete(file.removesuffix(".sha256"))
-    _remove(os.path.join(directory, "checkpoint"))
-    for part in ("train", "eval"):
-        pattern = os.path.join(glob.escape(log_path), part, "events.out.tfevents.*")
-        for file in glob.glob(pattern):
-            os.remove(file)
+    summaries = os.path.join(glob.escape(log_path), "*", "events.out.tfevents.*")
+    try:
+        if _is_own_state(os.path.join(directory, "checkpoint")):
+            _remove(os.path.join(directory, "checkpoint"))
+        for _, prefix in list_checkpoints(directory, ".sha256"):
+            _delete(prefix)
+        for file in glob.glob(summaries):
+            if os.path.basename(os.path.dirname(file)) in ("train", "eval"):
+                os.remove(file)
+    except OSError as error:
+        raise UserError(f"cannot clean {directory}: {error.strerror}.") from error
+
+
+def _is_own_state(file: str) -> bool:
+    """Whether the file that `tf.train.latest_checkpoint` reads names checkpoints of ours alone."""
+    try:
+        with open(file, encoding="utf-8") as state:
+            names = re.findall(r'checkpoint_paths?: "(.*)"', state.read())
+    except (FileNotFoundError, UnicodeDecodeError):
+        return False
+    return all(re.fullmatch(rf"{re.escape(NAME)}-\d+", name) for name in names)
+
+
+def _refuse_patterns(path: str) -> None:
+    """TensorFlow takes a checkpoint's path for a pattern, and so would not find some again."""
+    if re.search(r"[*?\[\]\\]", path):
+        raise UserError(
+            f"{path} has one of * ? [ ] \\ in it, which TensorFlow's checkpoints cannot have in "
+            "their path: name another folder."
+        )
 
 
 @contextlib.contextmanager

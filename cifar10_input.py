@@ -43,12 +43,16 @@ class ImageSet(NamedTuple):
 
 def data_folder(path: str) -> str:
     """The folder of `.bin` files that `path` names: itself, or the one inside it."""
-    if not os.path.lexists(path):
+    try:
+        os.stat(path)
+    except FileNotFoundError as error:
         raise UserError(
             f"there is no data at {path}: get it with `python cifar10_download_and_extract.py`, "
             "name its folder with --path, or try the programs on generated pictures with "
             "--use_synthetic_data."
-        )
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}.") from error
     if not os.path.isdir(path):
         raise UserError(
             f"{path} is a file: --path wants the folder that holds {TRAIN_FILES[0]} … "
@@ -232,12 +236,28 @@ def training_batches(
 def _epoch_order(first: tf.Tensor, count: int, num_examples: int, seed: int) -> tf.Tensor:
     """The examples at places `first` to `first + count - 1` of the endless row of epochs."""
     place = first + tf.range(count, dtype=tf.int64)
-    # the seed of each place's permutation: (run, epoch)
-    seeds = tf.stack([tf.fill([count], np.int64(seed)), place // num_examples], axis=1)
-    seeds = tf.pad(seeds, [[0, 0], [0, 1]])
+    # With its default of 4 rounds, and keys that differ in their low bits alone, the orders of
+    # neighbouring epochs resemble one another.
     return tf.raw_ops.RandomIndexShuffle(
-        index=place % num_examples, seed=seeds, max_index=np.int64(num_examples - 1), rounds=4
+        index=place % num_examples,
+        seed=_shuffle_keys(seed, place // num_examples),
+        max_index=np.int64(num_examples - 1),
+        rounds=16,
     )
+
+
+def _shuffle_keys(seed: int, epoch: tf.Tensor) -> tf.Tensor:
+    """Three key words for each epoch number, from the well-mixed bits of SplitMix64."""
+    state = _splitmix64(seed) + tf.cast(epoch, tf.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = _splitmix64(state)
+    return tf.stack([tf.bitwise.right_shift(mixed, np.uint64(by)) for by in (0, 21, 42)], axis=1)
+
+
+def _splitmix64(state: tf.Tensor | int) -> tf.Tensor:
+    state = tf.convert_to_tensor(state, tf.uint64)
+    for by, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state = (state ^ tf.bitwise.right_shift(state, np.uint64(by))) * np.uint64(factor)
+    return state ^ tf.bitwise.right_shift(state, np.uint64(31))
 
 
 def _draw_crops(step: tf.Tensor, count: int, seed: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:

@@ -50,10 +50,7 @@ NETWORK_FLAGS = ("num_layers", "shortcut_connections", "bottleneck", "resnet_ver
 
 def given_flags(names: tuple[str, ...]) -> dict[str, Any]:
     """The values of those flags that were given on the command line; None for the others."""
-    return {
-        name: flags.FLAGS[name].value if flags.FLAGS[name].present else None
-        for name in names
-    }
+    return {name: flags.FLAGS[name].value if flags.FLAGS[name].present else None for name in names}
 
 
 def given_network() -> dict[str, Any]:

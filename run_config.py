@@ -89,6 +89,12 @@ class TrainingConfig:
     label_smoothing: float = 0.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise UserError(
+                f"the recipe {self.recipe!r} is unknown: choose of {', '.join(RECIPES)}."
+            )
+
 
 # What each recipe sets, on top of TrainingConfig's defaults. A flag given explicitly wins.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -145,17 +151,27 @@ class RunConfig:
         """Reads what `to_json` wrote. Fields that an older version lacked take their defaults."""
         try:
             parts = json.loads(text)
-            data = {**parts["data"], "class_names": tuple(parts["data"]["class_names"])}
             return cls(
-                ModelConfig(**parts["model"]),
-                DataConfig(**data),
-                TrainingConfig(**parts["training"]),
+                _read(ModelConfig, parts["model"]),
+                _read(DataConfig, parts["data"]),
+                _read(TrainingConfig, parts["training"]),
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(
                 "the checkpoint's description is not one that this version of the project can "
                 f"read ({error})."
             ) from error
+
+
+def _read(kind: type, values: dict[str, Any]) -> Any:
+    """One of the dataclasses from JSON values, which must be of the types of its defaults."""
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for item in dataclasses.fields(kind):
+        value = values.get(item.name, item.default)
+        allowed = (float, int) if isinstance(item.default, float) else (type(item.default),)
+        if type(value) not in allowed or value != value:
+            raise TypeError(f"{item.name} is {value!r}")
+    return kind(**values)
 
 
 def refuse_contradictions(run: RunConfig, given: dict[str, Any], prefix: str) -> None:

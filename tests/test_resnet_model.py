@@ -173,19 +173,16 @@ def test_logits_are_the_projected_features(kind, depth):
 
 # --- Against the independent reference ------------------------------------------------------------
 
-KINDS = ("v2", "v1", "v2 bottleneck", "v1 bottleneck", "plain v2", "plain v1")
-
 NETWORKS = [
-    *((kind, config(kind)) for kind in KINDS),
-    ("plain v2 bottleneck", config("plain v2 bottleneck")),
+    *map(config, ("v2", "v1", "v2 bottleneck", "v1 bottleneck")),
+    *map(config, ("plain v2", "plain v1", "plain v2 bottleneck")),
     # two units in a block, so that there are inner ones
-    ("v2", config("v2", 14)),
-    ("v1", config("v1", 14)),
+    *(config("v2", 14), config("v1", 14)),
     # so large an epsilon, and so short a memory, that taking others would show
-    ("v2", config("v2", batch_norm_epsilon=0.5, batch_norm_decay=0.6)),
-    ("v1", config("v1", batch_norm_epsilon=0.5, batch_norm_decay=0.6)),
+    config("v2", batch_norm_epsilon=0.5, batch_norm_decay=0.6),
+    config("v1", batch_norm_epsilon=0.5, batch_norm_decay=0.6),
 ]
-NETWORK_IDS = [f"{network.name}-epsilon{network.batch_norm_epsilon:g}" for _, network in NETWORKS]
+NETWORK_IDS = [f"{network.name}-epsilon{network.batch_norm_epsilon:g}" for network in NETWORKS]
 
 
 def reference_for(network: ModelConfig, values: Values, training: bool) -> NumpyResNet:
@@ -198,8 +195,8 @@ def reference_for(network: ModelConfig, values: Values, training: bool) -> Numpy
     )
 
 
-@pytest.mark.parametrize(("kind", "network"), NETWORKS, ids=NETWORK_IDS)
-def test_logits_and_moving_averages_are_those_of_an_independent_reference(kind, network):
+@pytest.mark.parametrize("network", NETWORKS, ids=NETWORK_IDS)
+def test_logits_and_moving_averages_are_those_of_an_independent_reference(network):
     units = 2 if network.num_layers == 14 else 1
     model = ResNet(network, seed=2)
     randomise(model)
@@ -299,21 +296,22 @@ def clear_of_kinks(
 
     A single one that does changes gradients by a per cent, rightly.
     """
-    for seed in range(100):
+    for seed in range(500):
         x = draw(seed)
         if forward(x).nearest_kink > margin:
             return x
     raise AssertionError("every input has a ReLU near its kink")
 
 
-def clear_pictures(number: int, network: ModelConfig, values: Values) -> np.ndarray:
+def clear_picture(network: ModelConfig, values: Values) -> np.ndarray:
+    # only one, since each brings 100,000 or so chances of a ReLU near its kink
     def forward(images: np.ndarray) -> NumpyResNet:
         reference = reference_for(network, values, training=True)
         reference.logits(images, 1)
         return reference
 
-    # float32's rounding has grown to about a fifth of this in the last block
-    return clear_of_kinks(lambda seed: pictures(number, seed), forward, 4e-6)
+    # float32's errors have grown to 4e-6 in the last block, as a root of their mean square
+    return clear_of_kinks(lambda seed: pictures(1, seed), forward, 2e-5)
 
 
 def clear_unit_input(
@@ -400,8 +398,8 @@ def test_gradients_of_a_whole_network_are_the_references_finite_differences(kind
     model = ResNet(network)
     randomise(model)
     before = values_of(model)
-    images = clear_pictures(2, network, before)
-    weights = rng.standard_normal((2, 10))
+    images = clear_picture(network, before)
+    weights = rng.standard_normal((1, 10))
     with tf.GradientTape() as tape:
         total = tf.reduce_sum(model(images, training=True) * weights.astype(np.float32))
     variables = model.trainable_variables
@@ -453,7 +451,7 @@ def test_both_layouts_have_the_same_variables_logits_gradients_and_moving_averag
     assert_same_variables(first, last)
     for model in (last, first):
         randomise(model)
-    images = clear_pictures(2, last.config, values_of(last))
+    images = clear_picture(last.config, values_of(last))
     assert_close(first(images), last(images), 1e-5)
     logits, gradients = logits_and_gradients(first, images)
     expected_logits, expected = logits_and_gradients(last, images)

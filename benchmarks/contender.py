@@ -1,0 +1,123 @@
+"""What all contenders share: the work they do, and how compare.py talks to them."""
+
+import abc
+import contextlib
+import ctypes
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BATCH_SIZE = 128
+LEARNING_RATE = 0.1
+MOMENTUM = 0.9
+WEIGHT_DECAY = 2e-4
+BATCH_NORM_DECAY = 0.99
+BATCH_NORM_EPSILON = 1e-3
+BLOCK_DEPTHS = (16, 32, 64)
+NUM_CLASSES = 10
+
+# Enough that no batch is still in a processor's cache from the last time.
+BATCHES = 8
+CHECKED_STEPS = 3
+
+
+def memory_batches(batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The batches of the bare step: float32 pictures with their mean subtracted, and labels."""
+    import synthetic_data
+
+    pictures, labels = synthetic_data.make_split("train", BATCHES * batch_size, seed=0)
+    images = pictures.astype(np.float32) - pictures.mean(axis=0, dtype=np.float64).astype("f4")
+    parts = np.split(images, BATCHES), np.split(labels.astype(np.int32), BATCHES)
+    return list(zip(*parts, strict=True))
+
+
+def read_split(folder: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The pictures, uint8 [N, 32, 32, 3], and labels of a folder in CIFAR-10's binary layout."""
+    pattern = "data_batch_*.bin" if split == "train" else "test_batch.bin"
+    files = sorted(Path(folder).glob(pattern))
+    records = np.concatenate([np.fromfile(f, np.uint8).reshape(-1, 3073) for f in files])
+    pictures = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(pictures), records[:, 0].astype(np.int32)
+
+
+class Contender(abc.ABC):
+    """One way to train the network: what compare.py asks of each of them."""
+
+    batch_size = BATCH_SIZE
+
+    @abc.abstractmethod
+    def prepare(self, layers: int, dtype: str, **options: Any) -> dict[str, Any]:
+        """Builds the network; returns `parameters`, `device`, and what else is worth recording."""
+
+    @abc.abstractmethod
+    def train(self, count: int) -> float:
+        """Takes that many steps and, once they are done, returns their mean loss."""
+
+    @abc.abstractmethod
+    def load(self, variables: Mapping[str, np.ndarray]) -> None:
+        """Takes over all variables of this project's network, under its names and in its shapes."""
+
+    @abc.abstractmethod
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """The network's answers in inference."""
+
+    def timed(self, count: int) -> tuple[float, float]:
+        """Seconds for that many steps, and their loss."""
+        self.train(1)  # the first after the other contenders' turns finds caches and memory cold
+        started = time.perf_counter()
+        loss = self.train(count)
+        return time.perf_counter() - started, loss
+
+    def steps(self, count: int) -> float:
+        """Images per second over that many steps."""
+        seconds, loss = self.timed(count)
+        if not math.isfinite(loss):
+            raise FloatingPointError("the loss is no longer finite")
+        return count * self.batch_size / seconds
+
+    def check(self, file: str) -> list[list[list[float]]]:
+        """The logits of one batch with the variables in `file`, before and after a few steps."""
+        with np.load(file) as variables:
+            self.load(variables)
+        images, _ = memory_batches(self.batch_size)[0]
+        before = self.logits(images)
+        self.train(CHECKED_STEPS)
+        return [before.tolist(), self.logits(images).tolist()]
+
+    def commands(self) -> dict[str, Callable[..., Any]]:
+        return {"prepare": self.prepare, "steps": self.steps, "check": self.check}
+
+
+def batches_per_second(batches: Iterator[Any], count: int) -> float:
+    """How fast an input pipeline gives batches; what it had ready beforehand does not count."""
+    for _ in range(20):
+        next(batches)
+    started = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    return count / (time.perf_counter() - started)
+
+
+def serve(commands: Mapping[str, Callable[..., Any]]) -> None:
+    """Answers each line of JSON on stdin with one on stdout, until stdin ends."""
+    # What a library prints must not get between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = commands[request.pop("do")](**request)
+        _give_memory_back()
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _give_memory_back() -> None:
+    # All contenders are alive at once: what each one's allocator hoards between turns adds up.
+    with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)

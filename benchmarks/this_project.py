@@ -1,0 +1,147 @@
+"""This project as a contender."""
+
+import math
+import resource
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from contender import (
+    BATCH_SIZE,
+    BLOCK_DEPTHS,
+    LEARNING_RATE,
+    MOMENTUM,
+    NUM_CLASSES,
+    WEIGHT_DECAY,
+    Contender,
+    batches_per_second,
+    memory_batches,
+    serve,
+)
+
+from cifar10_input import mean_image, read_images, training_batches
+from resnet_model import DTYPES, resolve_data_format
+from run_config import ModelConfig, RunConfig, TrainingConfig, units_per_block
+from training import Trainer
+
+MATRIX_SIDE = 4096
+MATMUL_SECONDS = 1.0
+
+
+def multiply_adds(config: ModelConfig) -> int:
+    """Multiplications with additions that a forward pass takes for one picture.
+
+    Those of the convolutions and the projection: the rest is per pixel and does not count beside.
+    """
+    side, depth_in = 32, BLOCK_DEPTHS[0]
+    total = side * side * 9 * 3 * depth_in
+    for block, depth in enumerate(BLOCK_DEPTHS):
+        for unit in range(units_per_block(config.num_layers, config.bottleneck)):
+            before, stride = side, 2 if block > 0 and unit == 0 else 1
+            side //= stride
+            if config.bottleneck:
+                total += before * before * depth_in * depth
+                total += side * side * (9 * depth * depth + depth * 4 * depth)
+                depth_in = 4 * depth
+            else:
+                total += side * side * 9 * (depth_in * depth + depth * depth)
+                depth_in = depth
+    return total + depth_in * config.num_classes
+
+
+class ThisProject(Contender):
+    def prepare(
+        self,
+        layers: int,
+        dtype: str,
+        batch_size: int = BATCH_SIZE,
+        bottleneck: bool = False,
+    ) -> dict[str, Any]:
+        self.batch_size = batch_size
+        model = ModelConfig(num_layers=layers, bottleneck=bottleneck, num_classes=NUM_CLASSES)
+        training = TrainingConfig(
+            batch_size=batch_size,
+            # A run begins with a tenth of its rate; one this long does so for 10,000 steps.
+            init_lr=10 * LEARNING_RATE,
+            num_iterations=1_280_000,
+            momentum=MOMENTUM,
+            weight_decay=WEIGHT_DECAY,
+        )
+        device = "gpu" if tf.config.list_logical_devices("GPU") else "cpu"
+        data_format = resolve_data_format("auto", dtype, device)
+        self.trainer = Trainer(RunConfig(model=model, training=training), data_format, dtype)
+        self.batches = [
+            (tf.constant(images), tf.constant(labels))
+            for images, labels in memory_batches(batch_size)
+        ]
+        self.done = 0
+        return {
+            "parameters": sum(math.prod(v.shape) for v in self.trainer.model.trainable_variables),
+            "multiply_adds": multiply_adds(model),
+            "device": device,
+            "layout": data_format,
+        }
+
+    def train(self, count: int) -> float:
+        for _ in range(count):
+            self.trainer.train_step(*self.batches[self.done % len(self.batches)])
+            self.done += 1
+        loss, _ = self.trainer.means(reset=True)
+        return loss
+
+    def load(self, variables: Mapping[str, np.ndarray]) -> None:
+        for variable in self._network_variables():
+            variable.assign(variables[variable.name.removesuffix(":0")])
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        return self.trainer.model(images).numpy()
+
+    def export(self, file: str) -> None:
+        """Writes variables for `check`, none of which can be mistaken for another."""
+        rng = np.random.default_rng(0)
+        values = {}
+        for variable in self._network_variables():
+            name = variable.name.removesuffix(":0")
+            values[name] = variable.numpy()
+            if not name.endswith("/kernel"):
+                values[name] += rng.uniform(-0.3, 0.3, variable.shape).astype(np.float32)
+        np.savez(file, **values)
+
+    def _network_variables(self) -> list[tf.Variable]:
+        model = self.trainer.model
+        return [v for v in model.variables if v is not model.image_mean]
+
+    def matmul(self, dtype: str) -> float:
+        """GMAC/s of one large matrix product: about the most that this machine can do."""
+        a, b = (
+            tf.cast(tf.random.stateless_normal([MATRIX_SIDE] * 2, [0, seed]), DTYPES[dtype])
+            for seed in (1, 2)
+        )
+        float(tf.linalg.matmul(a, b)[0, 0])
+        products, started = 0, time.perf_counter()
+        while time.perf_counter() - started < MATMUL_SECONDS:
+            float(tf.linalg.matmul(a, b)[0, 0])
+            products += 1
+        return products * MATRIX_SIDE**3 / (time.perf_counter() - started) / 1e9
+
+    def open_pipeline(self, folder: str) -> None:
+        examples = read_images(folder, "train")
+        mean = mean_image(examples.images)
+        self._pipeline = iter(training_batches(examples, mean, BATCH_SIZE))
+
+    def pipeline(self, count: int) -> float:
+        return BATCH_SIZE * batches_per_second(self._pipeline, count)
+
+    def peak_memory(self) -> float:
+        """The most memory that this process has held, in MiB."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    def commands(self) -> dict[str, Any]:
+        names = ("export", "matmul", "open_pipeline", "pipeline", "peak_memory")
+        return super().commands() | {name: getattr(self, name) for name in names}
+
+
+if __name__ == "__main__":
+    serve(ThisProject().commands())
