@@ -3,14 +3,16 @@
 import dataclasses
 import math
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 import checkpoints
 from cifar10_input import (
+    ImageSet,
     class_names,
     count_images,
     load_split,
@@ -21,7 +23,7 @@ from cifar10_input import (
 from errors import UserError
 from evaluation import Evaluator, Metrics
 from progress import Progress
-from resnet_model import ResNet
+from resnet_model import IMAGE_SHAPE, ResNet
 from run_config import (
     DataConfig,
     ModelConfig,
@@ -140,6 +142,13 @@ class Trainer:
         is_first_bad = ~tf.math.is_finite(loss) & (self._first_bad_step < 0)
         self._first_bad_step.assign(tf.where(is_first_bad, self.step, self._first_bad_step))
 
+    def trace(self) -> None:
+        """Does now what the first step would begin with: turning `train_step` into a graph."""
+        size = self.run.training.batch_size
+        self.train_step.get_concrete_function(
+            tf.TensorSpec([size, *IMAGE_SHAPE], tf.float32), tf.TensorSpec([size], tf.int32)
+        )
+
     def _cross_entropy(self, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
         smoothing = self.run.training.label_smoothing
         if not smoothing:
@@ -207,8 +216,8 @@ def prepare_run(
             with_given(DataConfig(dataset, names), given),
             training_config(given),
         )
+    examples = count_images(run.data, data_path, "train") - run.data.holdout
     if train_epochs:
-        examples = count_images(run.data, data_path, "train") - run.data.holdout
         batch_size = given.get("batch_size") or run.training.batch_size
         given = {**given, "num_iterations": math.ceil(train_epochs * examples / batch_size)}
     if newest:
@@ -219,56 +228,52 @@ def prepare_run(
 
 def train(run: RunConfig, options: Options, resume_from: str | None = None) -> Outcome:
     """Trains a run to its end, from its beginning or from a checkpoint of its own."""
-    examples, held_out = load_training(run.data, options.data_path)
-    trainer = Trainer(run, options.data_format, options.dtype, options.loss_scale)
-    mean = mean_image(examples.images)
-    if resume_from:
-        trainer.restore(resume_from)
-        if not np.array_equal(mean, trainer.model.image_mean):
-            raise UserError(
-                f"the training images in {options.data_path} are not those that {resume_from} was "
-                "trained on (their mean differs): give the same --path, or another --ckpt_path."
-            )
-    else:
-        trainer.model.image_mean.assign(mean)
-
-    first_step = step = int(trainer.step)
-    last_step = min(run.training.num_iterations, options.max_train_steps or 2**62)
+    with ThreadPoolExecutor(1) as reader:
+        # The files are read while the network is built and traced.
+        reading = reader.submit(_read_data, run, options)
+        trainer = Trainer(run, options.data_format, options.dtype, options.loss_scale)
+        if resume_from:
+            trainer.restore(resume_from)
+        first_step = step = int(trainer.step)
+        last_step = min(run.training.num_iterations, options.max_train_steps or 2**62)
+        if step < last_step:
+            trainer.trace()
+        data = reading.result()
+    if not resume_from:
+        trainer.model.image_mean.assign(data.mean)
+    elif not np.array_equal(data.mean, trainer.model.image_mean):
+        raise UserError(
+            f"the training images in {options.data_path} are not those that {resume_from} was "
+            "trained on (their mean differs): give the same --path, or another --ckpt_path."
+        )
     if step >= last_step:
         reason = "finished" if step >= run.training.num_iterations else "past --max_train_steps"
         print(
             f"This run is {reason}: {resume_from} is step {step} of {run.training.num_iterations}."
         )
         return Outcome(step, resume_from)
-    parameters = sum(np.prod(v.shape) for v in trainer.model.trainable_variables)
-    print(
-        f"Training {run.model.name} ({parameters:,} parameters) on {len(examples.labels):,} "
-        f"{run.data.dataset} images, {run.training.num_iterations} steps of "
-        f"{run.training.batch_size} images, recipe {run.training.recipe}, {options.dtype}, "
-        f"{options.data_format}; checkpoints go to {options.ckpt_path}.",
-        f"Going on from {resume_from}, step {step}." if resume_from else "Starting at step 0.",
-        sep="\n",
-        flush=True,
-    )
-    eval_split = "holdout" if run.data.holdout else "test"
-    steps_per_epoch = len(examples.labels) / run.training.batch_size
+
+    evaluate = Evaluator(trainer.model)
+    steps_per_epoch = len(data.train.labels) / run.training.batch_size
     steps_between_evals = round(options.epochs_between_evals * steps_per_epoch)
-    evaluator = metrics = None
-    if steps_between_evals:
-        evaluator = Evaluator(trainer.model)
-        to_score = held_out
-        if not run.data.holdout:
-            to_score = load_split(run.data, options.data_path, "test")
+    metrics = None
+    if resume_from and options.stop_threshold:
+        metrics = evaluate(data.evaluation)
+        if metrics.accuracy >= options.stop_threshold:
+            print(f"This run has reached --stop_threshold: {resume_from} is step {step}.")
+            return Outcome(step, resume_from, metrics)
+    print(_opening(run, options, trainer, len(data.train.labels)))
+    print(f"Going on from {resume_from}, step {step}." if resume_from else "Starting at step 0.")
+
+    saved = resume_from
     batches = training_batches(
-        examples,
-        mean,
+        data.train,
+        data.mean,
         run.training.batch_size,
         run.training.seed,
         first_step,
         last_step - first_step,
     )
-
-    saved = resume_from
     with (
         StopSignals() as stop,
         Progress(
@@ -285,14 +290,11 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
             if ending or step % options.log_per_iterations == 0:
                 trainer.check_finite(options.ckpt_path)
                 progress.log_training(step, *trainer.means(reset=True), rate)
-            if evaluator and (step % steps_between_evals == 0 or step == last_step):
-                metrics = evaluator(to_score)
-                progress.log_evaluation(step, eval_split, metrics)
+            if steps_between_evals and (step % steps_between_evals == 0 or step == last_step):
+                metrics = evaluate(data.evaluation)
+                progress.log_evaluation(step, data.evaluation_split, metrics)
                 if options.stop_threshold and metrics.accuracy >= options.stop_threshold:
-                    progress.write(
-                        f"accuracy {metrics.accuracy:.4f} has reached --stop_threshold="
-                        f"{options.stop_threshold:g}: stopping here."
-                    )
+                    progress.write(f"--stop_threshold={options.stop_threshold:g} is reached.")
                     ending = True
             if ending or step % options.save_per_iterations == 0:
                 trainer.check_finite(options.ckpt_path)
@@ -303,6 +305,35 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
                 break
         progress.write(f"{step - first_step} steps in {progress.elapsed()}; saved as {saved}.")
     return Outcome(step, saved, metrics, stop.signal)
+
+
+class _Data(NamedTuple):
+    """What a run reads: the images to train on with their mean, and those to evaluate on."""
+
+    train: ImageSet
+    mean: np.ndarray
+    evaluation_split: str
+    evaluation: ImageSet | None
+
+
+def _read_data(run: RunConfig, options: Options) -> _Data:
+    train_set, held_out = load_training(run.data, options.data_path)
+    split, evaluation = "holdout", held_out
+    if not run.data.holdout:
+        split, evaluation = "test", None
+        if options.epochs_between_evals:
+            evaluation = load_split(run.data, options.data_path, "test")
+    return _Data(train_set, mean_image(train_set.images), split, evaluation)
+
+
+def _opening(run: RunConfig, options: Options, trainer: Trainer, num_images: int) -> str:
+    parameters = sum(np.prod(v.shape) for v in trainer.model.trainable_variables)
+    return (
+        f"Training {run.model.name} ({parameters:,} parameters) on {num_images:,} "
+        f"{run.data.dataset} images, {run.training.num_iterations} steps of "
+        f"{run.training.batch_size} images, recipe {run.training.recipe}, {options.dtype}, "
+        f"{options.data_format}; checkpoints go to {options.ckpt_path}."
+    )
 
 
 class StopSignals:
