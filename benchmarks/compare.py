@@ -8,7 +8,6 @@ compared is compared within a round. `python benchmarks/compare.py --help` lists
 import argparse
 import contextlib
 import datetime
-import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -16,300 +15,235 @@ import platform
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import measures
 import report
-from processes import FOLDER, PROJECT, Ended, Failure, Worker, run_program
+from processes import FOLDER, Failure, Worker
 
-BATCH_SIZE = 128
-DTYPES = ("fp32", "bf16")
-MEASURES = (
-    *("train20", "train110", "matmul", "pipeline", "trainer"),
-    *("startup", "evaluate", "memory", "scaling"),
-)
+# In this order; "matmul" shares the rounds of "train20".
+MEASURES: dict[str, Callable[[measures.Bench], dict[str, Any]]] = {
+    "train20": lambda bench: measures.measure_steps(bench, 20, "matmul" in bench.flags.measures),
+    "train110": lambda bench: measures.measure_steps(bench, 110),
+    "matmul": lambda bench: measures.measure_steps(bench, 20, matmul=True, everyone=False),
+    "pipeline": measures.measure_pipeline,
+    "trainer": measures.measure_trainer,
+    "startup": measures.measure_startup,
+    "evaluate": measures.measure_evaluate,
+    "memory": measures.measure_memory,
+    "scaling": measures.measure_scaling,
+}
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
 LIBRARIES = ("tensorflow", "keras", "torch", "numpy")
 
-# untimed steps before the first round
-WARM_UP = 3
-# The two products of the backward pass take as many multiply-adds each as the forward pass.
-PASSES = 3
+# of a processor, above which the machine is not quiet enough to measure on
+BUSY = 0.2
 
-# The network of --check, and how far the logits may lie apart, relative to the largest: before
-# training they differ by rounding alone, and each step multiplies what there is.
-CHECKED_LAYERS = 20
+# The networks of --check, and how far their logits may lie apart, relative to the largest: before
+# training they differ by rounding alone, which each step then multiplies. The weight decay is so
+# strong that it shows after two steps: with 5 % less they would lie 0.1 apart.
+CHECKED = {"layers": 20, "dtype": "fp32", "weight_decay": 2.0}
 TOLERANCES = {"before training": 1e-4, "after training": 1e-2}
 
-# (layers, bottleneck units)
-DEPTHS = ((20, False), (32, False), (56, False), (110, False), (164, True))
-BATCH_SIZES = (32, 64, 128, 256, 512)
+
+def describe_machine() -> dict[str, Any]:
+    """The processor, its threads, the GPU if there is one, and the versions of what runs on it."""
+    cpuinfo = ""
+    with contextlib.suppress(OSError):
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+    name = re.search(r"^model name\s*: (.+)$", cpuinfo, re.MULTILINE)
+    flags = re.search(r"^flags\s*: (.+)$", cpuinfo, re.MULTILINE)
+    versions = {}
+    for library in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[library] = importlib.metadata.version(library)
+    return {
+        "processor": name[1] if name else platform.processor() or platform.machine(),
+        "cpu_flags": sorted(set(CPU_FLAGS) & set(flags[1].split())) if flags else [],
+        "threads": len(os.sched_getaffinity(0)),
+        "gpu": gpu_name(),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A way to train the network, and the file that has it."""
-
-    name: str
-    file: str
-    needs: str
-    dtypes: Sequence[str] = DTYPES
-    options: tuple[tuple[str, Any], ...] = ()
+def gpu_name() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return told.strip().splitlines()[0] if told.strip() else None
 
 
-THIS_PROJECT = Contender("this project", "this_project.py", "tensorflow")
-KERAS = Contender("Keras fit", "keras_fit.py", "keras")
-TF2 = Contender("TF2 reference", "tf2_reference.py", "tensorflow", ("fp32",))
-TORCH = tuple(
-    Contender(f"PyTorch {name}", "pytorch.py", "torch", options=(("compiled", compiled),))
-    for name, compiled in (("eager", False), ("compile", True))
-)
-CONTENDERS = (THIS_PROJECT, KERAS, TF2, *TORCH)
+def busy_with_others() -> float:
+    """How many processors others keep busy, over a second in which this bench does nothing."""
 
-Turn = Callable[[], float]
-Facts = dict[str, Any]
+    def ticks() -> tuple[int, int]:
+        times = [int(field) for field in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        return sum(times), times[3] + times[4]  # in all; idle or waiting for a disk
 
-
-class Entries:
-    """What is compared in one measure: everyone's turns, or what kept someone from them."""
-
-    def __init__(self) -> None:
-        self._order: list[str] = []
-        self._turns: dict[str, Turn] = {}
-        self.problems: dict[str, str] = {}
-        self.facts: dict[str, Facts] = {}
-        self.rounds: dict[str, list[float]] = {}
-
-    def add(self, name: str, needs: str, get_ready: Callable[[], tuple[Turn, Facts]]) -> None:
-        """Gets a contender ready, unless its library is missing."""
-        self._order.append(name)
-        if importlib.util.find_spec(needs) is None:
-            self.problems[name] = f"skipped: no {needs}"
-            return
-        print(f"  getting ready: {name}", flush=True)
-        try:
-            self._turns[name], self.facts[name] = get_ready()
-        except Failure as failure:
-            self.problems[name] = f"failed: {failure}"
-
-    def take_turns(self, rounds: int) -> None:
-        """In every round everyone has a turn, in the same order."""
-        self.rounds = {name: [] for name in self._turns}
-        for i in range(rounds):
-            print(f"  round {i + 1} of {rounds}:", end="", flush=True)
-            for name, turn in self._turns.items():
-                if name in self.problems:
-                    continue
-                try:
-                    self.rounds[name].append(turn())
-                    print("", report.number(self.rounds[name][-1]), end="", flush=True)
-                except Failure as failure:
-                    self.problems[name] = f"failed: {failure}"
-            print(flush=True)
-
-    def measure(
-        self,
-        title: str,
-        unit: str,
-        more_is_better: bool,
-        against: Mapping[str, str] | str | None = None,
-        only: Callable[[str], bool] = lambda name: True,
-    ) -> dict[str, Any]:
-        """All of it for the report; `against` says what each is compared with."""
-        entries = []
-        for name in filter(only, self._order):
-            reference = against.get(name) if isinstance(against, Mapping) else against
-            entry = {"name": name, "against": reference, "is_reference": name == reference}
-            entry |= self.facts.get(name, {})
-            if name in self.problems:
-                entry["problem"] = self.problems[name]
-            else:
-                sound = reference is not None and reference not in self.problems
-                compared = self.rounds.get(reference) if sound else None
-                entry |= report.summary(self.rounds[name], compared)
-            entries.append(entry)
-        return {"title": title, "unit": unit, "more_is_better": more_is_better, "entries": entries}
+    try:
+        before = ticks()
+        time.sleep(1)
+        after = ticks()
+    except (OSError, ValueError):
+        return 0.0
+    total, idle = after[0] - before[0], after[1] - before[1]
+    return (os.cpu_count() or 1) * (1 - idle / total) if total else 0.0
 
 
-class Bench:
-    """What the measures share: the flags, a folder for the session, the data in it."""
-
-    def __init__(self, flags: argparse.Namespace, folder: Path):
-        self.flags, self.folder = flags, folder
-
-    @functools.cached_property
-    def data(self) -> str:
-        """A folder of pictures in CIFAR-10's layout."""
-        print("  writing the pictures", flush=True)
-        run_program(
-            PROJECT / "cifar10_download_and_extract.py",
-            "--synthetic",
-            f"--synthetic_train_images={self.flags.images}",
-            f"--synthetic_test_images={self.flags.images // 5}",
-            f"--data_dir={self.folder}",
-        )
-        return str(self.folder / "cifar-10-batches-bin")
-
-    def new_folder(self) -> Path:
-        return Path(tempfile.mkdtemp(dir=self.folder))
-
-    def run_trainer(self, ckpt_path: Path, *flags: str, until: str | None = None) -> Ended:
-        program = PROJECT / "run_trainer.py"
-        where = (f"--path={self.data}", f"--ckpt_path={ckpt_path}")
-        return run_program(program, *where, *flags, until=until)
-
-    def run_tf2(self, do: str, *flags: str, until: str | None = None) -> Ended:
-        return run_program(FOLDER / TF2.file, do, f"--folder={self.data}", *flags, until=until)
-
-    def steps(
-        self,
-        stack: contextlib.ExitStack,
-        contender: Contender,
-        steps: int,
-        dtype: str = "fp32",
-        layers: int = 20,
-        **options: Any,
-    ) -> tuple[Turn, Facts]:
-        """Gets a contender ready to train; its turn gives images per second."""
-        worker = stack.enter_context(Worker.start(contender.file))
-        options |= dict(contender.options)
-        facts = worker.ask("prepare", layers=layers, dtype=dtype, **options)
-        worker.ask("steps", count=WARM_UP)
-        return functools.partial(worker.ask, "steps", count=steps), facts
-
-    def pipeline(
-        self, stack: contextlib.ExitStack, contender: Contender, batches: int
-    ) -> tuple[Turn, Facts]:
-        """Gets a contender's input pipeline ready; its turn gives images per second."""
-        worker = stack.enter_context(Worker.start(contender.file))
-        worker.ask("open_pipeline", folder=self.data)
-        worker.ask("pipeline", count=1)
-        return functools.partial(worker.ask, "pipeline", count=batches), {}
+def default_output(machine: dict[str, Any]) -> Path:
+    name = " ".join(filter(None, (machine["processor"], machine["gpu"])))
+    return FOLDER / "results" / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 
 
-def refuse_different_networks(entries: Entries) -> None:
-    counts = {name: facts.get("parameters") for name, facts in entries.facts.items()}
-    counts = {name: count for name, count in counts.items() if count is not None}
-    if len(set(counts.values())) > 1:
-        told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-        sys.exit(f"compare.py: error: these are different networks, by their parameters: {told}")
-
-
-def measure_steps(bench: Bench, layers: int, matmul: bool = False, everyone: bool = True) -> dict:
-    """The bare training step of every contender, and with `matmul` the rate it could reach."""
-    steps = bench.flags.steps if layers == 20 else max(2, bench.flags.steps // 5)
-    products = {f"matmul {dtype}": dtype for dtype in DTYPES if matmul}
-    entries, against = Entries(), {}
-    with contextlib.ExitStack() as stack:
-        for dtype in DTYPES:
-            for contender in CONTENDERS if everyone else (THIS_PROJECT,):
-                if dtype not in contender.dtypes:
-                    continue
-                name = f"{contender.name} {dtype}"
-                against[name] = f"{THIS_PROJECT.name} {dtype}"
-                ready = functools.partial(bench.steps, stack, contender, steps, dtype, layers)
-                entries.add(name, contender.needs, ready)
-        for name, dtype in products.items():
-            worker = stack.enter_context(Worker.start(THIS_PROJECT.file))
-            turn = functools.partial(worker.ask, "matmul", dtype=dtype)
-            entries.add(name, THIS_PROJECT.needs, lambda turn=turn: (turn, {"first": turn()}))
-        refuse_different_networks(entries)
-        entries.take_turns(bench.flags.rounds)
-
-    measures = {}
-    if everyone:
-        measures[f"train{layers}"] = entries.measure(
-            f"ResNet-{layers}, the bare training step, batches of {BATCH_SIZE}",
-            *("images/s", True, against),
-            only=lambda name: name not in products,
-        )
-    if matmul:
-        measure = entries.measure(
-            "One large matrix product", "GMAC/s", True, only=lambda name: name in products
-        )
-        measure["remarks"] = []
-        for entry in measure["entries"]:
-            dtype = products[entry["name"]]
-            name = f"{THIS_PROJECT.name} {dtype}"
-            if "problem" in entry or name in entries.problems:
+def check() -> int:
+    """Whether all contenders are the same function, and train to the same function."""
+    print("How far the logits lie from this project's, relative to the largest:")
+    sound = True
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Worker.start(measures.THIS_PROJECT.file) as project,
+    ):
+        file = os.path.join(folder, "variables.npz")
+        project.ask("prepare", **CHECKED)
+        project.ask("export", file=file)
+        expected = project.ask("check", file=file)
+        for contender in measures.CONTENDERS[1:]:
+            if importlib.util.find_spec(contender.needs) is None:
+                print(f"  {contender.name}: skipped: no {contender.needs}")
                 continue
-            multiply_adds = PASSES * entries.facts[name]["multiply_adds"]
-            pairs = zip(entries.rounds[name], entry["rounds"], strict=True)
-            entry["shares"] = [rate * multiply_adds / 1e9 / gmacs for rate, gmacs in pairs]
-            entry["share"] = statistics.median(entry["shares"])
-            measure["remarks"].append(
-                f"{name}: ResNet-{layers}'s step computes at {entry['share']:.1%} of that rate "
-                f"({multiply_adds / 1e6:.1f} MMAC an image)."
-            )
-        measures["matmul"] = measure
-    return measures
+            try:
+                with Worker.start(contender.file) as worker:
+                    worker.ask("prepare", **CHECKED, **dict(contender.options))
+                    found = worker.ask("check", file=file)
+            except Failure as failure:
+                print(f"  {contender.name}: failed: {failure}")
+                sound = False
+                continue
+            for (when, tolerance), ours, theirs in zip(
+                TOLERANCES.items(), expected, found, strict=True
+            ):
+                apart = relative_difference(ours, theirs)
+                sound &= apart <= tolerance
+                verdict = "the same" if apart <= tolerance else "NOT the same"
+                print(f"  {contender.name}, {when}: {apart:.1e}, {verdict}", flush=True)
+    return 0 if sound else 1
 
 
-def measure_pipeline(bench: Bench) -> dict:
-    """Augmented batches alone, without a network to take them."""
-    entries = Entries()
-    with contextlib.ExitStack() as stack:
-        for contender in (THIS_PROJECT, TF2, KERAS):
-            ready = functools.partial(bench.pipeline, stack, contender, 20 * bench.flags.steps)
-            entries.add(contender.name, contender.needs, ready)
-        entries.take_turns(bench.flags.rounds)
-    title = f"The input pipeline alone, augmented batches of {BATCH_SIZE}"
-    return {"pipeline": entries.measure(title, "images/s", True, THIS_PROJECT.name)}
+def relative_difference(
+    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]
+) -> float:
+    rows = list(zip(ours, theirs, strict=True))
+    apart = max(abs(a - b) for row in rows for a, b in zip(*row, strict=True))
+    return apart / max(abs(a) for row in ours for a in row)
 
 
-def measure_trainer(bench: Bench) -> dict:
-    """Whole training programs, with files, pipeline, logging and saving, beside the bare step."""
-    steps = 15 * bench.flags.steps
-    every = max(1, steps // 6)
-
-    def train() -> float:
-        flags = (f"--max_train_steps={steps}", f"--log_per_iterations={every}")
-        saving = f"--save_per_iterations={max(1, steps // 3)}"
-        lines = bench.run_trainer(bench.new_folder(), *flags, saving).lines
-        matches = (re.match(r"step (\d+)/.* images/s (\d+)", line) for line in lines)
-        # the first interval has the start-up in it
-        rates = [float(match[2]) for match in matches if match and int(match[1]) > every]
-        return statistics.harmonic_mean(rates)
-
-    entries = Entries()
-    with contextlib.ExitStack() as stack:
-        entries.add("run_trainer.py", "tensorflow", lambda: (train, {"steps": steps, "data": bench.data}))
-        in_memory = functools.partial(bench.steps, stack, THIS_PROJECT, bench.flags.steps)
-        entries.add("its bare step", THIS_PROJECT.needs, in_memory)
-        for contender in (KERAS, TF2):
-            ready = functools.partial(
-                bench.steps, stack, contender, bench.flags.steps, folder=bench.data
-            )
-            entries.add(f"{contender.name}, from the pipeline", contender.needs, ready)
-        entries.take_turns(bench.flags.rounds)
-    title = f"ResNet-20, training as a whole, fp32, batches of {BATCH_SIZE}"
-    return {"trainer": entries.measure(title, "images/s", True, "run_trainer.py")}
+def warn_if_busy(busy: dict[str, float]) -> None:
+    if max(busy.values()) > BUSY:
+        told = ", ".join(f"{share:.1f} {when}" for when, share in busy.items())
+        print(
+            f"\nOthers were using the processors ({told}). Such figures are not to be trusted: "
+            "one contender suffers from it more than another."
+        )
 
 
-def measure_programs(
-    bench: Bench, title: str, ours: str, our_turn: Turn, tf2_turn: Turn
-) -> dict[str, Any]:
-    """Seconds that two programs take, less what `import tensorflow` takes by itself."""
-    importing = "import tensorflow"
-    code = "import tensorflow; print('done', flush=True)"
-    entries = Entries()
-    imports = lambda: run_program("-c", code, until="done").seconds  # noqa: E731
-    entries.add(importing, "tensorflow", lambda: (imports, {"first": imports()}))
-    entries.add(ours, "tensorflow", lambda: (our_turn, {}))
-    entries.add(TF2.name, TF2.needs, lambda: (tf2_turn, {}))
-    entries.take_turns(bench.flags.rounds)
-    if importing not in entries.problems:
-        import_seconds = statistics.median(entries.rounds[importing])
-        for name in (ours, TF2.name):
-            raw = entries.rounds.get(name, [])
-            if name not in entries.problems:
-                entries.facts[name]["gross_rounds"] = raw
-                entries.rounds[name] = [seconds - import_seconds for seconds in raw]
-    against = {name: ours for name in (ours, TF2.name)}
-    return entries.measure(title, "s", False, against)
+def parse_flags() -> argparse.Namespace:
+    def several(text: str) -> list[str]:
+        names = text.split(",")
+        if unknown := sorted(set(names) - set(MEASURES)):
+            raise argparse.ArgumentTypeError(f"no such measure: {', '.join(unknown)}")
+        return names
+
+    def at_least(least: int) -> Callable[[str], int]:
+        def whole_number(text: str) -> int:
+            if int(text) < least:
+                raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+            return int(text)
+
+        return whole_number
+
+    parser = argparse.ArgumentParser(
+        description="Measures this project beside Keras fit, the common TensorFlow 2 style and "
+        "PyTorch, all training the same network.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--measures", type=several, default=list(MEASURES), help=f"of {','.join(MEASURES)} (all)")
+    add("--rounds", type=at_least(1), default=5, help="turns of each contender (%(default)s)")
+    add(
+        "--steps",
+        type=at_least(1),
+        default=20,
+        help="of ResNet-20 in a turn; the other measures' lengths follow (%(default)s)",
+    )
+    add(
+        "--images",
+        type=at_least(1000),
+        default=50_000,
+        help="in the training set of the measures that read files (%(default)s)",
+    )
+    add("--output", type=Path, help="results/<processor>.json beside this file, if left out")
+    add("--check", action="store_true", help="measure nothing: compare what the networks compute")
+    flags = parser.parse_args()
+    if flags.images % 5:
+        parser.error("--images must be a multiple of 5: CIFAR-10 has five files")
+    return flags
+
+
+def measure_all(flags: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="compare-") as folder:
+        bench = measures.Bench(flags, Path(folder))
+        for name, measure in MEASURES.items():
+            if name not in flags.measures or name in found:
+                continue
+            print(f"{name}:", flush=True)
+            found |= measure(bench)
+    return found
+
+
+def terminate(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    flags = parse_flags()
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        if flags.check:
+            return check()
+        results: dict[str, Any] = {
+            "date": datetime.date.today().isoformat(),
+            "command": shlex.join(["python", *sys.argv]),
+            "machine": describe_machine(),
+            "busy_with_others": {"before": busy_with_others()},
+            "rounds": flags.rounds,
+            "steps": flags.steps,
+            "images": flags.images,
+        }
+        results["measures"] = measure_all(flags)
+        results["busy_with_others"]["after"] = busy_with_others()
+        for measure in results["measures"].values():
+            report.print_measure(measure)
+        warn_if_busy(results["busy_with_others"])
+        report.save(results, flags.output or default_output(results["machine"]))
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was saved", file=sys.stderr)
+        return 130
+    except (Failure, measures.DifferentNetworks, OSError) as error:
+        print(f"compare.py: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

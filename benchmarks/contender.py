@@ -25,7 +25,8 @@ NUM_CLASSES = 10
 
 # Enough that no batch is still in a processor's cache from the last time.
 BATCHES = 8
-CHECKED_STEPS = 3
+# The second is the first that momentum has a part in.
+CHECKED_STEPS = 2
 
 
 def memory_batches(batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -53,7 +54,9 @@ class Contender(abc.ABC):
     batch_size = BATCH_SIZE
 
     @abc.abstractmethod
-    def prepare(self, layers: int, dtype: str, **options: Any) -> dict[str, Any]:
+    def prepare(
+        self, layers: int, dtype: str, weight_decay: float = WEIGHT_DECAY, **options: Any
+    ) -> dict[str, Any]:
         """Builds the network; returns `parameters`, `device`, and what else is worth recording."""
 
     @abc.abstractmethod

@@ -24,7 +24,7 @@ from contender import (
 )
 
 
-def convolution(x: Any, depth: int, stride: int, name: str) -> Any:
+def convolution(x: Any, depth: int, stride: int, decay: keras.Regularizer, name: str) -> Any:
     return keras.layers.Conv2D(
         depth,
         3,
@@ -32,23 +32,23 @@ def convolution(x: Any, depth: int, stride: int, name: str) -> Any:
         padding="same",
         use_bias=False,
         kernel_initializer="he_normal",
-        # Keras' L2 is the plain sum of squares, twice tf.nn.l2_loss
-        kernel_regularizer=keras.regularizers.L2(WEIGHT_DECAY / 2),
+        kernel_regularizer=decay,
         name=name,
     )(x)
 
 
 def norm_relu(x: Any, name: str) -> Any:
-    x = keras.layers.BatchNormalization(momentum=BATCH_NORM_DECAY, epsilon=BATCH_NORM_EPSILON, name=name)(
-        x
-    )
+    x = keras.layers.BatchNormalization(
+        momentum=BATCH_NORM_DECAY, epsilon=BATCH_NORM_EPSILON, name=name
+    )(x)
     return keras.layers.ReLU()(x)
 
 
-def build(num_layers: int) -> keras.Model:
+def build(num_layers: int, weight_decay: float) -> keras.Model:
+    decay = keras.regularizers.L2(weight_decay / 2)  # the plain sum of squares, without a half
     inputs = keras.Input([32, 32, 3])
     depth_in = BLOCK_DEPTHS[0]
-    x = convolution(inputs, depth_in, 1, "init_conv")
+    x = convolution(inputs, depth_in, 1, decay, "init_conv")
     for block, depth in enumerate(BLOCK_DEPTHS, 1):
         for unit in range(1, (num_layers - 2) // 6 + 1):
             name = f"block{block}_unit{unit}"
@@ -57,11 +57,12 @@ def build(num_layers: int) -> keras.Model:
             x = norm_relu(x, f"{name}_norm1")
             if block == unit == 1:
                 shortcut = x
-            x = convolution(x, depth, stride, f"{name}_conv1")
-            x = convolution(norm_relu(x, f"{name}_norm2"), depth, 1, f"{name}_conv2")
+            x = convolution(x, depth, stride, decay, f"{name}_conv1")
+            x = norm_relu(x, f"{name}_norm2")
+            x = convolution(x, depth, 1, decay, f"{name}_conv2")
             if stride > 1:
                 more = (depth - depth_in) // 2
-                shortcut = keras.layers.AveragePooling2D()(shortcut)
+                shortcut = keras.layers.AveragePooling2D(2)(shortcut)
                 shortcut = keras.ops.pad(shortcut, [[0, 0], [0, 0], [0, 0], [more, more]])
             x = keras.layers.Add()([x, shortcut])
             depth_in = depth
@@ -69,7 +70,7 @@ def build(num_layers: int) -> keras.Model:
     logits = keras.layers.Dense(
         NUM_CLASSES,
         kernel_initializer="he_normal",
-        kernel_regularizer=keras.regularizers.L2(WEIGHT_DECAY / 2),
+        kernel_regularizer=decay,
         dtype="float32",
         name="logits",
     )(x)
@@ -109,16 +110,22 @@ class Stopwatch(keras.callbacks.Callback):
 
 
 class KerasFit(Contender):
-    def prepare(self, layers: int, dtype: str, folder: str | None = None) -> dict[str, Any]:
+    def prepare(
+        self,
+        layers: int,
+        dtype: str,
+        weight_decay: float = WEIGHT_DECAY,
+        folder: str | None = None,
+    ) -> dict[str, Any]:
         """With a folder the steps train on its augmented pictures, else on batches in memory."""
         keras.mixed_precision.set_global_policy(
             {"fp32": "float32", "bf16": "mixed_bfloat16"}[dtype]
         )
-        self.model = build(layers)
+        self.model = build(layers, weight_decay)
         self.model.compile(
             keras.optimizers.SGD(LEARNING_RATE, momentum=MOMENTUM),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            ["accuracy"],
+            metrics=["accuracy"],
         )
         if folder:
             self.batches = augmented_batches(folder)

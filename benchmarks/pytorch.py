@@ -79,7 +79,7 @@ class ResNet(nn.Module):
 class Network:
     """A network in training in one memory layout, with its batches."""
 
-    def __init__(self, layers: int, dtype: str, compiled: bool, layout: str):
+    def __init__(self, layers: int, dtype: str, compiled: bool, layout: str, weight_decay: float):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.backends.cudnn.benchmark = True
         self.autocast = torch.autocast(self.device, torch.bfloat16, enabled=dtype == "bf16")
@@ -89,7 +89,7 @@ class Network:
         kernels = [p for p in self.module.parameters() if p.dim() > 1]
         others = [p for p in self.module.parameters() if p.dim() == 1]
         self.optimizer = torch.optim.SGD(
-            [{"params": kernels, "weight_decay": WEIGHT_DECAY}, {"params": others}],
+            [{"params": kernels, "weight_decay": weight_decay}, {"params": others}],
             LEARNING_RATE,
             MOMENTUM,
             fused=True,
@@ -133,17 +133,21 @@ class Network:
 
 class PyTorch(Contender):
     def prepare(
-        self, layers: int, dtype: str, compiled: bool, layout: str | None = None
+        self,
+        layers: int,
+        dtype: str,
+        compiled: bool,
+        weight_decay: float = WEIGHT_DECAY,
     ) -> dict[str, Any]:
-        seconds = {}
-        if layout is None:
-            # Which layout is faster hangs on processor, precision and compiler, so both are tried;
-            # on the 20-layer network, which has the layers of all, and compiles in less time.
-            for name in LAYOUTS:
-                seconds[name] = Network(20, dtype, compiled, name).fastest_step()
-            layout = min(seconds, key=seconds.get)
-            torch.compiler.reset()
-        self.network = Network(layers, dtype, compiled, layout)
+        # Which layout is faster hangs on processor, precision and compiler, so both are tried;
+        # on the 20-layer network, which has the layers of all, and compiles in less time.
+        seconds = {
+            layout: Network(20, dtype, compiled, layout, weight_decay).fastest_step()
+            for layout in LAYOUTS
+        }
+        layout = min(seconds, key=seconds.get)
+        torch.compiler.reset()
+        self.network = Network(layers, dtype, compiled, layout, weight_decay)
         return {
             "parameters": sum(p.numel() for p in self.network.module.parameters()),
             "device": "gpu" if self.network.device == "cuda" else "cpu",

@@ -40,17 +40,18 @@ def line_through(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return mean_y - slope * mean_x, slope
 
 
-def departures(names: Sequence[str], points: Sequence[tuple[float, float]], what: str) -> list[str]:
-    """A sentence for each point that lies off the straight line through all of them."""
-    if len(points) < 3:
+def departures(points: Sequence[tuple[str, float, float, bool]], what: str) -> list[str]:
+    """A sentence for each point (name, x, y, whether the line is drawn through it) off the line."""
+    fitted = [(x, y) for _, x, y, on_line in points if on_line]
+    if len(fitted) < 3:
         return []
-    intercept, slope = line_through(points)
+    intercept, slope = line_through(fitted)
     said = []
-    for name, (x, y) in zip(names, points, strict=True):
+    for name, x, y, _ in points:
         off = y / (intercept + slope * x) - 1
         if abs(off) > DEPARTURE:
             side = "above" if off > 0 else "below"
-            said.append(f"{name}: {what} {abs(off):.0%} {side} the straight line.")
+            said.append(f"{what}: {name} is {abs(off):.0%} {side} the straight line")
     return said
 
 
@@ -184,14 +185,15 @@ def _draw_panel(axis: Any, measure: dict[str, Any], group: Sequence[dict[str, An
     # Blue and orange of Okabe and Ito's palette, which differ in lightness too.
     colours = ["#0072B2" if entry["is_reference"] else "#E69F00" for entry in group]
     axis.barh(range(len(group)), relative, xerr=spread, color=colours, capsize=3, height=0.65)
-    axis.axvline(1, color="#555555", linewidth=0.8)
+    axis.axvline(1, color="#555555", linewidth=0.8, zorder=0)
     axis.set_yticks(range(len(group)), [entry["name"] for entry in group], fontsize=9)
     axis.invert_yaxis()
     reach = max(value + more for value, more in zip(relative, spread[1], strict=True))
     axis.set_xlim(0, 1.45 * reach)
     for place, (entry, value, more) in enumerate(zip(group, relative, spread[1], strict=True)):
         text = f"{value:.2f}  ({number(entry['median'])} {measure['unit']})"
-        axis.text(value + more + 0.02 * reach, place, text, va="center", fontsize=8)
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axis.text(value + more + 0.02 * reach, place, text, va="center", fontsize=8, bbox=behind)
     axis.spines[["top", "right"]].set_visible(False)
     better = "longer" if measure["more_is_better"] else "shorter"
     axis.set_title(measure["title"], fontsize=10, loc="left")

@@ -97,8 +97,8 @@ def build(num_layers: int) -> ResNet:
 class Training:
     """The custom training loop's pieces."""
 
-    def __init__(self, model: ResNet):
-        self.model = model
+    def __init__(self, model: ResNet, weight_decay: float = WEIGHT_DECAY):
+        self.model, self.weight_decay = model, weight_decay
         self.optimizer = tf.keras.optimizers.SGD(LEARNING_RATE, momentum=MOMENTUM)
         self.optimizer.build(model.trainable_variables)
         self.cross_entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -112,7 +112,7 @@ class Training:
             logits = self.model(images, training=True)
             cross_entropy = self.cross_entropy(labels, logits)
             penalty = tf.add_n([tf.nn.l2_loss(kernel) for kernel in kernels])
-            loss = cross_entropy + WEIGHT_DECAY * penalty
+            loss = cross_entropy + self.weight_decay * penalty
         gradients = tape.gradient(loss, self.model.trainable_variables)
         self.optimizer.apply_gradients(zip(gradients, self.model.trainable_variables, strict=True))
         self.loss.update_state(cross_entropy)
@@ -144,11 +144,17 @@ def augmented_batches(images: np.ndarray, labels: np.ndarray) -> tf.data.Dataset
 
 
 class Tf2Reference(Contender):
-    def prepare(self, layers: int, dtype: str, folder: str | None = None) -> dict[str, Any]:
+    def prepare(
+        self,
+        layers: int,
+        dtype: str,
+        weight_decay: float = WEIGHT_DECAY,
+        folder: str | None = None,
+    ) -> dict[str, Any]:
         """With a folder the steps train on its augmented pictures, else on batches in memory."""
         if dtype != "fp32":
             raise ValueError(f"no {dtype} here")
-        self.training = Training(build(layers))
+        self.training = Training(build(layers), weight_decay)
         if folder:
             images, labels, _ = load_float_images(folder)
             self.batches = iter(augmented_batches(images, labels))

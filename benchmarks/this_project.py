@@ -1,5 +1,6 @@
 """This project as a contender."""
 
+import dataclasses
 import math
 import resource
 import time
@@ -22,7 +23,7 @@ from contender import (
 )
 
 from cifar10_input import mean_image, read_images, training_batches
-from resnet_model import DTYPES, resolve_data_format
+from resnet_model import DTYPES, ResNet, resolve_data_format
 from run_config import ModelConfig, RunConfig, TrainingConfig, units_per_block
 from training import Trainer
 
@@ -51,11 +52,17 @@ def multiply_adds(config: ModelConfig) -> int:
     return total + depth_in * config.num_classes
 
 
+def network_variables(model: ResNet) -> list[tf.Variable]:
+    """All but the images' mean, which travels with the network but is no part of it."""
+    return [v for v in model.variables if v is not model.image_mean]
+
+
 class ThisProject(Contender):
     def prepare(
         self,
         layers: int,
         dtype: str,
+        weight_decay: float = WEIGHT_DECAY,
         batch_size: int = BATCH_SIZE,
         bottleneck: bool = False,
     ) -> dict[str, Any]:
@@ -67,7 +74,7 @@ class ThisProject(Contender):
             init_lr=10 * LEARNING_RATE,
             num_iterations=1_280_000,
             momentum=MOMENTUM,
-            weight_decay=WEIGHT_DECAY,
+            weight_decay=weight_decay,
         )
         device = "gpu" if tf.config.list_logical_devices("GPU") else "cpu"
         data_format = resolve_data_format("auto", dtype, device)
@@ -92,26 +99,24 @@ class ThisProject(Contender):
         return loss
 
     def load(self, variables: Mapping[str, np.ndarray]) -> None:
-        for variable in self._network_variables():
+        for variable in network_variables(self.trainer.model):
             variable.assign(variables[variable.name.removesuffix(":0")])
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         return self.trainer.model(images).numpy()
 
     def export(self, file: str) -> None:
-        """Writes variables for `check`, none of which can be mistaken for another."""
+        """Writes variables for `check`: none is like another, and the batch statistics fit."""
+        config = dataclasses.replace(self.trainer.run.model, batch_norm_decay=0.0)
+        model = ResNet(config)
         rng = np.random.default_rng(0)
-        values = {}
-        for variable in self._network_variables():
-            name = variable.name.removesuffix(":0")
-            values[name] = variable.numpy()
-            if not name.endswith("/kernel"):
-                values[name] += rng.uniform(-0.3, 0.3, variable.shape).astype(np.float32)
+        for variable in model.trainable_variables:
+            if not variable.name.endswith("/kernel:0"):
+                variable.assign_add(rng.uniform(-0.3, 0.3, variable.shape).astype(np.float32))
+        images, _ = self.batches[0]
+        model(images, training=True)
+        values = {v.name.removesuffix(":0"): v.numpy() for v in network_variables(model)}
         np.savez(file, **values)
-
-    def _network_variables(self) -> list[tf.Variable]:
-        model = self.trainer.model
-        return [v for v in model.variables if v is not model.image_mean]
 
     def matmul(self, dtype: str) -> float:
         """GMAC/s of one large matrix product: about the most that this machine can do."""
