@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import report
+from contender import BATCH_SIZE
 from processes import FOLDER, PROJECT, Ended, Failure, Worker, run_program
 
-BATCH_SIZE = 128
 DTYPES = ("fp32", "bf16")
 
 # untimed steps before the first round

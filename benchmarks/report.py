@@ -98,7 +98,7 @@ def print_measure(measure: dict[str, Any]) -> None:
 
 
 def _print_scaling(measure: dict[str, Any]) -> None:
-    rows = [("", "GMAC a step", "seconds a step", "min", "max", "ns/kMAC", "peak MiB")]
+    rows = [("", "GMAC a step", "seconds a step", "min", "max", "ps/MAC", "peak MiB")]
     for point in measure["points"]:
         if problem := point.get("problem"):
             rows.append((point["name"], problem))
