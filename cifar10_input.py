@@ -26,6 +26,7 @@ SIDE, CHANNELS, PAD = 32, 3, 4
 IMAGE_BYTES = SIDE * SIDE * CHANNELS
 RECORD_BYTES = 1 + IMAGE_BYTES
 SHIFTS = 2 * PAD + 1
+ALIGNMENT = 64
 
 # the generated stand-in, where it is made in memory
 SYNTHETIC_IMAGES = {"train": 10_000, "test": 2_000}
@@ -122,12 +123,12 @@ def read_images(path: str, split: str, num_classes: int = 10) -> ImageSet:
     """Reads all images of a split ("train" or "test") into memory."""
     counts = check_files(path, split)
     total = sum(count for _, count in counts)
-    images = np.empty([total, SIDE, SIDE, CHANNELS], np.uint8)
+    images = _aligned([total, SIDE, SIDE, CHANNELS])
     labels = np.empty([total], np.int32)
     records = tf.data.FixedLengthRecordDataset([file for file, _ in counts], RECORD_BYTES)
     done = 0
     try:
-        for batch in records.batch(5000).prefetch(1):
+        for batch in records.batch(1000).prefetch(1):
             decoded = tf.io.decode_raw(batch, tf.uint8).numpy()
             part = slice(done, done + len(decoded))
             labels[part] = decoded[:, 0]
@@ -144,6 +145,21 @@ def read_images(path: str, split: str, num_classes: int = 10) -> ImageSet:
         )
     _check_labels(labels, counts, num_classes)
     return ImageSet(images, labels)
+
+
+def _aligned(shape: Sequence[int]) -> np.ndarray:
+    """An empty uint8 array that begins where TensorFlow wants its tensors to."""
+    size = int(np.prod(shape))
+    memory = np.empty([size + ALIGNMENT], np.uint8)
+    begin = -memory.ctypes.data % ALIGNMENT
+    return memory[begin : begin + size].reshape(shape)
+
+
+def _as_tensor(array: np.ndarray) -> tf.Tensor:
+    """The array as a tensor: the same memory where that is aligned, else a copy."""
+    if array.ctypes.data % ALIGNMENT == 0 and array.flags.c_contiguous and array.flags.writeable:
+        return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+    return tf.constant(array)
 
 
 def _check_labels(labels: np.ndarray, counts: Sequence[tuple[str, int]], num_classes: int) -> None:
@@ -229,6 +245,8 @@ def training_batches(
     options.threading.max_intra_op_parallelism = 1
     options.threading.private_threadpool_size = 2
     options.autotune.enabled = False
+    # They would make a second copy of all images, to compare graphs by their contents.
+    options.experimental_optimization.apply_default_optimizations = False
     dataset = dataset.map(batch, num_parallel_calls=2, deterministic=True)
     return dataset.prefetch(4).with_options(options)
 
@@ -278,12 +296,7 @@ class _Augmentation:
     """
 
     def __init__(self, images: np.ndarray, mean: np.ndarray):
-        rows = np.zeros([len(images) * SIDE + 1, (SIDE + 2 * PAD) * CHANNELS], np.uint8)
-        inner = rows[:-1].reshape(len(images), SIDE, SIDE + 2 * PAD, CHANNELS)
-        inner[:, :, PAD:-PAD] = images
-        self._rows = tf.constant(rows)
-        self._empty_row = len(images) * SIDE
-
+        self._images = _as_tensor(images.reshape(len(images), IMAGE_BYTES))
         padded = np.pad(mean, ((PAD, PAD), (PAD, PAD), (0, 0)))
         self._means = tf.constant(
             np.stack(
@@ -299,10 +312,11 @@ class _Augmentation:
     def __call__(
         self, indices: tf.Tensor, dy: tf.Tensor, dx: tf.Tensor, flip: tf.Tensor
     ) -> tf.Tensor:
-        count = indices.shape[0]
-        row = dy[:, None] - PAD + tf.range(SIDE)
-        place = tf.cast(indices, tf.int32)[:, None] * SIDE + row
-        rows = tf.gather(self._rows, tf.where((row >= 0) & (row < SIDE), place, self._empty_row))
+        count, height = indices.shape[0], SIDE + 2 * PAD
+        images = tf.reshape(tf.gather(self._images, indices), [count, SIDE, SIDE * CHANNELS])
+        images = tf.pad(images, [[0, 0], [PAD, PAD], [PAD * CHANNELS, PAD * CHANNELS]])
+        places = (tf.range(count) * height + dy)[:, None] + tf.range(SIDE)
+        rows = tf.gather(tf.reshape(images, [count * height, -1]), places)
 
         case = dx * 2 + flip
         parts = tf.dynamic_partition(rows, case, 2 * SHIFTS)

@@ -230,12 +230,12 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
     """Trains a run to its end, from its beginning or from a checkpoint of its own."""
     with ThreadPoolExecutor(1) as reader:
         # The files are read while the network is built and traced.
-        reading = reader.submit(_read_data, run, options)
+        step = checkpoints.read_run(resume_from)[1] if resume_from else 0
+        last_step = min(run.training.num_iterations, options.max_train_steps or 2**62)
+        reading = reader.submit(_read_data, run, options, step, last_step)
         trainer = Trainer(run, options.data_format, options.dtype, options.loss_scale)
         if resume_from:
             trainer.restore(resume_from)
-        first_step = step = int(trainer.step)
-        last_step = min(run.training.num_iterations, options.max_train_steps or 2**62)
         if step < last_step:
             trainer.trace()
         data = reading.result()
@@ -254,7 +254,7 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
         return Outcome(step, resume_from)
 
     evaluate = Evaluator(trainer.model)
-    steps_per_epoch = len(data.train.labels) / run.training.batch_size
+    steps_per_epoch = data.num_images / run.training.batch_size
     steps_between_evals = round(options.epochs_between_evals * steps_per_epoch)
     metrics = None
     if resume_from and options.stop_threshold:
@@ -262,25 +262,17 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
         if metrics.accuracy >= options.stop_threshold:
             print(f"This run has reached --stop_threshold: {resume_from} is step {step}.")
             return Outcome(step, resume_from, metrics)
-    print(_opening(run, options, trainer, len(data.train.labels)))
+    print(_opening(run, options, trainer, data.num_images))
     print(f"Going on from {resume_from}, step {step}." if resume_from else "Starting at step 0.")
 
-    saved = resume_from
-    batches = training_batches(
-        data.train,
-        data.mean,
-        run.training.batch_size,
-        run.training.seed,
-        first_step,
-        last_step - first_step,
-    )
+    saved, first_step = resume_from, step
     with (
         StopSignals() as stop,
         Progress(
             first_step, last_step, steps_per_epoch, run.training.batch_size, options.train_log_path
         ) as progress,
     ):
-        for images, labels in batches:
+        for images, labels in data.batches:
             trainer.train_step(images, labels)
             step += 1
             ending = step == last_step or stop.signal is not None
@@ -308,22 +300,28 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
 
 
 class _Data(NamedTuple):
-    """What a run reads: the images to train on with their mean, and those to evaluate on."""
+    """What a run sees: batches to train on, of so many images with that mean; images to score."""
 
-    train: ImageSet
+    batches: tf.data.Dataset
+    num_images: int
     mean: np.ndarray
     evaluation_split: str
     evaluation: ImageSet | None
 
 
-def _read_data(run: RunConfig, options: Options) -> _Data:
+def _read_data(run: RunConfig, options: Options, first_step: int, last_step: int) -> _Data:
     train_set, held_out = load_training(run.data, options.data_path)
+    mean = mean_image(train_set.images)
+    num_steps = max(last_step - first_step, 0)
+    batches = training_batches(
+        train_set, mean, run.training.batch_size, run.training.seed, first_step, num_steps
+    )
     split, evaluation = "holdout", held_out
     if not run.data.holdout:
         split, evaluation = "test", None
         if options.epochs_between_evals:
             evaluation = load_split(run.data, options.data_path, "test")
-    return _Data(train_set, mean_image(train_set.images), split, evaluation)
+    return _Data(batches, len(train_set.labels), mean, split, evaluation)
 
 
 def _opening(run: RunConfig, options: Options, trainer: Trainer, num_images: int) -> str:
