@@ -233,6 +233,7 @@ def training_batches(
         augment = _Augmentation(examples.images, mean)
         labels = tf.constant(examples.labels)
 
+    @tf.autograph.experimental.do_not_convert
     def batch(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         indices = _epoch_order(step * batch_size, batch_size, len(examples.labels), seed)
         dy, dx, flip = _draw_crops(step, batch_size, seed)

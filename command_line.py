@@ -44,6 +44,14 @@ flags.DEFINE_float(
 )
 flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu"], "auto is a GPU where one is visible.")
 
+# TensorFlow's passes over a graph that find nothing to do in these networks on a CPU, and take a
+# deep one most of a second to find it. (What pays is "remapping", which fuses BN with ReLU.)
+IDLE_PASSES = (
+    *("layout_optimizer", "constant_folding", "shape_optimization", "arithmetic_optimization"),
+    *("dependency_optimization", "loop_optimization", "function_optimization"),
+    "common_subgraph_elimination",
+)
+
 # those that say which network it is, under the names of run_config.ModelConfig
 NETWORK_FLAGS = ("num_layers", "shortcut_connections", "bottleneck", "resnet_version")
 
@@ -69,6 +77,8 @@ def start_tensorflow(device: str) -> str:
         if device == "cpu":
             tf.config.set_visible_devices([], "GPU")
         has_gpu = bool(tf.config.list_logical_devices("GPU"))
+        if not has_gpu:
+            tf.config.optimizer.set_experimental_options(dict.fromkeys(IDLE_PASSES, False))
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     if device == "gpu" and not has_gpu:

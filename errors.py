@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -20,5 +21,9 @@ def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int 
         except UserError as error:
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
             return 1
+        except BrokenPipeError:
+            # whoever read the output has gone, as in `… | head`: end as quietly as other programs
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
 
     return guarded

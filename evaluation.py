@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import tensorflow as tf
 import checkpoints
 from cifar10_input import FOLDER, ImageSet, class_names, load_split
 from errors import UserError
-from resnet_model import ResNet
+from resnet_model import IMAGE_SHAPE, ResNet
 from run_config import RunConfig, refuse_contradictions
 
 
@@ -59,12 +60,8 @@ class Evaluator:
     def __init__(self, model: ResNet, batch_size: int = 500):
         self.model = model
         self.batch_size = batch_size
-        self._score = tf.function(
-            self._score_batch,
-            input_signature=[
-                tf.TensorSpec([None, 32, 32, 3], tf.uint8),
-                tf.TensorSpec([None], tf.int32),
-            ],
+        self._score = tf.function(self._score_batch, autograph=False).get_concrete_function(
+            tf.TensorSpec([None, *IMAGE_SHAPE], tf.uint8), tf.TensorSpec([None], tf.int32)
         )
 
     def __call__(self, examples: ImageSet) -> Metrics:
@@ -73,7 +70,7 @@ class Evaluator:
         count = len(examples.labels)
         for start in range(0, count, self.batch_size):
             images, labels = examples.part(slice(start, start + self.batch_size))
-            scores = self._score(images, labels)
+            scores = self._score(tf.constant(images), tf.constant(labels))
             batch_loss, batch_top_5, batch_confusion = (score.numpy() for score in scores)
             loss += float(batch_loss)
             top_5 += int(batch_top_5)
@@ -140,17 +137,18 @@ def score_checkpoints(
     Without a path that is the generated stand-in for a run that trained on it. Refuses `given`
     values that contradict the checkpoint.
     """
-    model = examples = None
-    for prefix in prefixes:
-        run, step = checkpoints.read_run(prefix)
-        refuse_contradictions(run, given or {}, prefix)
-        if model is None or model.config != run.model:
-            model = ResNet(run.model, data_format, dtype)
-            evaluator = Evaluator(model, batch_size)
-        checkpoints.restore_model(model, prefix)
-        if examples is None:
-            examples = _images_for(run, prefix, path, split)
-        yield Scored(prefix, step, run, split, evaluator(examples))
+    model = reading = None
+    with ThreadPoolExecutor(1) as reader:
+        for prefix in prefixes:
+            run, step = checkpoints.read_run(prefix)
+            refuse_contradictions(run, given or {}, prefix)
+            # The images are read while the network is built and traced.
+            reading = reading or reader.submit(_images_for, run, prefix, path, split)
+            if model is None or model.config != run.model:
+                model = ResNet(run.model, data_format, dtype)
+                evaluator = Evaluator(model, batch_size)
+            checkpoints.restore_model(model, prefix)
+            yield Scored(prefix, step, run, split, evaluator(reading.result()))
 
 
 def _images_for(run: RunConfig, prefix: str, path: str | None, split: str) -> ImageSet:
