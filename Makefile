@@ -1,11 +1,13 @@
-# `make demo` trains and evaluates a network, `make test` runs the tests. Both first make .venv.
+# `make demo` trains and evaluates a network, `make test` runs the tests, `make bench` measures the
+# project beside others. Each first makes the environment it needs.
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 PYTHON ?=
 VENV := .venv
+BENCH_VENV := .venv-bench
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint
+.PHONY: demo test lint bench
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -20,7 +22,18 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-$(VENV)/ready: requirements.txt requirements-test.txt files/find_python.sh
-	@python=$$(sh files/find_python.sh $(PYTHON)) && "$$python" -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+bench: $(BENCH_VENV)/ready
+	$(BENCH_VENV)/bin/python benchmarks/compare.py
+
+# $(call make_environment,FOLDER,REQUIREMENTS)
+define make_environment
+	@python=$$(sh files/find_python.sh $(PYTHON)) && "$$python" -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -r $(2)
 	@touch $@
+endef
+
+$(VENV)/ready: requirements.txt requirements-test.txt files/find_python.sh
+	$(call make_environment,$(VENV),requirements-test.txt)
+
+$(BENCH_VENV)/ready: requirements.txt benchmarks/requirements.txt files/find_python.sh
+	$(call make_environment,$(BENCH_VENV),benchmarks/requirements.txt)

@@ -53,6 +53,10 @@ flags.DEFINE_integer(
     "holdout", 0, "Keep the last N training images out of training.", lower_bound=0
 )
 flags.DEFINE_bool("use_synthetic_data", False, "Train on generated pictures; needs no --path.")
+flags.DEFINE_bool("jit_compile", False, "Compile the step with XLA; on CPUs that is slower.")
+flags.DEFINE_integer(
+    "steps_per_call", 1, "Steps between two returns to Python; for GPUs.", lower_bound=1
+)
 flags.DEFINE_integer("log_per_iterations", 200, "Log every N steps.", lower_bound=1)
 flags.DEFINE_integer("save_per_iterations", 1000, "Save every N steps.", lower_bound=1)
 flags.DEFINE_integer("max_ckpts", 5, "Checkpoints to keep; a negative number keeps all.")
@@ -120,6 +124,8 @@ def main(argv: list[str]) -> int:
         data_format=resolve_data_format(FLAGS.data_format, FLAGS.dtype, device),
         dtype=FLAGS.dtype,
         loss_scale=FLAGS.loss_scale,
+        jit_compile=FLAGS.jit_compile,
+        steps_per_call=FLAGS.steps_per_call,
         log_per_iterations=FLAGS.log_per_iterations,
         save_per_iterations=FLAGS.save_per_iterations,
         max_ckpts=FLAGS.max_ckpts,

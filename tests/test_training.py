@@ -175,6 +175,34 @@ def small_synthetic(monkeypatch):
     monkeypatch.setattr("cifar10_input.SYNTHETIC_IMAGES", {"train": 80, "test": 40})
 
 
+def test_several_steps_in_a_call_are_those_taken_one_by_one(tmp_path, small_synthetic):
+    run = make_run(num_iterations=13)
+    ends = []
+    for steps_per_call in (1, 4):
+        folder = tmp_path / str(steps_per_call)
+        outcome = training.train(
+            run, options(folder, steps_per_call=steps_per_call, save_per_iterations=5, max_ckpts=-1)
+        )
+        assert [step for step, _ in checkpoints.list_checkpoints(str(folder))] == [5, 10, 13]
+        trainer = training.Trainer(run)
+        trainer.restore(outcome.checkpoint)
+        ends.append([v.numpy() for v in trainer.model.variables])
+    for one, other in zip(*ends, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_compiled_step_is_the_same_step():
+    ends = []
+    for jit_compile in (False, True):
+        trainer = training.Trainer(make_run(), jit_compile=jit_compile)
+        for step in range(2):
+            trainer.train_step(*make_batch(step))
+        ends.append([v.numpy() for v in trainer.model.variables])
+        assert int(trainer.step) == 2
+    for one, other in zip(*ends, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
+
+
 def test_curves_of_training_and_evaluation_share_their_charts(tmp_path, small_synthetic):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
