@@ -375,3 +375,12 @@ def test_generated_pictures_need_no_files(tmp_path):
     scored = run("run_evaluator.py", "--ckpt_path=runs/resnet8-synthetic", cwd=tmp_path)
     assert re.search(r"images +2000", scored.stdout)
     assert "crescent" in scored.stdout
+
+
+def test_a_run_whose_output_nobody_reads_any_more_ends_quietly(data, tmp_path):
+    process = start("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL)
+    assert process.stdout.readline().startswith("Training")
+    process.stdout.close()  # as `… | head -1` does
+    err = process.stderr.read()
+    assert process.wait(timeout=240) == 128 + signal.SIGPIPE
+    assert "Traceback" not in err
