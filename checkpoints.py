@@ -225,14 +225,15 @@ def clean(directory: str, log_path: str) -> None:
                 f"--clean leaves {directory} alone: {os.path.basename(prefix)} there was not "
                 "written by this project."
             )
-    summaries = os.path.join(glob.escape(log_path), "*", "events.out.tfevents.*")
     try:
         if _is_own_state(os.path.join(directory, "checkpoint")):
             _remove(os.path.join(directory, "checkpoint"))
         for _, prefix in list_checkpoints(directory, ".sha256"):
             _delete(prefix)
-        for file in glob.glob(summaries):
-            if os.path.basename(os.path.dirname(file)) in ("train", "eval"):
+        for part in ("train", "eval"):
+            for file in glob.glob(
+                os.path.join(glob.escape(log_path), part, "events.out.tfevents.*")
+            ):
                 os.remove(file)
     except OSError as error:
         raise UserError(f"cannot clean {directory}: {error.strerror}.") from error

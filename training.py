@@ -120,8 +120,8 @@ class Trainer:
             step=self.step,
             description=self._description,
         )
-        # Gathered on the device, so that no step waits for the host to read them.
         self._loss_scale = loss_scale if dtype == "fp16" else 1.0
+        # Gathered on the device, so that no step waits for the host to read them.
         self._loss_sum = tf.Variable(0.0, dtype=tf.float64, trainable=False)
         self._correct = tf.Variable(0, dtype=tf.int64, trainable=False)
         self._first_bad_step = tf.Variable(-1, dtype=tf.int64, trainable=False)
@@ -279,7 +279,7 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
 
     evaluate = Evaluator(trainer.model) if options.epochs_between_evals else None
     steps_per_epoch = data.num_images / run.training.batch_size
-    steps_between_evals = round(options.epochs_between_evals * steps_per_epoch)
+    steps_between_evals = max(1, round(options.epochs_between_evals * steps_per_epoch))
     metrics = None
     if resume_from and evaluate and options.stop_threshold:
         metrics = evaluate(data.evaluation)

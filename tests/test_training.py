@@ -236,6 +236,14 @@ def test_a_holdout_is_what_is_evaluated_while_training(tmp_path, small_synthetic
     assert "evaluated on holdout" in capsys.readouterr().out
 
 
+def test_evaluating_every_epoch_works_where_a_batch_holds_several_epochs(tmp_path, small_synthetic):
+    run = make_run(num_iterations=2)
+    run = dataclasses.replace(run, training=dataclasses.replace(run.training, batch_size=200))
+    outcome = training.train(run, options(tmp_path, epochs_between_evals=1))
+    assert outcome.step == 2
+    assert outcome.metrics.num_images == 40
+
+
 def test_other_training_images_than_the_runs_own_are_refused(
     tmp_path, small_synthetic, monkeypatch
 ):
