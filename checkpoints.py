@@ -51,13 +51,13 @@ def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep
         kept = []
         for saved_step, saved in list_checkpoints(directory):
             if saved_step > step:
-                _delete(saved)  # a damaged one that this run was resumed without
+                delete(saved)  # a damaged one that this run was resumed without
             else:
                 kept.append(saved)
         surplus = max(0, len(kept) - max(1, max_to_keep)) if max_to_keep >= 0 else 0
         _write_state(directory, kept[surplus:])
         for old in kept[:surplus]:
-            _delete(old)
+            delete(old)
     except (OSError, tf.errors.OpError) as error:
         reason = error.strerror if isinstance(error, OSError) else error.message
         raise UserError(
@@ -182,6 +182,17 @@ def _restoring(prefix: str) -> Iterator[None]:
         raise UserError(f"{prefix} cannot be restored: {_first_line(error)}") from error
 
 
+def save_network(prefix: str, directory: str) -> str:
+    """Saves the network of a checkpoint alone, without what only training needs."""
+    run, step = read_run(prefix)
+    network = tf.train.Checkpoint(
+        model=load_model(prefix),
+        step=tf.Variable(step, dtype=tf.int64),
+        description=tf.Variable(run.to_json()),
+    )
+    return save(network, directory, step)
+
+
 def load_model(prefix: str, data_format: str = "channels_last", dtype: str = "fp32") -> ResNet:
     """Builds the network that a checkpoint describes, with its weights, statistics and mean."""
     run, _ = read_run(prefix)
@@ -229,7 +240,7 @@ def clean(directory: str, log_path: str) -> None:
         if _is_own_state(os.path.join(directory, "checkpoint")):
             _remove(os.path.join(directory, "checkpoint"))
         for _, prefix in list_checkpoints(directory, ".sha256"):
-            _delete(prefix)
+            delete(prefix)
         for part in ("train", "eval"):
             for file in glob.glob(
                 os.path.join(glob.escape(log_path), part, "events.out.tfevents.*")
@@ -281,7 +292,8 @@ def _write_state(directory: str, prefixes: list[str]) -> None:
     os.replace(file + ".new", file)
 
 
-def _delete(prefix: str) -> None:
+def delete(prefix: str) -> None:
+    """Deletes a checkpoint, which stops counting as one first."""
     for suffix in reversed(SUFFIXES):
         _remove(prefix + suffix)
 

@@ -222,12 +222,14 @@ def training_batches(
     seed: int = 0,
     first_step: int = 0,
     num_steps: int | None = None,
+    alternate_flips: bool = False,
 ) -> tf.data.Dataset:
     """Batches of augmented images, float32 [batch_size, 32, 32, 3], and labels, from `first_step`.
 
     The mean is subtracted, then the image is padded with 4 zeros on each side, cropped at random
-    and flipped at random. Epochs follow one another without a gap: a batch may hold the end of one
-    and the beginning of the next.
+    and flipped at random. With `alternate_flips` only an image's first epoch decides its flip at
+    random, and from then on it takes turns: no two epochs in a row show it the same way. Epochs
+    follow one another without a gap: a batch may hold the end of one and the beginning of the next.
     """
     with tf.device("cpu"):
         augment = _Augmentation(examples.images, mean)
@@ -235,8 +237,12 @@ def training_batches(
 
     @tf.autograph.experimental.do_not_convert
     def batch(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        indices = _epoch_order(step * batch_size, batch_size, len(examples.labels), seed)
+        place = step * batch_size + tf.range(batch_size, dtype=tf.int64)
+        indices = _epoch_order(place, len(examples.labels), seed)
         dy, dx, flip = _draw_crops(step, batch_size, seed)
+        if alternate_flips:
+            first = tf.bitwise.right_shift(_hash(seed, indices), np.uint64(63))
+            flip = (tf.cast(first, tf.int32) + tf.cast(place // len(examples.labels), tf.int32)) % 2
         return augment(indices, dy, dx, flip), tf.gather(labels, indices)
 
     last_step = np.iinfo(np.int64).max if num_steps is None else first_step + num_steps
@@ -252,9 +258,8 @@ def training_batches(
     return dataset.prefetch(4).with_options(options)
 
 
-def _epoch_order(first: tf.Tensor, count: int, num_examples: int, seed: int) -> tf.Tensor:
-    """The examples at places `first` to `first + count - 1` of the endless row of epochs."""
-    place = first + tf.range(count, dtype=tf.int64)
+def _epoch_order(place: tf.Tensor, num_examples: int, seed: int) -> tf.Tensor:
+    """The examples at these places of the endless row of epochs."""
     # With its default of 4 rounds, and keys that differ in their low bits alone, the orders of
     # neighbouring epochs resemble one another.
     return tf.raw_ops.RandomIndexShuffle(
@@ -266,10 +271,16 @@ def _epoch_order(first: tf.Tensor, count: int, num_examples: int, seed: int) -> 
 
 
 def _shuffle_keys(seed: int, epoch: tf.Tensor) -> tf.Tensor:
-    """Three key words for each epoch number, from the well-mixed bits of SplitMix64."""
-    state = _splitmix64(seed) + tf.cast(epoch, tf.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = _splitmix64(state)
+    """Three key words for each epoch number."""
+    mixed = _hash(seed, epoch)
     return tf.stack([tf.bitwise.right_shift(mixed, np.uint64(by)) for by in (0, 21, 42)], axis=1)
+
+
+def _hash(seed: int, numbers: tf.Tensor) -> tf.Tensor:
+    """64 well-mixed bits for each number: the outputs of SplitMix64, at random access."""
+    return _splitmix64(
+        _splitmix64(seed) + tf.cast(numbers, tf.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    )
 
 
 def _splitmix64(state: tf.Tensor | int) -> tf.Tensor:

@@ -209,9 +209,8 @@ class ResNet(tf.Module):
         x = self.init_conv(x, 1, layout)
         if self.config.resnet_version == 1:
             x = tf.nn.relu(self.init_norm(x, training, layout))
-        for units in self.blocks:
-            for unit in units:
-                x = unit(x, training, layout)
+        for unit in self.units:
+            x = unit(x, training, layout)
         if self.config.resnet_version == 2:
             x = tf.nn.relu(self.final_norm(x, training, layout))
         return tf.reduce_mean(tf.cast(x, tf.float32), [layout.index("H"), layout.index("W")])
@@ -219,6 +218,11 @@ class ResNet(tf.Module):
     def project(self, features: tf.Tensor) -> tf.Tensor:
         """Features to logits."""
         return tf.matmul(features, self.logits_kernel) + self.logits_bias
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """All units, from the first to the last."""
+        return tuple(unit for units in self.blocks for unit in units)
 
     @property
     def kernels(self) -> tuple[tf.Variable, ...]:

@@ -434,6 +434,23 @@ def test_crops_and_flips_are_drawn_evenly_and_apart():
         assert 0.5 / 162 < other.mean() < 2 / 162, "neither the last step nor the neighbour matters"
 
 
+def test_alternating_flips_show_an_image_in_turns_and_begin_evenly():
+    image = np.zeros([200, 32, 32, 3], np.uint8)
+    image[:, :, :16, 0] = 200  # the left half is red until it is flipped
+    image[:, :, :, 1] = np.arange(200)[:, None, None]  # and every pixel knows its image
+    examples = ImageSet(image, np.arange(200, dtype=np.int32))
+    seen = np.full([3, 200], -1)
+    batches = cifar10_input.training_batches(
+        examples, NO_MEAN, 100, seed=3, num_steps=6, alternate_flips=True
+    )
+    for step, (images, labels) in enumerate(batches):
+        flipped = images[:, 16, 27, 0].numpy() > images[:, 16, 4, 0].numpy()
+        seen[step // 2, labels.numpy()] = flipped
+    assert 70 < seen[0].sum() < 130
+    np.testing.assert_array_equal(seen[1], 1 - seen[0])
+    np.testing.assert_array_equal(seen[2], seen[0])
+
+
 # --- Splits ---------------------------------------------------------------------------------------
 
 

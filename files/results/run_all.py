@@ -1,0 +1,265 @@
+"""Trains every network of the README's table of results, or goes on where that was left off.
+
+    python files/results/run_all.py --path=cifar-10-batches-bin
+
+Each run leaves `files/results/NAME.csv`, its curves with the command that made them, and, of
+several seeds the one in the middle, its weights in `files/pretrained/`. What is there already is
+left as it is; Ctrl-C saves, and the same command goes on from there. `--table` prints the table.
+"""
+
+import csv
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).resolve().parent
+TOP = RESULTS.parents[1]
+PRETRAINED = RESULTS.parent / "pretrained"
+sys.path.insert(0, str(TOP))
+
+from absl import app, flags  # noqa: E402
+
+from errors import UserError, exits_with_a_sentence  # noqa: E402
+from run_config import RunConfig  # noqa: E402
+
+FLAGS = flags.FLAGS
+# the columns of a CSV, and what they are called in a run's event files
+COLUMNS = {
+    "step": "step",
+    "epoch": "train_epoch",
+    "train_loss": "train_loss",
+    "train_accuracy": "train_accuracy",
+    "test_accuracy": "eval_accuracy",
+    "learning_rate": "train_learning_rate",
+    "seconds": "seconds",
+}
+
+
+class Run(NamedTuple):
+    """One row's training: what it is called, and the trainer's flags."""
+
+    name: str
+    num_layers: int
+    shortcut_connections: bool = True
+    recipe: str = "fast"
+    seed: int = 0
+
+    @property
+    def network(self) -> str:
+        return ("resnet" if self.shortcut_connections else "plain") + str(self.num_layers)
+
+    def flags(self) -> list[str]:
+        plain = [] if self.shortcut_connections else ["--shortcut_connections=False"]
+        return [
+            *(f"--num_layers={self.num_layers}", *plain, f"--recipe={self.recipe}"),
+            *(f"--seed={self.seed}", "--dtype=bf16", "--epochs_between_evals=1"),
+            "--log_per_iterations=391",
+        ]
+
+
+# The most useful first: some take minutes, some hours.
+RUNS = (
+    Run("resnet20-fast-seed0", 20),
+    Run("resnet20-fast-seed1", 20, seed=1),
+    Run("resnet20-fast-seed2", 20, seed=2),
+    Run("plain20-fast", 20, False),
+    Run("resnet56-fast", 56),
+    Run("plain56-fast", 56, False),
+    Run("resnet110-fast", 110),
+    Run("plain110-fast", 110, False),
+    Run("resnet20-paper", 20, recipe="paper"),
+    Run("resnet32-fast", 32),
+    Run("resnet44-fast", 44),
+)
+# test error in percent: the first paper's table 6, and a well-known reproduction's
+PAPER_ERROR = {20: 8.75, 32: 7.51, 44: 7.17, 56: 6.97, 110: 6.43}
+REPRODUCTION_ERROR = {20: 8.27, 32: 7.37, 44: 6.90, 56: 6.61, 110: 6.32}
+
+
+class Result(NamedTuple):
+    """What a finished run's CSV says."""
+
+    run: Run
+    comments: dict[str, str]
+    rows: list[dict[str, str]]
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.comments["test_accuracy"])
+
+    @property
+    def epochs(self) -> float:
+        return float(self.rows[-1]["epoch"])
+
+    @property
+    def minutes(self) -> float:
+        return float(self.rows[-1]["seconds"]) / 60
+
+
+def read_result(run: Run, folder: Path = RESULTS) -> Result | None:
+    """The result of a run, or None where it is not finished."""
+    file = folder / f"{run.name}.csv"
+    if not file.exists():
+        return None
+    lines = file.read_text().splitlines()
+    comments = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+    return Result(run, comments, list(csv.DictReader(x for x in lines if not x.startswith("#"))))
+
+
+def table(results: Sequence[Result]) -> str:
+    """The README's table in Markdown: a row for each network and recipe that is finished."""
+    rows = [
+        "| network | parameters | paper | best reproduction | ours | recipe | epochs "
+        "| minutes on 2 cores | checkpoint |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for group in _by_network(results):
+        run, shipped = group[0].run, _middle(group)
+        errors = [100 * (1 - result.accuracy) for result in group]
+        ours = f"**{statistics.fmean(errors):.2f} %**"
+        if len(errors) > 1:
+            ours += " (" + ", ".join(f"{error:.2f}" for error in errors) + ")"
+        compared = run.shortcut_connections
+        published = [
+            f"{errors_of[run.num_layers]:.2f} %" if compared else ""
+            for errors_of in (PAPER_ERROR, REPRODUCTION_ERROR)
+        ]
+        folder = f"`files/pretrained/{run.network}`" if run.recipe == "fast" else ""
+        rows.append(
+            f"| {run.network} | {int(shipped.comments['parameters']):,} | {published[0]} | "
+            f"{published[1]} | {ours} | `{run.recipe}` | {shipped.epochs:.0f} | "
+            f"{statistics.fmean(r.minutes for r in group):.0f} | {folder} |"
+        )
+    return "\n".join(rows)
+
+
+def _by_network(results: Sequence[Result]) -> Iterator[list[Result]]:
+    """Results that differ in their seed alone, together."""
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.run._replace(name="", seed=0), []).append(result)
+    return iter(groups.values())
+
+
+def _middle(group: Sequence[Result]) -> Result:
+    """The result whose accuracy is the median (of an even number, the lower of the two)."""
+    return sorted(group, key=lambda result: result.accuracy)[(len(group) - 1) // 2]
+
+
+def train(run: Run, path: str, runs_dir: str) -> None:
+    """Trains a run to its end, from wherever it stands, and writes its CSV."""
+    folder = os.path.join(runs_dir, run.name)
+    command = [sys.executable, "run_trainer.py", f"--path={os.path.abspath(path)}", *run.flags()]
+    status = subprocess.run(
+        [*command, f"--ckpt_path={os.path.abspath(folder)}"], cwd=TOP, check=False
+    ).returncode
+    if status:
+        raise SystemExit(status)
+    scores = os.path.join(folder, "scores.json")
+    subprocess.run(
+        [
+            *(sys.executable, "run_evaluator.py", f"--path={os.path.abspath(path)}"),
+            *(f"--ckpt_path={os.path.abspath(folder)}", f"--output_json={os.path.abspath(scores)}"),
+        ],
+        cwd=TOP,
+        check=True,
+    )
+    with open(scores) as file:
+        score = json.load(file)
+    _write_csv(run, folder, score)
+
+
+def _write_csv(run: Run, folder: str, score: dict[str, Any]) -> None:
+    import tensorflow as tf
+
+    import progress
+    from resnet_model import ResNet
+
+    description = RunConfig.from_json(json.dumps(score["description"]))
+    parameters = sum(v.shape.num_elements() for v in ResNet(description.model).trainable_variables)
+    rows, seconds, step = progress.read_history(os.path.join(folder, "log")), 0.0, 0
+    for row in rows:
+        if "train_images_per_second" in row:
+            # from the rates, so that the time between two starts of a run does not count
+            images = (row["step"] - step) * description.training.batch_size
+            seconds += images / row["train_images_per_second"]
+            step = row["step"]
+        row["seconds"] = seconds
+    comments = {
+        "command": shlex.join(["python", "run_trainer.py", *run.flags()]),
+        "versions": f"Python {platform.python_version()}, TensorFlow {tf.__version__}",
+        "processor": f"{_processor()}, {os.cpu_count()} threads",
+        "parameters": parameters,
+        "test_accuracy": score["accuracy"],
+    }
+    file = RESULTS / f"{run.name}.csv"
+    new = file.with_suffix(".new")
+    with open(new, "w", newline="") as opened:
+        opened.writelines(f"# {name}: {value}\n" for name, value in comments.items())
+        writer = csv.writer(opened, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([_rounded(row.get(name)) for name in COLUMNS.values()] for row in rows)
+    os.replace(new, file)
+
+
+def _rounded(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo") as lines:
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def ship(runs: Sequence[Run], runs_dir: str) -> None:
+    """Puts the weights of a network's middle seed into `files/pretrained/`, once all are done."""
+    import checkpoints
+
+    results = [read_result(run) for run in runs]
+    if None in results:
+        return
+    middle = _middle(results).run
+    prefix = checkpoints.find(os.path.join(runs_dir, middle.name))
+    folder = PRETRAINED / middle.network
+    for _, old in checkpoints.list_checkpoints(str(folder)):
+        checkpoints.delete(old)
+    checkpoints.save_network(prefix, str(folder))
+
+
+flags.DEFINE_string("path", "cifar-10-batches-bin", "Folder of CIFAR-10's binary batches.")
+flags.DEFINE_string("runs_dir", "runs/results", "Folder for the runs' checkpoints.")
+flags.DEFINE_multi_enum("only", None, [run.name for run in RUNS], "Only this run; repeatable.")
+flags.DEFINE_bool("table", False, "Train nothing: print the table of what is finished.")
+
+
+@exits_with_a_sentence
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise UserError(f"unknown argument {argv[1]!r}: there are only flags.")
+    if FLAGS.table:
+        print(table([result for run in RUNS if (result := read_result(run))]))
+        return 0
+    for run in RUNS:
+        if FLAGS.only and run.name not in FLAGS.only:
+            continue
+        if not read_result(run):
+            print(f"== {run.name}", flush=True)
+            train(run, FLAGS.path, FLAGS.runs_dir)
+            if run.recipe == "fast":
+                seeds = [
+                    r for r in RUNS if r._replace(name="", seed=0) == run._replace(name="", seed=0)
+                ]
+                ship(seeds, FLAGS.runs_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)

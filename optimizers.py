@@ -1,0 +1,104 @@
+"""What turns gradients into steps: SGD with momentum, and Muon on top of it."""
+
+import tensorflow as tf
+
+from resnet_model import ResNet
+from run_config import TrainingConfig
+
+# How far Muon turns a kernel at a learning rate of 1. So one --init_lr serves the kernels that Muon
+# moves and the variables that it does not.
+MUON_STEP = 0.25
+
+
+class Momentum:
+    """Stochastic gradient descent with momentum; the L2 penalty is added to its gradients."""
+
+    def __init__(self, model: ResNet, training: TrainingConfig):
+        self._training = training
+        self._variables = model.trainable_variables
+        self._decayed = {kernel.ref() for kernel in model.kernels}
+        self.slots = {
+            v.name.removesuffix(":0").replace("/", "_"): tf.Variable(tf.zeros_like(v))
+            for v in self._variables
+        }
+
+    def apply(self, gradients: list[tf.Tensor], learning_rate: tf.Tensor) -> None:
+        slots = self.slots.values()
+        for variable, slot, gradient in zip(self._variables, slots, gradients, strict=True):
+            self._move(variable, slot, gradient, learning_rate)
+
+    def _move(
+        self, variable: tf.Variable, slot: tf.Variable, gradient: tf.Tensor, rate: tf.Tensor
+    ) -> None:
+        if variable.ref() in self._decayed:
+            # the gradient of weight_decay * tf.nn.l2_loss(kernel)
+            gradient += self._training.weight_decay * variable
+        tf.raw_ops.ResourceApplyMomentum(
+            var=variable.handle,
+            accum=slot.handle,
+            lr=rate,
+            grad=gradient,
+            momentum=tf.constant(self._training.momentum),
+            use_nesterov=self._training.nesterov,
+        )
+
+
+class Muon(Momentum):
+    """Momentum, but the kernels within units are turned in all directions alike.
+
+    Such a kernel counts as a matrix, from what a position sees to its channels. Its momentum is
+    brought near the closest orthogonal matrix, so that directions with small gradients are learned
+    as fast as those with large ones; and it keeps a fixed length, the square root of its channels,
+    in place of weight decay. Kernels of one shape go together. All other variables (the first
+    convolution, batch norms, the projection) take plain momentum's steps.
+    """
+
+    def __init__(self, model: ResNet, training: TrainingConfig):
+        super().__init__(model, training)
+        in_units = {conv.kernel.ref() for unit in model.units for conv in unit.convs}
+        self._groups: dict[tuple[int, ...], list[int]] = {}
+        for i, variable in enumerate(self._variables):
+            if variable.ref() in in_units:
+                self._groups.setdefault(tuple(variable.shape), []).append(i)
+
+    def apply(self, gradients: list[tf.Tensor], learning_rate: tf.Tensor) -> None:
+        slots = list(self.slots.values())
+        grouped = {i for places in self._groups.values() for i in places}
+        for i, variable in enumerate(self._variables):
+            if i not in grouped:
+                self._move(variable, slots[i], gradients[i], learning_rate)
+        for shape, places in self._groups.items():
+            steps = self._steps([slots[i] for i in places], [gradients[i] for i in places], shape)
+            for i, step in zip(places, steps, strict=True):
+                turned = self._variables[i] - learning_rate * MUON_STEP * step
+                self._variables[i].assign(turned * (shape[-1] ** 0.5 / tf.norm(turned)))
+
+    def _steps(
+        self, slots: list[tf.Variable], gradients: list[tf.Tensor], shape: tuple[int, ...]
+    ) -> list[tf.Tensor]:
+        momentum = self._training.momentum
+        moved = []
+        for slot, gradient in zip(slots, gradients, strict=True):
+            average = slot.assign(momentum * slot + gradient)
+            moved.append(momentum * average + gradient if self._training.nesterov else average)
+        matrices = tf.reshape(tf.stack(moved), [len(moved), -1, shape[-1]])
+        return tf.unstack(tf.reshape(orthogonal(matrices), [len(moved), *shape]))
+
+
+OPTIMIZERS = {"momentum": Momentum, "muon": Muon}
+
+
+def orthogonal(matrices: tf.Tensor) -> tf.Tensor:
+    """Brings all singular values of the matrices [N, rows, columns] near 1 (0.7 to 1.2).
+
+    Five Newton-Schulz iterations with the coefficients of Muon (Jordan et al., 2024), which give up
+    exactness for speed.
+    """
+    x = matrices / (tf.norm(matrices, axis=[1, 2], keepdims=True) + 1e-7)
+    wide = matrices.shape[1] < matrices.shape[2]
+    for _ in range(5):
+        # the smaller of the two products
+        gram = tf.matmul(x, x, transpose_b=True) if wide else tf.matmul(x, x, transpose_a=True)
+        factor = -4.7750 * gram + 2.0315 * tf.matmul(gram, gram)
+        x = 3.4445 * x + (tf.matmul(factor, x) if wide else tf.matmul(x, factor))
+    return x
