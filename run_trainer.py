@@ -6,7 +6,7 @@ from absl import app, flags
 
 import command_line
 from errors import UserError, exits_with_a_sentence
-from run_config import RECIPES, ModelConfig, units_per_block
+from run_config import OPTIMIZERS, RECIPES, ModelConfig, units_per_block
 
 FLAGS = flags.FLAGS
 
@@ -30,6 +30,9 @@ flags.DEFINE_float(
     None,
     "Learning rate, or its peak (default: the recipe's; paper: 0.1).",
     lower_bound=0,
+)
+flags.DEFINE_enum(
+    "optimizer", None, list(OPTIMIZERS), "Default: the recipe's (paper: momentum; fast: muon)."
 )
 flags.DEFINE_float("momentum", None, "Momentum (default: 0.9).", lower_bound=0, upper_bound=1)
 flags.DEFINE_bool("nesterov", None, "Nesterov's momentum (default: the recipe's; paper: false).")
@@ -78,7 +81,7 @@ flags.DEFINE_bool("clean", False, "Delete the run in --ckpt_path and start over.
 
 # under the names of the dataclasses in run_config
 RUN_FLAGS = (
-    *("recipe", "batch_size", "num_iterations", "init_lr", "momentum", "nesterov"),
+    *("recipe", "batch_size", "num_iterations", "optimizer", "init_lr", "momentum", "nesterov"),
     *("weight_decay", "batch_norm_decay", "label_smoothing", "seed", "holdout"),
 )
 

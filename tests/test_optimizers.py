@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from optimizers import Momentum, Muon, orthogonal
+import run_config
+from optimizers import OPTIMIZERS, Momentum, Muon, orthogonal
 from resnet_model import ResNet
 from run_config import ModelConfig, TrainingConfig
 
@@ -74,3 +75,7 @@ def test_both_optimizers_keep_the_same_things_in_a_checkpoint():
         slots = optimizer(ResNet(CONFIG), TrainingConfig()).slots
         shapes.append({name: slot.shape for name, slot in slots.items()})
     assert shapes[0] == shapes[1]
+
+
+def test_every_optimizer_that_a_run_may_name_is_there():
+    assert tuple(OPTIMIZERS) == run_config.OPTIMIZERS
