@@ -86,5 +86,5 @@ def test_the_loss_curve_of_500_steps_stays_within_rounding_of_a_plain_version():
     drift, rounding = np.abs(ours - expected), np.abs(other - expected)
     assert drift[:20].max() < 2e-3
     assert drift.mean() < 2 * rounding.mean()
-    assert abs((ours - expected).mean()) < 3e-3, "it drifts to neither side"
+    assert abs((ours - expected).mean()) < rounding.mean(), "it drifts to neither side"
     assert expected[-50:].mean() < 0.8 * expected[:10].mean(), "it learned"
