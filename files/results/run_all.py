@@ -15,7 +15,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +50,7 @@ class Run(NamedTuple):
     shortcut_connections: bool = True
     recipe: str = "fast"
     seed: int = 0
+    more: tuple[str, ...] = ()
 
     @property
     def network(self) -> str:
@@ -60,7 +61,15 @@ class Run(NamedTuple):
         return [
             *(f"--num_layers={self.num_layers}", *plain, f"--recipe={self.recipe}"),
             *(f"--seed={self.seed}", "--dtype=bf16", "--epochs_between_evals=1"),
-            "--log_per_iterations=391",
+            "--log_per_iterations=391",  # an epoch
+            *self.more,
+        ]
+
+    @property
+    def seeds(self) -> list["Run"]:
+        """The runs that differ from this one in their seed alone."""
+        return [
+            run for run in RUNS if run._replace(name="", seed=0) == self._replace(name="", seed=0)
         ]
 
 
@@ -103,9 +112,9 @@ class Result(NamedTuple):
         return float(self.rows[-1]["seconds"]) / 60
 
 
-def read_result(run: Run, folder: Path = RESULTS) -> Result | None:
+def read_result(run: Run) -> Result | None:
     """The result of a run, or None where it is not finished."""
-    file = folder / f"{run.name}.csv"
+    file = RESULTS / f"{run.name}.csv"
     if not file.exists():
         return None
     lines = file.read_text().splitlines()
@@ -120,8 +129,12 @@ def table(results: Sequence[Result]) -> str:
         "| minutes on 2 cores | checkpoint |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for group in _by_network(results):
-        run, shipped = group[0].run, _middle(group)
+    of_run = {result.run: result for result in results}
+    for run in of_run:
+        if run != run.seeds[0]:
+            continue
+        group = [of_run[seed] for seed in run.seeds if seed in of_run]
+        shipped = _middle(group)
         errors = [100 * (1 - result.accuracy) for result in group]
         ours = f"**{statistics.fmean(errors):.2f} %**"
         if len(errors) > 1:
@@ -138,14 +151,6 @@ def table(results: Sequence[Result]) -> str:
             f"{statistics.fmean(r.minutes for r in group):.0f} | {folder} |"
         )
     return "\n".join(rows)
-
-
-def _by_network(results: Sequence[Result]) -> Iterator[list[Result]]:
-    """Results that differ in their seed alone, together."""
-    groups: dict[tuple[Any, ...], list[Result]] = {}
-    for result in results:
-        groups.setdefault(result.run._replace(name="", seed=0), []).append(result)
-    return iter(groups.values())
 
 
 def _middle(group: Sequence[Result]) -> Result:
@@ -254,10 +259,7 @@ def main(argv: list[str]) -> int:
             print(f"== {run.name}", flush=True)
             train(run, FLAGS.path, FLAGS.runs_dir)
             if run.recipe == "fast":
-                seeds = [
-                    r for r in RUNS if r._replace(name="", seed=0) == run._replace(name="", seed=0)
-                ]
-                ship(seeds, FLAGS.runs_dir)
+                ship(run.seeds, FLAGS.runs_dir)
     return 0
 
 
