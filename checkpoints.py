@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 
+import folders
 from errors import UserError
 from resnet_model import ResNet
 from run_config import RunConfig
@@ -91,7 +92,7 @@ def newest_intact(directory: str) -> tuple[str | None, list[str]]:
 
 def find(path: str) -> str:
     """The prefix that `path` names: itself, or the newest checkpoint of that folder. Verified."""
-    _refuse_patterns(path)
+    folders.refuse_patterns(path)
     if os.path.isdir(path):
         found = list_checkpoints(path)
         if not found:
@@ -207,7 +208,7 @@ def lock(directory: str) -> Iterator[None]:
 
     The system drops the lock with the process, however that ends: nothing stale stays behind.
     """
-    _refuse_patterns(directory)
+    folders.refuse_patterns(directory)
     try:
         os.makedirs(directory, exist_ok=True)
         file = open(os.path.join(directory, ".lock"), "w")  # noqa: SIM115
@@ -258,15 +259,6 @@ def _is_own_state(file: str) -> bool:
     except (FileNotFoundError, UnicodeDecodeError):
         return False
     return all(re.fullmatch(rf"{re.escape(NAME)}-\d+", name) for name in names)
-
-
-def _refuse_patterns(path: str) -> None:
-    """TensorFlow takes a checkpoint's path for a pattern, and so would not find some again."""
-    if re.search(r"[*?\[\]\\]", path):
-        raise UserError(
-            f"{path} has one of * ? [ ] \\ in it, which TensorFlow's checkpoints cannot have in "
-            "their path: name another folder."
-        )
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int 
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+            tell(error)
             return 1
         except BrokenPipeError:
             # whoever read the output has gone, as in `… | head`: end as quietly as other programs
@@ -27,3 +27,8 @@ def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int 
             return 128 + signal.SIGPIPE
 
     return guarded
+
+
+def tell(error: UserError) -> None:
+    """Writes an error's sentence to stderr."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ import os
 from absl import app, flags
 
 import command_line
+import folders
 from device import start_tensorflow
 from errors import UserError, exits_with_a_sentence
 from run_config import OPTIMIZERS, RECIPES, ModelConfig, units_per_block
@@ -78,6 +79,9 @@ flags.DEFINE_float(
     upper_bound=1,
 )
 flags.DEFINE_bool("eval_only", False, "Do not train: evaluate the newest checkpoint.")
+flags.DEFINE_string(
+    "export_dir", None, "New folder for a SavedModel of the last checkpoint, written at the end."
+)
 flags.DEFINE_bool("clean", False, "Delete the run in --ckpt_path and start over.")
 
 # under the names of the dataclasses in run_config
@@ -102,6 +106,14 @@ def _threshold_is_measured(values: dict[str, object]) -> bool:
     return values["stop_threshold"] is None or bool(values["epochs_between_evals"])
 
 
+@flags.multi_flags_validator(
+    ["export_dir", "eval_only"],
+    "--export_dir is for the end of a training: export_saved_model.py exports what is trained",
+)
+def _exports_what_it_trains(values: dict[str, object]) -> bool:
+    return values["export_dir"] is None or not values["eval_only"]
+
+
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
@@ -114,10 +126,13 @@ def main(argv: list[str]) -> int:
         given["dataset"] = "cifar10"
     ckpt_path = FLAGS.ckpt_path or _default_ckpt_path()
     log_path = FLAGS.train_log_path or os.path.join(ckpt_path, "log")
+    if FLAGS.export_dir:
+        folders.refuse_unwritable(FLAGS.export_dir, apart_from=[ckpt_path, log_path])
 
     device = start_tensorflow(FLAGS.device)
     import checkpoints
     import evaluation
+    import export
     import training
     from resnet_model import resolve_data_format
 
@@ -152,6 +167,10 @@ def main(argv: list[str]) -> int:
             print(next(scores).report())
             return 0
         outcome = training.train(run, options, resume_from)
+        if FLAGS.export_dir and not outcome.stopped_by:
+            # Not the layout that "auto" trained in: what is exported on a GPU shall run anywhere.
+            layout = "channels_last" if FLAGS.data_format == "auto" else FLAGS.data_format
+            export.export_saved_model(outcome.checkpoint, FLAGS.export_dir, layout, FLAGS.dtype)
     return 128 + outcome.stopped_by if outcome.stopped_by else 0
 
 
