@@ -6,6 +6,7 @@ import os
 from absl import app, flags
 
 import command_line
+from device import start_tensorflow
 from errors import UserError, exits_with_a_sentence
 
 FLAGS = flags.FLAGS
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
     if FLAGS.output_json and not os.path.isdir(os.path.dirname(FLAGS.output_json) or "."):
         raise UserError(f"--output_json={FLAGS.output_json} is in a folder that does not exist.")
 
-    device = command_line.start_tensorflow(FLAGS.device)
+    device = start_tensorflow(FLAGS.device)
     import checkpoints
     import evaluation
     from resnet_model import resolve_data_format

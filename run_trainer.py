@@ -5,6 +5,7 @@ import os
 from absl import app, flags
 
 import command_line
+from device import start_tensorflow
 from errors import UserError, exits_with_a_sentence
 from run_config import OPTIMIZERS, RECIPES, ModelConfig, units_per_block
 
@@ -114,7 +115,7 @@ def main(argv: list[str]) -> int:
     ckpt_path = FLAGS.ckpt_path or _default_ckpt_path()
     log_path = FLAGS.train_log_path or os.path.join(ckpt_path, "log")
 
-    device = command_line.start_tensorflow(FLAGS.device)
+    device = start_tensorflow(FLAGS.device)
     import checkpoints
     import evaluation
     import training
