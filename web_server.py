@@ -187,7 +187,7 @@ class _Handler(web.RequestHandler):
         def unless_gone() -> dict[str, Any]:
             if self._gone:
                 raise web.Finish
-            return answer(self.application.network, bytes(self.body))
+            return answer(self.application.network, self.body)
 
         loop = asyncio.get_running_loop()
         try:

@@ -245,6 +245,24 @@ def test_encoded_pictures_of_any_size_are_read_as_everywhere_in_the_project(serv
     np.testing.assert_array_equal(columns["outputs"]["classes"], answer["classes"])
 
 
+def test_the_readmes_client_works_as_it_is_printed(server, tmp_path):
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    (client,) = re.findall(r"```python\n([^`]*8501[^`]*)```", readme)
+    upload = encoded(photo(40, 40), "JPEG")
+    (tmp_path / "cat.jpg").write_bytes(upload)
+    printed = subprocess.run(
+        [sys.executable, "-c", client.replace("8501", str(server.port))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    best = server.post("/classify", upload)[1]["classes"][0]
+    probabilities = json.loads(printed)
+    assert max(probabilities) == pytest.approx(best["probability"], abs=1e-5)
+    assert NAMES[np.argmax(probabilities)] == best["name"]
+
+
 def test_numbers_have_no_more_digits_than_they_are_worth(server):
     images, _ = random_images(1)
     _, _, answer = server.ask("POST", PREDICT, json.dumps({"instances": images.tolist()}).encode())
