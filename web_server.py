@@ -14,10 +14,10 @@ import re
 import resource
 import signal
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -82,7 +82,7 @@ async def serve(
     )
     stopped_by = await stopped
     server.stop()
-    await application.finish(SECONDS_TO_FINISH)
+    await application.finish()
     await server.close_all_connections()
     return stopped_by
 
@@ -124,6 +124,7 @@ class _Application(web.Application):
             self.page = template.Template(file.read(), whitespace="all").generate(
                 class_names=network.class_names, max_body=MAX_BODY, api=API
             )
+        self.page_policy = _page_policy(self.page)
         api = f"{API}(?:/versions/{VERSION})?"
         super().__init__(
             [
@@ -146,11 +147,10 @@ class _Application(web.Application):
         host = host.strip("[]")
         return host in self._hosts or (self._anywhere and netutil.is_valid_ip(host))
 
-    async def finish(self, seconds: float) -> None:
+    async def finish(self) -> None:
         """Waits for the requests that are being answered, but not for ever."""
-        for _ in range(round(seconds * 20)):
-            if not self.requests:
-                break
+        end = time.monotonic() + SECONDS_TO_FINISH
+        while self.requests and time.monotonic() < end:
             await asyncio.sleep(0.05)
         self.workers.shutdown(wait=False, cancel_futures=True)
 
@@ -185,7 +185,7 @@ class _Handler(web.RequestHandler):
         """The answer to the request's body, from one of the workers."""
 
         def unless_gone() -> dict[str, Any]:
-            if self._gone:
+            if self._ended:  # the client has closed its connection
                 raise web.Finish
             return answer(self.application.network, self.body)
 
@@ -198,7 +198,7 @@ class _Handler(web.RequestHandler):
     def initialize(self) -> None:
         self.body = bytearray()
         self._refusal: _Refusal | None = None
-        self._gone = self._ended = False
+        self._ended = False
         self.application.requests += 1
 
     def set_default_headers(self) -> None:
@@ -214,7 +214,7 @@ class _Handler(web.RequestHandler):
         length = self.request.headers.get("Content-Length", "")
         if not self.application.is_own(self.request.host_name):
             self._refuse(421, f"this server is not {self.request.host_name:.100}.")
-        elif origin and urlsplit(origin).netloc != self.request.host:
+        elif origin and origin.partition("://")[2] != self.request.host:
             self._refuse(403, "pages of other sites get no answers here.")
         elif length.isdecimal() and int(length[:20]) > MAX_READ:
             self._refuse_size()
@@ -244,7 +244,6 @@ class _Handler(web.RequestHandler):
 
     def on_connection_close(self) -> None:
         super().on_connection_close()
-        self._gone = True
         self._end()
 
     def on_finish(self) -> None:
@@ -252,8 +251,9 @@ class _Handler(web.RequestHandler):
 
     def _end(self) -> None:
         self._forget_body()
-        self.application.requests -= not self._ended
-        self._ended = True
+        if not self._ended:
+            self._ended = True
+            self.application.requests -= 1
 
     def write_error(self, status_code: int, **keywords: Any) -> None:
         error = keywords.get("exc_info", (None, None))[1]
@@ -276,10 +276,9 @@ class _NothingThere(_Handler):
 
 class _Page(_Handler):
     async def answer(self) -> bytes:
-        page = self.application.page
         self.set_header("Content-Type", "text/html; charset=UTF-8")
-        self.set_header("Content-Security-Policy", _page_policy(page))
-        return page
+        self.set_header("Content-Security-Policy", self.application.page_policy)
+        return self.application.page
 
 
 class _Classify(_Handler):

@@ -269,7 +269,6 @@ def test_numbers_have_no_more_digits_than_they_are_worth(server):
     numbers = re.findall(rb"\d+\.\d+(?:e-?\d+)?", answer)
     assert len(numbers) == 2 * len(NAMES)
     for number in numbers:
-        assert float(np.float32(number)) != float(number) or len(number) < 12
         assert str(np.float32(number)) == str(float(number))
 
 
@@ -414,11 +413,12 @@ def test_what_is_not_a_picture_is_refused_in_a_sentence(server, picture, fragmen
 
 
 def test_base64_is_read_with_and_without_line_breaks_and_padding(server):
-    picture = encoded(photo(40, 40)) + b"!"  # what follows the picture does not matter
+    picture = encoded(photo(40, 40))
+    picture += bytes(1 + -len(picture) % 3)  # what follows a picture does not matter
     broken = base64.encodebytes(picture).decode()
     plain = in_json(picture)["b64"]
     assert "\n" in broken
-    assert plain.endswith("=")
+    assert plain.endswith("==")
     rows = server.predict(
         signature_name="serving_image_bytes",
         instances=[{"b64": text} for text in (plain, broken, plain.rstrip("="))],
@@ -491,7 +491,8 @@ def test_pages_of_other_sites_get_no_answers(server):
     status, headers, _ = server.ask("POST", "/classify", upload, Origin="http://evil.example")
     assert status == 403
     assert not any(name.startswith("Access-Control") for name in headers)
-    assert server.ask("POST", "/classify", upload, Origin="null")[0] == 403
+    for odd in ("null", "http://[", "127.0.0.1"):
+        assert server.ask("POST", "/classify", upload, Origin=odd)[0] == 403
     own = f"http://127.0.0.1:{server.port}"
     assert server.ask("POST", "/classify", upload, Origin=own)[0] == 200
 
@@ -540,6 +541,7 @@ def test_the_page_needs_no_other_site_and_lets_none_in(server):
     assert re.findall(rb"//[\w.-]+", page) == [b"//www.w3.org"]  # a drawing's namespace
     assert b"&lt;b&gt;bird&lt;/b&gt;" in page
     assert b"<b>bird</b>" not in page
+    assert server.ask("HEAD", "/")[::2] == (200, b"")
 
 
 def test_slow_requests_are_cut_off_while_others_are_answered(server):
