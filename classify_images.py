@@ -79,29 +79,22 @@ def _pictures_in(folder: str) -> list[str]:
 
 def _classify(names: list[str], images: list[np.ndarray]) -> list[dict[str, Any]]:
     """The likeliest classes of each picture."""
-    hardware = device.start_tensorflow(FLAGS.device)
-    import tensorflow as tf
-
+    device.start_tensorflow(FLAGS.device)
     import checkpoints
     import export
+    from saved_network import SavedNetwork
 
     if FLAGS.saved_model is None:
         network = export.load_classifier(checkpoints.find(FLAGS.ckpt_path))
+        classes = [name.decode() for name in network.class_names.numpy()]
         answer = network.from_pixels
     else:
-        network = export.load_saved_model(FLAGS.saved_model)
-        answer = network.signatures[export.PIXELS]
-    classes = [name.decode() for name in network.class_names.numpy()]
-    probabilities = []
+        network = answer = SavedNetwork(FLAGS.saved_model)
+        classes = network.class_names
+    probabilities: list[np.ndarray] = []
     for start in range(0, len(images), BATCH_SIZE):
-        batch = tf.constant(np.stack(images[start : start + BATCH_SIZE]))
-        try:
-            probabilities.extend(answer(images=batch)["probabilities"].numpy())
-        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
-            raise UserError(
-                f"{FLAGS.saved_model} cannot be computed on this {hardware.upper()}, whose kernels "
-                "lack its layout or precision: export it with --data_format=channels_last."
-            ) from error
+        batch = np.stack(images[start : start + BATCH_SIZE])
+        probabilities.extend(np.asarray(answer(batch)["probabilities"]))
     return [
         {
             "picture": name,

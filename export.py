@@ -15,6 +15,7 @@ import checkpoints
 import folders
 from errors import UserError
 from resnet_model import IMAGE_SHAPE, ResNet
+from saved_network import SavedNetwork
 
 Answers = dict[str, tf.Tensor]
 
@@ -118,17 +119,6 @@ def export_tflite(prefix: str, export_dir: str) -> None:
     )
 
 
-def load_saved_model(path: str) -> tf.Module:
-    """Loads a SavedModel that `export_saved_model` wrote: its `signatures`, its `class_names`."""
-    try:
-        loaded = tf.saved_model.load(path)
-    except (OSError, ValueError, tf.errors.OpError) as error:
-        raise UserError(f"{path} cannot be loaded as a SavedModel: {error}") from error
-    if PIXELS not in loaded.signatures or not hasattr(loaded, "class_names"):
-        raise UserError(f"{path} is a SavedModel, but not one that export_saved_model.py wrote.")
-    return loaded
-
-
 def _save(classifier: Classifier, folder: str, signatures: Sequence[str]) -> None:
     floats = tf.TensorSpec([None, *IMAGE_SHAPE], tf.float32, "images")
     pixels = tf.TensorSpec([None, *IMAGE_SHAPE], tf.uint8, "images")
@@ -151,8 +141,7 @@ def _save(classifier: Classifier, folder: str, signatures: Sequence[str]) -> Non
 def _difference(lite: bytes, saved_model: str) -> float:
     """How far the logits of a LiteRT model are from a SavedModel's, as a share of the largest."""
     images = np.random.default_rng(0).integers(0, 256, (32, *IMAGE_SHAPE), np.uint8)
-    expected = load_saved_model(saved_model).signatures[PIXELS](images=tf.constant(images))
-    expected = expected["logits"].numpy()
+    expected = SavedNetwork(saved_model)(images, PIXELS)["logits"]
     with warnings.catch_warnings():
         # of this interpreter's moving to a package of its own
         warnings.simplefilter("ignore", UserWarning)

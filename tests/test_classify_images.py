@@ -114,7 +114,7 @@ def test_a_layout_that_has_no_kernels_here_is_told_of_in_a_sentence(prefix, pict
         status=1,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
     )
-    assert "lack its layout or precision" in done.stderr.splitlines()[-1]
+    assert "lacks kernels for its layout or precision" in done.stderr.splitlines()[-1]
 
 
 def test_what_needs_no_network_is_told_without_importing_tensorflow(prefix, pictures, tmp_path):

@@ -14,6 +14,7 @@ PROGRAMS = (
     ("run_evaluator", "### The evaluator's flags"),
     ("export_saved_model", "### The exporter's flags"),
     ("classify_images", "### The classifier's flags"),
+    ("serve", "### The server's flags"),
 )
 
 LIST_FLAGS = """
