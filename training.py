@@ -123,11 +123,11 @@ class Trainer:
         """One step on a batch of mean-subtracted images, shrunk if `small`, and integer labels."""
         if small:
             images = shrink(images, self.run.training.small_side)
-        fine_tune = self.run.training.fine_tune
+        frozen = self.run.training.fine_tune
         with tf.GradientTape() as tape:
             # What the tape does not see has no backward pass.
-            with tape.stop_recording() if fine_tune else contextlib.nullcontext():
-                features = self.model.features(images, training=not fine_tune)
+            with tape.stop_recording() if frozen else contextlib.nullcontext():
+                features = self.model.features(images, not frozen)
             logits = self.model.project(features)
             loss = tf.reduce_mean(self._cross_entropy(labels, logits))
             scaled_loss = loss * self._loss_scale
