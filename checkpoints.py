@@ -175,6 +175,14 @@ def restore_model(model: ResNet, prefix: str) -> None:
         status.assert_existing_objects_matched()
 
 
+def restore_pretrained(model: ResNet, prefix: str) -> None:
+    """Restores all of the network but its final layer, whatever classes the checkpoint is for."""
+    final = {variable.ref() for variable in model.final_layer}
+    for variable, value in zip(model.variables, load_model(prefix).variables, strict=True):
+        if variable.ref() not in final:
+            variable.assign(value)
+
+
 @contextlib.contextmanager
 def _restoring(prefix: str) -> Iterator[None]:
     try:
@@ -229,8 +237,16 @@ def lock(directory: str) -> Iterator[None]:
         yield
 
 
-def clean(directory: str, log_path: str) -> None:
-    """Deletes a run's checkpoints and summaries, and nothing that this project did not write."""
+def clean(directory: str, log_path: str, needed: str | None = None) -> None:
+    """Deletes a run's checkpoints and summaries, and nothing that this project did not write.
+
+    Refuses to where the checkpoint that `needed` names is among them, or is none.
+    """
+    if needed and os.path.realpath(os.path.dirname(find(needed))) == os.path.realpath(directory):
+        raise UserError(
+            f"--clean would delete {needed}, from which the run is to start: name another "
+            "--ckpt_path."
+        )
     for _, prefix in list_checkpoints(directory):
         if not os.path.exists(prefix + ".sha256"):
             raise UserError(

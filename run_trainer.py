@@ -17,6 +17,15 @@ flags.DEFINE_string(
     "ckpt_path", None, "Folder for the checkpoints (default: runs/resnet20 and so on)."
 )
 flags.DEFINE_alias("model_dir", "ckpt_path")
+flags.DEFINE_string(
+    "pretrained_model_checkpoint_path",
+    None,
+    "Start from the network of this checkpoint (prefix or folder), but for its final layer.",
+)
+flags.DEFINE_bool("fine_tune", False, "Train the final layer alone; all below it stays frozen.")
+flags.DEFINE_bool(
+    "recompute_mean", False, "Subtract the new images' mean, not the pretrained network's."
+)
 flags.DEFINE_string("train_log_path", None, "Folder for TensorBoard (default: <ckpt_path>/log).")
 flags.DEFINE_enum("recipe", "paper", list(RECIPES), "Schedule and hyperparameters to start from.")
 flags.DEFINE_integer("batch_size", 128, "Images in a step.", lower_bound=1)
@@ -88,6 +97,7 @@ flags.DEFINE_bool("clean", False, "Delete the run in --ckpt_path and start over.
 RUN_FLAGS = (
     *("recipe", "batch_size", "num_iterations", "optimizer", "init_lr", "momentum", "nesterov"),
     *("weight_decay", "batch_norm_decay", "label_smoothing", "seed", "holdout"),
+    *("fine_tune", "recompute_mean"),
 )
 
 
@@ -118,7 +128,9 @@ def _exports_what_it_trains(values: dict[str, object]) -> bool:
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
-    units_per_block(FLAGS.num_layers, FLAGS.bottleneck)  # told before TensorFlow is imported
+    pretrained = FLAGS.pretrained_model_checkpoint_path
+    if not pretrained:
+        units_per_block(FLAGS.num_layers, FLAGS.bottleneck)  # told before TensorFlow is imported
     given = command_line.given_network() | command_line.given_flags(RUN_FLAGS)
     if FLAGS.use_synthetic_data:
         given["dataset"] = "synthetic"
@@ -154,8 +166,10 @@ def main(argv: list[str]) -> int:
     )
     with checkpoints.lock(ckpt_path):
         if FLAGS.clean:
-            checkpoints.clean(ckpt_path, log_path)
-        run, resume_from = training.prepare_run(given, ckpt_path, FLAGS.path, FLAGS.train_epochs)
+            checkpoints.clean(ckpt_path, log_path, pretrained)
+        run, resume_from = training.prepare_run(
+            given, ckpt_path, FLAGS.path, FLAGS.train_epochs, pretrained
+        )
         if FLAGS.eval_only:
             if resume_from is None:
                 raise UserError(f"there is no checkpoint in {ckpt_path} to evaluate.")
@@ -175,14 +189,22 @@ def main(argv: list[str]) -> int:
 
 
 def _default_ckpt_path() -> str:
-    network = ModelConfig(
-        num_layers=FLAGS.num_layers,
-        shortcut_connections=FLAGS.shortcut_connections,
-        bottleneck=FLAGS.bottleneck,
-        resnet_version=int(FLAGS.resnet_version),
-    )
+    if FLAGS.pretrained_model_checkpoint_path:
+        path = os.path.abspath(FLAGS.pretrained_model_checkpoint_path)
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        name, kind = os.path.basename(folder), "-transfer"
+    else:
+        network = ModelConfig(
+            num_layers=FLAGS.num_layers,
+            shortcut_connections=FLAGS.shortcut_connections,
+            bottleneck=FLAGS.bottleneck,
+            resnet_version=int(FLAGS.resnet_version),
+        )
+        name, kind = network.name, ""
+    if FLAGS.fine_tune:
+        kind = "-fine-tune"
     data = "-synthetic" if FLAGS.use_synthetic_data else ""
-    return os.path.join("runs", network.name + data)
+    return os.path.join("runs", name + kind + data)
 
 
 if __name__ == "__main__":
