@@ -14,8 +14,8 @@ import tensorflow as tf
 import checkpoints
 from cifar10_input import (
     ImageSet,
-    class_names,
     count_images,
+    describe_data,
     load_split,
     load_training,
     mean_image,
@@ -27,7 +27,6 @@ from optimizers import OPTIMIZERS
 from progress import Progress
 from resnet_model import IMAGE_SHAPE, ResNet
 from run_config import (
-    DataConfig,
     ModelConfig,
     RunConfig,
     learning_rates,
@@ -43,7 +42,7 @@ class Options:
 
     ckpt_path: str
     train_log_path: str
-    data_path: str = ""
+    data_path: str | None = None
     data_format: str = "channels_last"
     dtype: str = "fp32"
     loss_scale: float = 128.0
@@ -203,7 +202,7 @@ def shrink(images: tf.Tensor, side: int) -> tf.Tensor:
 
 
 def prepare_run(
-    given: dict[str, Any], ckpt_path: str, data_path: str, train_epochs: float | None = None
+    given: dict[str, Any], ckpt_path: str, data_path: str | None, train_epochs: float | None = None
 ) -> tuple[RunConfig, str | None]:
     """The run in `ckpt_path` and its newest intact checkpoint; or a new run from what is given."""
     newest, passed_over = checkpoints.newest_intact(ckpt_path)
@@ -211,27 +210,28 @@ def prepare_run(
         for reason in passed_over:
             print(f"Passed over: {reason}", flush=True)
         run, _ = checkpoints.read_run(newest)
+        refuse_contradictions(run, given, newest)
     elif passed_over:
         raise UserError(
             f"{ckpt_path} holds no intact checkpoint to go on from: {passed_over[0]} "
             "(--clean starts over.)"
         )
     else:
-        dataset = given.get("dataset") or "cifar10"
-        names = class_names(dataset, data_path)
+        coarse_labels = given.get("coarse_labels") or False
+        data = describe_data(data_path, given.get("dataset"), coarse_labels)
         run = RunConfig(
-            with_given(ModelConfig(num_classes=len(names)), given),
-            with_given(DataConfig(dataset, names), given),
+            with_given(ModelConfig(num_classes=len(data.class_names)), given),
+            with_given(data, given),
             training_config(given),
         )
     examples = count_images(run.data, data_path, "train") - run.data.holdout
+    length = {}
     if train_epochs:
-        batch_size = given.get("batch_size") or run.training.batch_size
-        given = {**given, "num_iterations": math.ceil(train_epochs * examples / batch_size)}
+        length["num_iterations"] = math.ceil(train_epochs * examples / run.training.batch_size)
     if newest:
-        refuse_contradictions(run, given, newest)
+        refuse_contradictions(run, length, newest)
         return run, newest
-    return dataclasses.replace(run, training=with_given(run.training, given)), None
+    return dataclasses.replace(run, training=with_given(run.training, length)), None
 
 
 def train(run: RunConfig, options: Options, resume_from: str | None = None) -> Outcome:
@@ -351,8 +351,8 @@ def _read_data(run: RunConfig, options: Options, first_step: int, last_step: int
 def _opening(run: RunConfig, options: Options, trainer: Trainer, num_images: int) -> str:
     parameters = sum(np.prod(v.shape) for v in trainer.model.trainable_variables)
     return (
-        f"Training {run.model.name} ({parameters:,} parameters) on {num_images:,} "
-        f"{run.data.dataset} images, {run.training.num_iterations} steps of "
+        f"Training {run.model.name} ({parameters:,} parameters) on {num_images:,} images "
+        f"({run.data.dataset}), {run.training.num_iterations} steps of "
         f"{run.training.batch_size} images, recipe {run.training.recipe}, {options.dtype}, "
         f"{options.data_format}; checkpoints go to {options.ckpt_path}."
     )
