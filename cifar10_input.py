@@ -67,7 +67,7 @@ def _count_records(file: str, layout: Layout) -> int:
     except FileNotFoundError as error:
         raise UserError(
             f"{file} is missing: the folder does not hold the whole of {layout.title}; name "
-            "another with --path, or make it anew."
+            "another with --path, or get it again."
         ) from error
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}.") from error

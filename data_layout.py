@@ -198,11 +198,10 @@ def find(path: str | None, dataset: str | None = None) -> tuple[str, Layout]:
     hold the `dataset`, or where that is not given, not exactly one.
     """
     if path is None:
-        path = LAYOUTS[dataset or "cifar10"].folder
+        layout = LAYOUTS[dataset or "cifar10"]
+        path = layout.folder
         if not path:
-            raise UserError(
-                f"--dataset={dataset} has no folder of its own: name yours with --path."
-            )
+            raise UserError(f"{layout.title} has no default folder: name its own with --path.")
     found: dict[str, str] = {}
     for folder in (path, *_folders_inside(path)):
         files = _list(folder, dataset)

@@ -21,9 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 import data_folder
-import errors
 from data_layout import LAYOUTS, MAX_CLASSES
-from errors import UserError
+from errors import UserError, exits_with_a_sentence
 from pictures import read_picture_file
 
 LAYOUT = LAYOUTS["pictures"]
@@ -251,7 +250,7 @@ def import_pictures(flags: argparse.Namespace) -> None:
     print(f"next: python run_trainer.py --path={shlex.quote(str(flags.data_dir))}", flush=True)
 
 
-@errors.exits_with_a_sentence
+@exits_with_a_sentence
 def main(argv: Sequence[str] | None = None) -> int:
     flags = parse_flags(argv)
     try:

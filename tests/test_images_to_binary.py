@@ -175,6 +175,17 @@ def test_the_manifest_is_what_sha256sum_writes(run, tmp_path):
     }
 
 
+def test_a_terminal_gets_one_live_line_and_a_file_gets_plain_ones(run, monkeypatch):
+    plain = run(to="one")
+    assert "\r" not in plain
+    assert "read 30 of 34 files\n" in plain
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    live = run(to="two")
+    assert "\r" in live
+    assert "34/34" in live
+    assert "read 30" not in live
+
+
 # --- What is passed over --------------------------------------------------------------------------
 
 
