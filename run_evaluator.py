@@ -44,12 +44,12 @@ def main(argv: list[str]) -> int:
     scores = []
     for scored in evaluation.score_checkpoints(
         prefixes,
-        command_line.given_flags(("path",))["path"],
+        FLAGS.path,
         FLAGS.split,
         resolve_data_format(FLAGS.data_format, FLAGS.dtype, device),
         FLAGS.dtype,
         FLAGS.batch_size,
-        command_line.given_network(),
+        command_line.given_network() | command_line.given_flags(command_line.DATA_FLAGS),
     ):
         print(scored.report(), flush=True)
         scores.append(scored.as_json())

@@ -1,10 +1,11 @@
-"""Trains a ResNet on CIFAR-10. `python run_trainer.py --help` lists the flags."""
+"""Trains a ResNet on 32x32 images. `python run_trainer.py --help` lists the flags."""
 
 import os
 
 from absl import app, flags
 
 import command_line
+import data_layout
 import folders
 from device import start_tensorflow
 from errors import UserError, exits_with_a_sentence
@@ -95,6 +96,7 @@ flags.DEFINE_bool("clean", False, "Delete the run in --ckpt_path and start over.
 
 # under the names of the dataclasses in run_config
 RUN_FLAGS = (
+    *command_line.DATA_FLAGS,
     *("recipe", "batch_size", "num_iterations", "optimizer", "init_lr", "momentum", "nesterov"),
     *("weight_decay", "batch_norm_decay", "label_smoothing", "seed", "holdout"),
     *("fine_tune", "recompute_mean"),
@@ -124,6 +126,14 @@ def _exports_what_it_trains(values: dict[str, object]) -> bool:
     return values["export_dir"] is None or not values["eval_only"]
 
 
+@flags.multi_flags_validator(
+    ["use_synthetic_data", "dataset", "coarse_labels"],
+    "--use_synthetic_data is a data set of its own: leave out --dataset and --coarse_labels",
+)
+def _one_data_set(values: dict[str, object]) -> bool:
+    return not values.pop("use_synthetic_data") or not any(values.values())
+
+
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
@@ -131,12 +141,10 @@ def main(argv: list[str]) -> int:
     pretrained = FLAGS.pretrained_model_checkpoint_path
     if not pretrained:
         units_per_block(FLAGS.num_layers, FLAGS.bottleneck)  # told before TensorFlow is imported
+    dataset = _given_dataset()
     given = command_line.given_network() | command_line.given_flags(RUN_FLAGS)
-    if FLAGS.use_synthetic_data:
-        given["dataset"] = "synthetic"
-    elif command_line.given_flags(("path",))["path"] is not None:
-        given["dataset"] = "cifar10"
-    ckpt_path = FLAGS.ckpt_path or _default_ckpt_path()
+    given["dataset"] = dataset
+    ckpt_path = FLAGS.ckpt_path or _default_ckpt_path(dataset)
     log_path = FLAGS.train_log_path or os.path.join(ckpt_path, "log")
     if FLAGS.export_dir:
         folders.refuse_unwritable(FLAGS.export_dir, apart_from=[ckpt_path, log_path])
@@ -188,7 +196,16 @@ def main(argv: list[str]) -> int:
     return 128 + outcome.stopped_by if outcome.stopped_by else 0
 
 
-def _default_ckpt_path() -> str:
+def _given_dataset() -> str | None:
+    """The data set that is asked for, by its name or by its files; None where nothing tells."""
+    if FLAGS.use_synthetic_data:
+        return "synthetic"
+    if FLAGS.path is None:
+        return FLAGS.dataset
+    return data_layout.find(FLAGS.path, FLAGS.dataset)[1].dataset
+
+
+def _default_ckpt_path(dataset: str | None) -> str:
     if FLAGS.pretrained_model_checkpoint_path:
         path = os.path.abspath(FLAGS.pretrained_model_checkpoint_path)
         folder = path if os.path.isdir(path) else os.path.dirname(path)
@@ -203,8 +220,9 @@ def _default_ckpt_path() -> str:
         name, kind = network.name, ""
     if FLAGS.fine_tune:
         kind = "-fine-tune"
-    data = "-synthetic" if FLAGS.use_synthetic_data else ""
-    return os.path.join("runs", name + kind + data)
+    data = "" if dataset in (None, "cifar10") else f"-{dataset}"
+    coarse = "-coarse" if FLAGS.coarse_labels else ""
+    return os.path.join("runs", name + kind + data + coarse)
 
 
 if __name__ == "__main__":

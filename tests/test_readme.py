@@ -71,13 +71,20 @@ def test_the_recipes_defaults_are_those_of_the_table():
             assert match[1] == str(getattr(paper, name)).lower()
 
 
-def test_the_download_scripts_table_lists_every_flag():
+@pytest.mark.parametrize(
+    ("program", "heading"),
+    [
+        ("cifar10_download_and_extract.py", "### The download script's flags"),
+        ("images_to_binary.py", "### The importer's flags"),
+    ],
+)
+def test_the_tables_of_the_data_programs_list_every_flag_and_no_other(program, heading):
     shown = subprocess.run(
-        [sys.executable, "cifar10_download_and_extract.py", "--help"],
+        [sys.executable, program, "--help"],
         cwd=PROJECT,
         capture_output=True,
         text=True,
         check=True,
     ).stdout
     flags = set(re.findall(r"--(\w+)", shown.split("options:")[1])) - {"help"}
-    assert set(table_below("### The download script's flags")) == flags
+    assert set(table_below(heading)) == flags
