@@ -180,11 +180,12 @@ class Diagram:
         else:
             self.text(x, y, text, SMALL)
 
-    def circle(self, x: float, y: float, radius: float, text: str = "") -> None:
+    def sum(self, x: float, y: float, radius: float) -> None:
+        """The circle in which many values become one."""
         self._axes.add_patch(
             Circle((x, y), radius, facecolor=PAPER, edgecolor=INK, linewidth=1.1, zorder=4)
         )
-        self.text(x, y, text, LARGE)
+        self.text(x, y, "Σ", LARGE)
 
     def add(self, x: float, y: float) -> None:
         """The circle with a plus in which a shortcut ends."""
@@ -243,13 +244,14 @@ class Diagram:
     def image(self, x: float, y: float, side: float, pixels: np.ndarray, **style: Any) -> None:
         """An image centred on a point."""
         extent = (x - side / 2, x + side / 2, y + side / 2, y - side / 2)
-        style = {"interpolation": "nearest", "zorder": 4} | style
-        self._axes.imshow(pixels, extent=extent, aspect="auto", **style)
+        self._axes.imshow(
+            pixels, extent=extent, aspect="auto", interpolation="nearest", zorder=4, **style
+        )
 
     def signed(
         self, x: float, y: float, side: float, values: np.ndarray, colour: str, cells: int = 1
     ) -> None:
-        """Values as an image, blue below zero and red above, with a grid of so many cells."""
+        """Values as an image, blue below zero and orange above, with a grid of so many cells."""
         limit = abs(values).max()
         self.image(x, y, side, values, cmap=SIGNED, vmin=-limit, vmax=limit)
         self.grid(x, y, side, cells, colour)

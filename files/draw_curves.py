@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import offset_copy
 
 from errors import UserError, exits_with_a_sentence
-from plot_style import BLUE, INK, MUTED, ORANGE, PAPER, SKY, SMALL, VERMILLION, picture
+from plot_style import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, SKY, SMALL, picture
 
 FOLDER = Path(__file__).resolve().parent
 FLAGS = flags.FLAGS
@@ -52,9 +52,10 @@ RESIDUAL = {
 }
 PLAIN = {"plain20-fast": LAYERS_20, "plain56-fast": LAYERS_56, "plain110-fast": LAYERS_110}
 SPEED = {
-    "resnet20-paper": Look("paper's schedule", VERMILLION, "o"),
+    "resnet20-paper": Look("paper's schedule", INK, "o"),
     "resnet20-fast-seed0": Look("fast recipe, seed 0", BLUE, "s"),
-    "resnet20-fast-seed1": Look("fast recipe, seed 1", SKY, "D"),
+    "resnet20-fast-seed1": Look("fast recipe, seed 1", GREEN, "^"),
+    "resnet20-fast-seed2": Look("fast recipe, seed 2", SKY, "D"),
 }
 
 Curve = tuple[np.ndarray, np.ndarray]
@@ -144,13 +145,15 @@ def draw_errors(runs: Sequence[Run], title: str, file: Path) -> None:
         for run in runs:
             steps, accuracy = run.curve("step", "train_accuracy")
             axes.plot(steps, 100 * (1 - accuracy), color=run.look.colour, lw=0.9, ls=(0, (4, 2)))
+        text = "{}: {:.1f} %"
         ends = [
-            draw_thick(axes, run, "step", lambda accuracy: 100 * (1 - accuracy)) for run in runs
+            draw_thick(axes, run, "step", lambda accuracy: 100 * (1 - accuracy), text)
+            for run in runs
         ]
         highest = max(HIGHEST_ERROR, *(1.15 * end.y for end in ends))
         axes.set(xlabel="iteration", ylim=(0, min(highest, 100)))
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        label_ends(axes, ends, "{0.look.label}: {0.y:.1f} %")
+        label_ends(axes, ends)
 
 
 def draw_speed(runs: Sequence[Run], file: Path) -> None:
@@ -158,59 +161,58 @@ def draw_speed(runs: Sequence[Run], file: Path) -> None:
     if not runs:
         print(f"not drawn, for want of runs: {file}")
         return
-    title, subtitle = "ResNet-20, fast and as in the paper", "Test accuracy in percent over minutes"
+    title = "How soon ResNet-20 is how accurate"
+    subtitle = "Test accuracy in percent over minutes of training"
     with picture(file, height=440, title=title, subtitle=subtitle) as figure:
         axes = figure.add_subplot()
-        ends = [draw_thick(axes, run, "minutes", lambda accuracy: 100 * accuracy) for run in runs]
+        text = "{}: {:.1f} %, {:,.0f} min"
+        ends = [
+            draw_thick(axes, run, "minutes", lambda accuracy: 100 * accuracy, text) for run in runs
+        ]
         lowest = min(LOWEST_ACCURACY, *(end.y - 5 for end in ends))
         axes.set(xlabel="minutes", ylim=(lowest, max(95, *(end.y + 2 for end in ends))))
-        axes.axhline(PAPERS_ACCURACY, color=MUTED, lw=0.9, ls=(0, (1, 2)))
-        axes.annotate(
-            f"the paper's ResNet-20: {PAPERS_ACCURACY} %",
-            (0.74, PAPERS_ACCURACY),
-            (0, 4),
-            ha="right",
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            fontsize=SMALL,
-            color=MUTED,
-        )
-        label_ends(axes, ends, "{0.look.label}: {0.y:.1f} %, {0.x:,.0f} min")
+        paper = Look(f"ResNet-20 in the paper: {PAPERS_ACCURACY} %", MUTED, "_")
+        axes.axhline(PAPERS_ACCURACY, color=paper.colour, lw=0.9, ls=(0, (1, 2)))
+        label_ends(axes, [*ends, End(paper, 0, PAPERS_ACCURACY, paper.label)])
 
 
 class End(NamedTuple):
-    """Where a line ends."""
+    """Where a line ends, and what is written about it."""
 
     look: Look
     x: float
     y: float
+    text: str
 
 
-def draw_thick(axes: Axes, run: Run, x: str, y_of: Callable[[np.ndarray], np.ndarray]) -> End:
+def draw_thick(
+    axes: Axes, run: Run, x: str, y_of: Callable[[np.ndarray], np.ndarray], text: str
+) -> End:
     """Draws a run's test accuracy, or what is made of it, as a thick line with markers."""
-    x, y = run.curve(x, "test_accuracy")
-    y = y_of(y)
-    every = max(1, len(x) // 8)
-    marks = [*range(0, len(x) - 1, every), len(x) - 1]
+    x, accuracy = run.curve(x, "test_accuracy")
+    y = y_of(accuracy)
+    marks = [*range(0, len(x) - 1, max(1, len(x) // 8)), len(x) - 1]
     axes.plot(x, y, lw=1.8, markevery=marks, **marker(run.look))
-    return End(run.look, x[-1], y[-1])
+    return End(run.look, x[-1], y[-1], text.format(run.look.label, y[-1], x[-1]))
 
 
 def marker(look: Look) -> dict[str, Any]:
-    return {"color": look.colour, "marker": look.marker, "ms": 5.5, "mec": PAPER, "mew": 0.8}
+    edge = {} if look.marker == "_" else {"mec": PAPER, "mew": 0.8}
+    return {"color": look.colour, "marker": look.marker, "ms": 5.5, **edge}
 
 
-def label_ends(axes: Axes, ends: Sequence[End], text: str) -> None:
-    """Writes a text to the right of each end, higher or lower where another is too near."""
+def label_ends(axes: Axes, ends: Sequence[End]) -> None:
+    """Writes the texts on the right, as high as the lines end, or nearly where two are level."""
+    right = max(end.x for end in ends)
+    axes.set_xlim(0, 1.01 * right)
     bottom, top = axes.get_ylim()
-    axes.set_xlim(0, 1.01 * max(end.x for end in ends))
-    beside = offset_copy(axes.transData, axes.figure, 11, units="points")
+    beside = offset_copy(axes.transData, axes.figure, 14, units="points")
     for end, y in zip(ends, spread([end.y for end in ends], (top - bottom) / 21), strict=True):
-        axes.plot(end.x, y, transform=beside, clip_on=False, **marker(end.look))
+        axes.plot(right, y, transform=beside, clip_on=False, **marker(end.look))
         axes.annotate(
-            text.format(end),
-            (end.x, y),
-            (17, 0),
+            end.text,
+            (right, y),
+            (20, 0),
             textcoords="offset points",
             va="center_baseline",
             fontsize=SMALL,

@@ -90,7 +90,7 @@ def draw_initial_convolution(network: Network, kernels: np.ndarray, file: Path) 
             diagram.text(408, y, "×", LARGE)
             diagram.signed(456, y, 54, kernels[..., channel, number], INK, size)
             diagram.arrow([(483, y), (506, y), (506, middle), (522, middle)])
-        diagram.circle(538, middle, 16, "Σ")
+        diagram.sum(538, middle, 16)
         for index in range(maps):
             x, y = 643 + 66 * (index % 4), middle + 66 * (index // 4 - 1.5)
             diagram.signed(x, y, 60, responses[..., index], MUTED)
