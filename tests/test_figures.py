@@ -30,7 +30,7 @@ HEADER = "step,epoch,train_loss,train_accuracy,test_accuracy,learning_rate,secon
 # Every kind of row: all units, or equal ones together; short, long and with more layers in a unit.
 DRAW_NETWORKS = """
 import sys
-import draw_network
+import draw_network  # which puts the project on the path
 from network_trace import trace
 from resnet_model import ResNet
 from run_config import ModelConfig
@@ -54,11 +54,10 @@ def words(picture: Path) -> list[str]:
         return image.info["Description"].split(" | ")
 
 
-def run(*command: object, status: int = 0) -> subprocess.CompletedProcess:
+def run(script: str, *arguments: object, status: int = 0) -> subprocess.CompletedProcess:
     done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=FILES,
-        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        [sys.executable, str(FILES / script), *map(str, arguments)],
+        cwd="/",  # the scripts find the project from anywhere
         capture_output=True,
         text=True,
     )
@@ -71,7 +70,7 @@ def run(*command: object, status: int = 0) -> subprocess.CompletedProcess:
 def drawn(tmp_path_factory) -> Callable[[str], Counter[str]]:
     """The words in a drawing of each of the networks."""
     folder = tmp_path_factory.mktemp("drawn")
-    run("-c", DRAW_NETWORKS, folder)
+    subprocess.run([sys.executable, "-c", DRAW_NETWORKS, folder], cwd=FILES, check=True)
     return lambda name: Counter(words(folder / f"{name}.png"))
 
 
