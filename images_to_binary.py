@@ -169,7 +169,7 @@ def split(labels: np.ndarray, test_share: float, seed: int) -> tuple[np.ndarray,
 def write_files(
     folder: str, classes: Mapping[str, Sequence[str]], test_share: float, seed: int
 ) -> None:
-    """Writes the data folder's files and says what is in them."""
+    """Writes the data folder's files, and says what is in them."""
     train_file, test_file, names_file = (os.path.join(folder, name) for name in LAYOUT.files)
     with tempfile.TemporaryFile(dir=folder) as scratch:
         labels = write_records(classes, scratch)
@@ -183,13 +183,15 @@ def write_files(
                     out.write(records[places[start : start + AHEAD]].tobytes())
     with open(names_file, "w", encoding="utf-8") as out:
         out.writelines(f"{name}\n" for name in classes)
+    show_counts(list(classes), np.bincount(labels[train]), np.bincount(labels[test]))
 
-    width = max(len(name) for name in classes) + 2
+
+def show_counts(names: Sequence[str], train: np.ndarray, test: np.ndarray) -> None:
+    width = max(map(len, names)) + 2
     print(f"{'':<{width}}{'training':>8}{'test':>8}")
-    tested = np.bincount(labels[test], minlength=len(classes))
-    for name, count, test_count in zip(classes, counts, tested, strict=True):
-        print(f"{name:<{width}}{count - test_count:>8}{test_count:>8}")
-    print(f"{'all':<{width}}{len(train):>8}{len(test):>8}")
+    rows = [*zip(names, train, test, strict=True), ("all", train.sum(), test.sum())]
+    for name, train_count, test_count in rows:
+        print(f"{name:<{width}}{train_count:>8}{test_count:>8}")
 
 
 def import_pictures(image_dir: str, data_dir: str, test_share: float = 0.2, seed: int = 0) -> None:
