@@ -9,6 +9,8 @@ A broken download goes on where it stopped, and the data folder appears only onc
 """
 
 import argparse
+import contextlib
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -25,16 +27,18 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-import data_folder
 import errors
-from data_folder import BadData
 from data_layout import IMAGE_BYTES, LAYOUTS, Digest, Layout
 
+README_FILE = "readme.html"  # CIFAR-10's archive has one
+MANIFEST = ".sha256"
+
 CHUNK_BYTES = 1 << 20
+CHUNK_RECORDS = 256
 
 MAX_ARCHIVE_BYTES = 1 << 30
 MAX_UNPACKED_BYTES = 512 << 20
@@ -55,6 +59,10 @@ class TryAgain(Exception):
 
 class Refused(Exception):
     """This address will not give the archive, however often it is asked."""
+
+
+class BadData(Exception):
+    """The data is not in a data set's binary layout. The text says where."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -366,7 +374,7 @@ def unpack_member(
     if member.type == tarfile.DIRTYPE:
         return None  # no bytes follow a folder's header
     place, _, name = member.name.removeprefix("./").rpartition("/")
-    is_ours = place == layout.folder and name in (*layout.files, data_folder.README_FILE)
+    is_ours = place == layout.folder and name in (*layout.files, README_FILE)
     wanted = is_ours and member.type in TAR_FILES
     limit = MAX_BATCH_BYTES if name.endswith(".bin") else MAX_TEXT_BYTES
     if not wanted:
@@ -406,7 +414,114 @@ def unpack(archive: Path, layout: Layout, folder: Path) -> None:
         raise BadData(f"it is damaged or not a .tar.gz at all ({describe(error)})") from error
 
 
-# --- The synthetic stand-in -----------------------------------------------------------------------
+# --- The data folder ------------------------------------------------------------------------------
+
+
+def check_folder(folder: Path, layout: Layout) -> dict[str, str]:
+    """Checks each file of a data folder, its size and labels; returns their SHA-256 digests."""
+    for name in layout.files:
+        if not (folder / name).is_file():
+            raise BadData(f"{name} is missing")
+    try:
+        counts = [len(layout.read_names(str(folder), label)) for label in layout.labels]
+    except errors.UserError as error:
+        raise BadData(str(error).rstrip(".")) from error
+    return {name: check_file(folder / name, layout, counts) for name in layout.files}
+
+
+def check_file(path: Path, layout: Layout, class_counts: Sequence[int]) -> str:
+    has_records = path.suffix == ".bin"
+    if has_records and (problem := layout.size_problem(path.name, path.stat().st_size)):
+        raise BadData(problem)
+    digest, record = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        # whole records, so that every chunk starts with a label
+        while chunk := file.read(CHUNK_RECORDS * layout.record_bytes):
+            digest.update(chunk)
+            if has_records:
+                columns = [chunk[i :: layout.record_bytes] for i in range(len(class_counts))]
+                if problem := layout.label_problem(path.name, columns, class_counts, record):
+                    raise BadData(problem)
+                record += CHUNK_RECORDS
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, source: str, digests: dict[str, str]) -> None:
+    """Records where the data is from and its digests, in a form that `sha256sum -c` reads too."""
+    lines = [f"# {source}", *(f"{digest}  {name}" for name, digest in digests.items())]
+    (folder / MANIFEST).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> tuple[str, dict[str, str]] | None:
+    """The source and the digests of a data folder, or None where the user unpacked it himself."""
+    if not (folder / MANIFEST).exists():
+        return None
+    with open(folder / MANIFEST, encoding="utf-8", errors="replace") as file:
+        text = file.read(MAX_TEXT_BYTES)
+    source = re.match("# (.*)", text)
+    entries = re.findall("^([0-9a-f]{64})  (.+)$", text, re.MULTILINE)
+    return source[1] if source else "", {name: digest for digest, name in entries}
+
+
+def verify(folder: Path, layout: Layout, recorded: dict[str, str] | None) -> None:
+    """Raises BadData unless every file is whole and, where digests are recorded, unchanged."""
+    for name, digest in check_folder(folder, layout).items():
+        if recorded is not None and recorded.get(name) != digest:
+            raise BadData(f"{name} differs from its SHA-256 in {MANIFEST}")
+
+
+def own_files(layout: Layout) -> tuple[str, ...]:
+    # The manifest comes last: a folder being emptied never passes for one without a manifest.
+    return (*layout.files, README_FILE, MANIFEST)
+
+
+def refuse_foreign_files(folder: Path, layout: Layout) -> None:
+    """Raises UserError where replacing the folder would delete something of the user's."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise errors.UserError(
+            f"{folder} is in the way and not a plain folder: move it away or give another "
+            "--data_dir, then run the same command again."
+        )
+    for entry in folder.iterdir():
+        if entry.name not in own_files(layout) or (entry.is_dir() and not entry.is_symlink()):
+            raise errors.UserError(
+                f"{folder} holds no complete {layout.title}, but it holds {entry.name!r}, which is "
+                "not this program's to delete: move that folder away or give another --data_dir."
+            )
+
+
+def remove_folder(folder: Path, layout: Layout) -> None:
+    if os.path.lexists(folder):
+        refuse_foreign_files(folder, layout)
+        for name in own_files(layout):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk, so that a crash cannot leave a hollow one."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_folder(folder: Path, layout: Layout, source: str, fill: Callable[[Path], None]) -> None:
+    """Makes the data folder with `fill`, beside its place, and moves it there once it is whole."""
+    part = folder.with_name(f"{folder.name}.part")
+    remove_folder(part, layout)
+    part.mkdir()
+    try:
+        fill(part)
+        write_manifest(part, source, check_folder(part, layout))
+        for path in (*part.iterdir(), part):
+            sync(path)
+        remove_folder(folder, layout)
+        part.rename(folder)
+        sync(folder.parent)
+    finally:
+        remove_folder(part, layout)
 
 
 def write_synthetic(folder: Path, train_images: int, test_images: int, seed: int) -> None:
@@ -543,13 +658,13 @@ def already_there(folder: Path, flags: argparse.Namespace) -> bool:
     if not os.path.lexists(folder):
         return False
     if not folder.is_dir():
-        data_folder.refuse_foreign_files(folder, flags.layout)
-    source, recorded = data_folder.read_manifest(folder) or ("", None)
+        refuse_foreign_files(folder, flags.layout)
+    source, recorded = read_manifest(folder) or ("", None)
     refuse_other_data(folder, source, flags)
     try:
-        data_folder.verify(folder, flags.layout, recorded)
+        verify(folder, flags.layout, recorded)
     except BadData as problem:
-        data_folder.refuse_foreign_files(folder, flags.layout)
+        refuse_foreign_files(folder, flags.layout)
         print(f"{folder} is not complete ({problem}) and will be replaced", flush=True)
         return False
     how = "its structure was" if recorded is None else "its structure and digests were"
@@ -574,7 +689,7 @@ def fetch_and_unpack(folder: Path, flags: argparse.Namespace) -> None:
     print(f"unpacking {archive}", flush=True)
     try:
         fill = functools.partial(unpack, archive, layout)
-        data_folder.write_folder(folder, layout, archive_source(digest), fill)
+        write_folder(folder, layout, archive_source(digest), fill)
     except BadData as problem:
         part.unlink(missing_ok=True)
         raise errors.UserError(
@@ -585,14 +700,32 @@ def fetch_and_unpack(folder: Path, flags: argparse.Namespace) -> None:
         part.replace(kept) if flags.keep_archive else part.unlink()
 
 
+@contextlib.contextmanager
+def only_run_in(data_dir: Path) -> Iterator[None]:
+    """Keeps a second run out of the same folder, where it would write into the same files."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    handle = os.open(data_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise errors.UserError(
+                f"another run is at work in {data_dir}: wait for its end, or give another "
+                "--data_dir."
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
 def provide_data(flags: argparse.Namespace) -> None:
     folder = flags.data_dir / flags.layout.folder
-    with data_folder.only_run_in(flags.data_dir):
+    with only_run_in(flags.data_dir):
         if already_there(folder, flags):
             pass
         elif flags.synthetic:
             sizes = flags.synthetic_train_images, flags.synthetic_test_images, flags.seed
-            data_folder.write_folder(
+            write_folder(
                 folder,
                 flags.layout,
                 synthetic_source(flags),

@@ -7,7 +7,6 @@ The classes have the names of the sub-folders. Each picture's middle square is r
 share of every class becomes the test images. The data folder appears only once it is complete.
 """
 
-import argparse
 import os
 import shlex
 import sys
@@ -18,16 +17,26 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from absl import app, flags
 from tqdm import tqdm
 
-import data_folder
+import folders
 from data_layout import LAYOUTS, MAX_CLASSES
 from errors import UserError, exits_with_a_sentence
 from pictures import read_picture_file
 
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("image_dir", None, "Folder with a sub-folder of pictures for each class.")
+flags.DEFINE_string("data_dir", None, "New folder for the binary files.")
+flags.DEFINE_float("test_share", 0.2, "Share of each class that becomes test images.")
+flags.DEFINE_integer("seed", 0, "Of the split and the order.", lower_bound=0)
+flags.mark_flags_as_required(["image_dir", "data_dir"])
+flags.register_validator("test_share", lambda share: 0 < share < 1, "it is between 0 and 1")
+
 LAYOUT = LAYOUTS["pictures"]
-THREADS = min(8, os.cpu_count() or 1)
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
+THREADS = min(8, os.cpu_count() or 1)
 AHEAD = 256  # pictures under way at a time: what bounds the memory, however many there are
 
 
@@ -36,9 +45,36 @@ AHEAD = 256  # pictures under way at a time: what bounds the memory, however man
 
 def find_classes(image_dir: Path) -> dict[str, list[str]]:
     """The files of each class, in the order of their names."""
-    if not image_dir.is_dir():
-        raise UserError(f"there is no folder {image_dir}: name yours with --image_dir.")
-    names = sorted(entry.name for entry in visible(image_dir) if entry.is_dir())
+    try:
+        entries = sorted(visible(image_dir))
+        classes = {entry.name: files_below(entry) for entry in entries if entry.is_dir()}
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}.") from error
+    refuse_no_classes(image_dir, list(classes))
+    for entry in entries:
+        if entry.name not in classes:
+            print(f"skipped: {printable(str(entry))} is in no class's folder.")
+    return classes
+
+
+def visible(folder: Path) -> Iterator[Path]:
+    return (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def files_below(folder: Path) -> list[str]:
+    """All files of a class, those in deeper folders too; hidden ones are not meant."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    for place, inside, files in os.walk(folder, onerror=fail):
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        found += [os.path.join(place, name) for name in files if not name.startswith(".")]
+    return sorted(found)
+
+
+def refuse_no_classes(image_dir: Path, names: Sequence[str]) -> None:
     if len(names) < 2:
         raise UserError(
             f"{image_dir} holds too few classes ({len(names)}): each sub-folder is one, with its "
@@ -60,24 +96,6 @@ def find_classes(image_dir: Path) -> dict[str, list[str]]:
                 f"the sub-folder {name!a} of {image_dir} cannot name a class, which takes one "
                 "line of text: rename it."
             )
-    return {name: files_below(image_dir / name) for name in names}
-
-
-def visible(folder: Path) -> Iterator[Path]:
-    return (entry for entry in folder.iterdir() if not entry.name.startswith("."))
-
-
-def files_below(folder: Path) -> list[str]:
-    """All files of a class, those in deeper folders too; hidden ones are not meant."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    found = []
-    for place, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(place, name) for name in files if not name.startswith(".")]
-    return sorted(found)
 
 
 def refuse_small_classes(counts: Mapping[str, int], what: str) -> None:
@@ -86,22 +104,6 @@ def refuse_small_classes(counts: Mapping[str, int], what: str) -> None:
         raise UserError(
             f"too few {what} to be in both the training and the test images: {', '.join(small)}; "
             "give each class two at least, or move its folder away."
-        )
-
-
-def refuse_taken_place(image_dir: Path, data_dir: Path) -> None:
-    if data_dir.resolve().is_relative_to(image_dir.resolve()):
-        raise UserError(
-            f"{data_dir} is inside {image_dir}, whose folders are classes: name a --data_dir "
-            "elsewhere."
-        )
-    free = data_dir.name not in ("", "..") and not data_dir.is_symlink()
-    if os.path.lexists(data_dir) and not (
-        free and data_dir.is_dir() and not any(data_dir.iterdir())
-    ):
-        raise UserError(
-            f"{data_dir} is already there, and not an empty folder: delete it, or name another "
-            "--data_dir."
         )
 
 
@@ -164,113 +166,56 @@ def split(labels: np.ndarray, test_share: float, seed: int) -> tuple[np.ndarray,
     return rng.permutation(np.concatenate(train)), rng.permutation(np.concatenate(test))
 
 
-def fill(folder: Path, classes: Mapping[str, Sequence[str]], test_share: float, seed: int) -> None:
-    """Writes the data folder's files and says what is in them."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        labels = write_records(classes, file)
+def write_files(
+    folder: str, classes: Mapping[str, Sequence[str]], test_share: float, seed: int
+) -> None:
+    """Writes the data folder's files, and says what is in them."""
+    train_file, test_file, names_file = (os.path.join(folder, name) for name in LAYOUT.files)
+    with tempfile.TemporaryFile(dir=folder) as scratch:
+        labels = write_records(classes, scratch)
         counts = np.bincount(labels, minlength=len(classes))
         refuse_small_classes(dict(zip(classes, counts, strict=True)), "pictures that can be read")
-        records = np.memmap(file, np.uint8, "r", shape=(len(labels), LAYOUT.record_bytes))
+        records = np.memmap(scratch, np.uint8, "r", shape=(len(labels), LAYOUT.record_bytes))
         train, test = split(labels, test_share, seed)
-        for (name,), places in ((LAYOUT.train_files, train), (LAYOUT.test_files, test)):
-            with open(folder / name, "wb") as out:
+        for file, places in ((train_file, train), (test_file, test)):
+            with open(file, "wb") as out:
                 for start in range(0, len(places), AHEAD):
                     out.write(records[places[start : start + AHEAD]].tobytes())
-    names = "".join(f"{name}\n" for name in classes)
-    (folder / LAYOUT.labels[0].names_file).write_text(names, encoding="utf-8")
+    with open(names_file, "w", encoding="utf-8") as out:
+        out.writelines(f"{name}\n" for name in classes)
+    show_counts(list(classes), np.bincount(labels[train]), np.bincount(labels[test]))
 
-    width = max(len(name) for name in classes) + 2
+
+def show_counts(names: Sequence[str], train: np.ndarray, test: np.ndarray) -> None:
+    width = max(map(len, names)) + 2
     print(f"{'':<{width}}{'training':>8}{'test':>8}")
-    tested = np.bincount(labels[test], minlength=len(classes))
-    for name, count, test_count in zip(classes, counts, tested, strict=True):
-        print(f"{name:<{width}}{count - test_count:>8}{test_count:>8}")
-    print(f"{'all':<{width}}{len(train):>8}{len(test):>8}")
+    rows = [*zip(names, train, test, strict=True), ("all", train.sum(), test.sum())]
+    for name, train_count, test_count in rows:
+        print(f"{name:<{width}}{train_count:>8}{test_count:>8}")
 
 
-# --- The program ----------------------------------------------------------------------------------
-
-
-def fraction(text: str) -> float:
-    if not 0 < float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
-
-
-def whole_number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def folder(text: str) -> Path:
-    return Path(text).expanduser()
-
-
-def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Turns a folder of pictures, one sub-folder a class, into binary files that "
-        "run_trainer.py reads. JPEG, PNG and BMP pictures of any size will do.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--image_dir", metavar="DIR", type=folder, required=True, help="has a sub-folder per class")
-    add("--data_dir", metavar="DIR", type=folder, required=True, help="the folder to make")
-    add(
-        "--test_share",
-        metavar="S",
-        type=fraction,
-        default=0.2,
-        help="share of each class that becomes test images (default: %(default)s)",
-    )
-    add(
-        "--seed",
-        metavar="N",
-        type=whole_number,
-        default=0,
-        help="of the split and the order (default: %(default)s)",
-    )
-    return parser.parse_args(argv)
-
-
-def import_pictures(flags: argparse.Namespace) -> None:
-    classes = find_classes(flags.image_dir)
-    refuse_taken_place(flags.image_dir, flags.data_dir)
-    refuse_small_classes({name: len(files) for name, files in classes.items()}, "files")
-    for entry in sorted(visible(flags.image_dir)):
-        if not entry.is_dir():
-            print(f"skipped: {printable(str(entry))} is in no class's folder.")
-    source = f"pictures of {len(classes)} classes, test share {flags.test_share}, seed {flags.seed}"
-    with data_folder.only_run_in(flags.data_dir.parent):
-        data_folder.write_folder(
-            flags.data_dir,
-            LAYOUT,
-            source,
-            lambda part: fill(part, classes, flags.test_share, flags.seed),
+def import_pictures(image_dir: str, data_dir: str, test_share: float = 0.2, seed: int = 0) -> None:
+    """Makes the data folder `data_dir` of the pictures in `image_dir`."""
+    if Path(data_dir).resolve().is_relative_to(Path(image_dir).resolve()):
+        raise UserError(
+            f"{data_dir} is inside {image_dir}, whose folders are classes: name a --data_dir "
+            "elsewhere."
         )
-    print(f"next: python run_trainer.py --path={shlex.quote(str(flags.data_dir))}", flush=True)
+    classes = find_classes(Path(image_dir))
+    refuse_small_classes({name: len(files) for name, files in classes.items()}, "files")
+    folders.refuse_unwritable(data_dir)
+    with folders.new(data_dir) as folder:
+        write_files(folder, classes, test_share, seed)
+    print(f"next: python run_trainer.py --path={shlex.quote(data_dir)}", flush=True)
 
 
 @exits_with_a_sentence
-def main(argv: Sequence[str] | None = None) -> int:
-    flags = parse_flags(argv)
-    try:
-        import_pictures(flags)
-    except KeyboardInterrupt:
-        print(
-            f"{os.path.basename(sys.argv[0])}: stopped before the data was complete, so nothing of "
-            "it was kept.",
-            file=sys.stderr,
-        )
-        return 130
-    except BrokenPipeError:
-        raise  # it says nothing of the data
-    except OSError as error:
-        raise UserError(
-            f"cannot use {error.filename or flags.data_dir}: {error.strerror or error}; mend that "
-            "and run the same command again."
-        ) from error
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    import_pictures(FLAGS.image_dir, FLAGS.data_dir, FLAGS.test_share, FLAGS.seed)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    app.run(main)

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 
 import cifar10_download_and_extract as program
-import data_folder
 import synthetic_data
 from data_layout import LAYOUTS, Archive, Digest
 
@@ -485,7 +484,7 @@ def test_an_explicit_digest_is_not_answered_with_other_data(get, run, data_dir):
 
 
 def test_two_runs_at_once_do_not_write_into_the_same_files(get, data_dir):
-    with data_folder.only_run_in(data_dir):
+    with program.only_run_in(data_dir):
         assert "another run" in get(status=1)
     get()
     assert_complete(data_dir)
@@ -837,7 +836,7 @@ def test_stopped_unpacking_leaves_nothing_that_looks_finished(get, data_dir, mon
         def stop(*arguments: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(data_folder, "check_folder", stop)
+        patch.setattr(program, "check_folder", stop)
         get(status=130)
     assert os.listdir(data_dir) == [PART]
     get()
