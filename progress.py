@@ -11,7 +11,10 @@ from metrics import Metrics
 
 
 class Progress:
-    """Shows a training from `first_step` on. A context manager: it leaves the terminal tidy."""
+    """Shows a training from `first_step` on. A context manager: it leaves the terminal tidy.
+
+    Without a log path it shows nothing: where several workers train together, one tells of all.
+    """
 
     def __init__(
         self,
@@ -19,13 +22,14 @@ class Progress:
         last_step: int,
         steps_per_epoch: float,
         batch_size: int,
-        log_path: str,
+        log_path: str | None,
     ):
         self._last_step = last_step
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
+        self._quiet = log_path is None
         self._writers = {
             name: tf.summary.create_file_writer(os.path.join(log_path, name))
-            for name in ("train", "eval")
+            for name in (() if self._quiet else ("train", "eval"))
         }
         self._started = self._logged_at = self._shown_at = time.monotonic()
         self._first_step = self._logged_step = first_step
@@ -33,7 +37,7 @@ class Progress:
         self._bar = tqdm(
             total=last_step,
             initial=first_step,
-            disable=not sys.stdout.isatty(),
+            disable=self._quiet or not sys.stdout.isatty(),
             file=sys.stdout,
             dynamic_ncols=True,
             unit="step",
@@ -92,6 +96,8 @@ class Progress:
 
     def write(self, line: str) -> None:
         """Prints a line, above the live one where there is one."""
+        if self._quiet:
+            return
         self._bar.write(line, file=sys.stdout)
         sys.stdout.flush()
 
@@ -102,6 +108,8 @@ class Progress:
         return (step - since_step) * self._batch_size / max(time.monotonic() - since, 1e-9)
 
     def _summarise(self, name: str, step: int, values: dict[str, float]) -> None:
+        if self._quiet:
+            return
         with self._writers[name].as_default(step=step):
             for tag, value in values.items():
                 tf.summary.scalar(tag, value)
