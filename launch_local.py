@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def launch(program: Sequence[str], count: int) -> int:
     """Runs a Python program as so many workers; its status is that of the first one to fail."""
-    addresses = [f"127.0.0.1:{port}" for port in _free_ports(count)]
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
     workers = [
         subprocess.Popen(
             [sys.executable, *program],
@@ -105,7 +105,8 @@ def _passing_on_signals(workers: Sequence[subprocess.Popen]):
             signal.signal(number, handler)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens to at the moment."""
     with contextlib.ExitStack() as opened:
         sockets = [opened.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
