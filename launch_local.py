@@ -1,9 +1,8 @@
 """Starts several workers on this machine, to try out what a cluster does.
 
-python launch_local.py --workers=2 -- run_trainer.py --use_synthetic_data
+`python launch_local.py --workers=2 -- run_trainer.py --use_synthetic_data`; --help lists its flags.
 """
 
-import argparse
 import contextlib
 import os
 import signal
@@ -13,23 +12,24 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from absl import app, flags
+
 import cluster
-from errors import UserError, exits_with_a_sentence
+from errors import exits_with_a_sentence
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_integer("workers", 2, "Processes to start.", lower_bound=1)
 
 # Seconds that workers have to end of themselves once one of them has failed.
 PATIENCE = 20
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workers", type=int, default=2, help="processes to start (default: 2)")
-    parser.add_argument("program", nargs="+", metavar="-- program", help="with its flags")
-    options = parser.parse_args(arguments)
-    if options.workers < 1:
-        raise UserError(f"--workers={options.workers} starts nothing: give 1 or more.")
-    return launch(options.program, options.workers)
+@exits_with_a_sentence
+def main(argv: list[str]) -> int:
+    if len(argv) < 2:
+        raise app.UsageError("name the program to start: launch_local.py -- run_trainer.py …")
+    return launch(argv[1:], FLAGS.workers)
 
 
 def launch(program: Sequence[str], count: int) -> int:
@@ -115,4 +115,4 @@ def free_ports(count: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(exits_with_a_sentence(main)())
+    app.run(main)
