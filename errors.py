@@ -6,6 +6,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from terminal import RED, emphasised
+
 
 class UserError(Exception):
     """Something the user can mend. Its text says what is wrong, where, and what to do next."""
@@ -19,7 +21,7 @@ def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int 
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+            tell(error)
             return 1
         except BrokenPipeError:
             # whoever read the output has gone, as in `… | head`: end as quietly as other programs
@@ -27,3 +29,9 @@ def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int 
             return 128 + signal.SIGPIPE
 
     return guarded
+
+
+def tell(error: UserError) -> None:
+    """Writes an error's sentence to stderr."""
+    label = emphasised("error:", sys.stderr, RED)
+    print(f"{os.path.basename(sys.argv[0])}: {label} {error}", file=sys.stderr)

@@ -102,6 +102,13 @@ class Scored:
     split: str
     metrics: Metrics
 
+    def line(self) -> str:
+        """The essence in a line."""
+        return (
+            f"{self.checkpoint} on {self.split} images: accuracy {self.metrics.accuracy:.4f}, "
+            f"loss {self.metrics.loss:.4f}"
+        )
+
     def report(self) -> str:
         """All of it as lines for people."""
         head = f"{self.checkpoint} ({self.run.model.name}, step {self.step}) on {self.split} images"

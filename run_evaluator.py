@@ -1,12 +1,17 @@
-"""Scores checkpoints of a ResNet. `python run_evaluator.py --help` lists the flags."""
+"""Scores checkpoints of a ResNet.
+
+python run_evaluator.py --path=cifar-10-batches-bin --ckpt_path=runs/resnet20
+"""
 
 import json
 import os
 
-from absl import app, flags
+from absl import flags
 
 import command_line
+import program
 from errors import UserError, exits_with_a_sentence
+from terminal import table
 
 FLAGS = flags.FLAGS
 
@@ -21,13 +26,22 @@ flags.DEFINE_integer(
     "batch_size", 500, "Images at a time; changes nothing but speed.", lower_bound=1
 )
 flags.DEFINE_string("output_json", None, "File to write the figures to.")
-flags.mark_flag_as_required("ckpt_path")
+for name in command_line.NETWORK_FLAGS:
+    FLAGS.set_default(name, None)
+flags.register_validator(
+    "ckpt_path", bool, "--ckpt_path is missing: name a checkpoint, or the folder of a run"
+)
+
+FLAG_GROUPS = {
+    "What to score": ("ckpt_path", "all_checkpoints", "path", "split"),
+    "Network, checked against the checkpoint": command_line.NETWORK_FLAGS,
+    "Output": ("output_json", "quiet", "verbose"),
+    "Computing": ("device", "data_format", "dtype", "loss_scale", "batch_size"),
+}
 
 
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
     if FLAGS.output_json and not os.path.isdir(os.path.dirname(FLAGS.output_json) or "."):
         raise UserError(f"--output_json={FLAGS.output_json} is in a folder that does not exist.")
 
@@ -50,7 +64,9 @@ def main(argv: list[str]) -> int:
         FLAGS.batch_size,
         command_line.given_network(),
     ):
-        print(scored.report(), flush=True)
+        if FLAGS.verbose:
+            print(table(scored.run.settings()))
+        print(scored.line() if FLAGS.quiet else scored.report(), flush=True)
         scores.append(scored.as_json())
     if FLAGS.output_json:
         _write_json(FLAGS.output_json, scores if FLAGS.all_checkpoints else scores[0])
@@ -68,4 +84,4 @@ def _write_json(file: str, value: object) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main, FLAG_GROUPS)

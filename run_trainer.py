@@ -1,14 +1,37 @@
-"""Trains a ResNet on CIFAR-10. `python run_trainer.py --help` lists the flags."""
+"""Trains a ResNet on CIFAR-10.
 
+python run_trainer.py --path=cifar-10-batches-bin --num_layers=20
+"""
+
+import dataclasses
 import os
+import shlex
+import shutil
+import signal
+import sys
 
-from absl import app, flags
+from absl import flags
 
 import command_line
+import program
 from errors import UserError, exits_with_a_sentence
-from run_config import OPTIMIZERS, RECIPES, ModelConfig, units_per_block
+from run_config import OPTIMIZERS, RECIPES, ModelConfig, RunConfig, units_per_block
+from terminal import emphasised, table
 
 FLAGS = flags.FLAGS
+
+
+class StepRange(flags.ArgumentParser):
+    """The first and the last of some steps, as in 100,110."""
+
+    syntactic_help = "a first and a last step, as in 100,110"
+
+    def parse(self, argument: str) -> tuple[int, int]:
+        first, last = map(int, argument.split(","))
+        if not 1 <= first <= last:
+            raise ValueError(argument)
+        return first, last
+
 
 flags.adopt_module_key_flags(command_line)
 flags.DEFINE_string(
@@ -62,6 +85,12 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("log_per_iterations", 200, "Log every N steps.", lower_bound=1)
 flags.DEFINE_integer("save_per_iterations", 1000, "Save every N steps.", lower_bound=1)
+flags.DEFINE(
+    StepRange(),
+    "profile_steps",
+    None,
+    "Record what TensorFlow does in these steps, first and last, for TensorBoard: 100,110.",
+)
 flags.DEFINE_integer("max_ckpts", 5, "Checkpoints to keep; a negative number keeps all.")
 flags.DEFINE_integer(
     "epochs_between_evals",
@@ -79,6 +108,22 @@ flags.DEFINE_float(
 flags.DEFINE_bool("eval_only", False, "Do not train: evaluate the newest checkpoint.")
 flags.DEFINE_bool("clean", False, "Delete the run in --ckpt_path and start over.")
 
+FLAG_GROUPS = {
+    "Data": ("path", "use_synthetic_data", "holdout"),
+    "Network": command_line.NETWORK_FLAGS,
+    "Recipe": (
+        *("recipe", "batch_size", "num_iterations", "train_epochs", "max_train_steps", "init_lr"),
+        *("optimizer", "momentum", "nesterov", "weight_decay", "batch_norm_decay"),
+        *("label_smoothing", "seed"),
+    ),
+    "Where things go": ("ckpt_path", "train_log_path", "clean"),
+    "Saving and logging": (
+        *("save_per_iterations", "max_ckpts", "log_per_iterations", "profile_steps", "quiet"),
+        "verbose",
+    ),
+    "Evaluation": ("epochs_between_evals", "stop_threshold", "eval_only"),
+    "Computing": ("device", "data_format", "dtype", "loss_scale", "jit_compile", "steps_per_call"),
+}
 # under the names of the dataclasses in run_config
 RUN_FLAGS = (
     *("recipe", "batch_size", "num_iterations", "optimizer", "init_lr", "momentum", "nesterov"),
@@ -103,8 +148,6 @@ def _threshold_is_measured(values: dict[str, object]) -> bool:
 
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
     units_per_block(FLAGS.num_layers, FLAGS.bottleneck)  # told before TensorFlow is imported
     given = command_line.given_network() | command_line.given_flags(RUN_FLAGS)
     if FLAGS.use_synthetic_data:
@@ -135,6 +178,7 @@ def main(argv: list[str]) -> int:
         epochs_between_evals=FLAGS.epochs_between_evals,
         stop_threshold=FLAGS.stop_threshold,
         max_train_steps=FLAGS.max_train_steps,
+        profile_steps=FLAGS.profile_steps,
     )
     with checkpoints.lock(ckpt_path):
         if FLAGS.clean:
@@ -148,10 +192,40 @@ def main(argv: list[str]) -> int:
             scores = evaluation.score_checkpoints(
                 [resume_from], path, split, options.data_format, options.dtype
             )
-            print(next(scores).report())
+            scored = next(scores)
+            print(scored.line() if FLAGS.quiet else scored.report())
             return 0
-        outcome = training.train(run, options, resume_from)
+        if FLAGS.verbose:
+            print(table(run.settings() | dataclasses.asdict(options)))
+        with program.quiet_work():
+            outcome = training.train(run, options, resume_from)
+    print(_summary(run, outcome))
     return 128 + outcome.stopped_by if outcome.stopped_by else 0
+
+
+def _summary(run: RunConfig, outcome: "training.Outcome") -> str:
+    """How a training ended, as lines for people."""
+    title = f"{run.model.name}, step {outcome.step} of {run.training.num_iterations}"
+    rows = dict(outcome.summary)
+    if outcome.stopped_by:
+        name = signal.Signals(outcome.stopped_by).name
+        rows["stopped"] = f"by {name}; the same command goes on from there"
+    rows["evaluate"] = _evaluating(run, outcome.checkpoint)
+    return f"{emphasised(title, sys.stdout)}\n{table(rows)}"
+
+
+def _evaluating(run: RunConfig, checkpoint: str) -> str:
+    """The command that evaluates a checkpoint, for the shell that this one was typed into."""
+    python = sys.executable
+    if python in map(shutil.which, names := ("python", "python3")):
+        python = next(name for name in names if shutil.which(name) == python)
+    program = os.path.join(os.path.dirname(sys.argv[0]), "run_evaluator.py")
+    words = [python, program, f"--ckpt_path={checkpoint}"]
+    if FLAGS["path"].present and run.data.dataset != "synthetic":
+        words.append(f"--path={FLAGS.path}")
+    if run.data.holdout:
+        words.append("--split=holdout")
+    return shlex.join(words)
 
 
 def _default_ckpt_path() -> str:
@@ -166,4 +240,4 @@ def _default_ckpt_path() -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main, FLAG_GROUPS)

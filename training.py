@@ -3,9 +3,10 @@
 import dataclasses
 import math
 import signal
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,8 @@ from cifar10_input import (
     training_batches,
 )
 from errors import UserError
-from evaluation import Evaluator, Metrics
+from evaluation import Evaluator
+from metrics import Metrics
 from optimizers import OPTIMIZERS
 from progress import Progress
 from resnet_model import IMAGE_SHAPE, ResNet
@@ -55,16 +57,21 @@ class Options:
     epochs_between_evals: int = 0
     stop_threshold: float | None = None
     max_train_steps: int | None = None
+    profile_steps: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training ended: where it is saved, and the signal that stopped it if one did."""
+    """How a training ended: where it is saved, and the signal that stopped it if one did.
+
+    `summary` holds the rows of a table for people.
+    """
 
     step: int
     checkpoint: str
     metrics: Metrics | None = None
     stopped_by: int | None = None
+    summary: dict[str, str] = field(default_factory=dict)
 
 
 class Trainer:
@@ -101,6 +108,7 @@ class Trainer:
         # the time.
         self.train_step = tf.function(self._train_step, autograph=False, jit_compile=jit_compile)
         self._means_since = 0
+        self._watched: tuple[int, list] | None = None
 
     def train_steps(self, batches: Iterator, count: int, small: bool = False) -> None:
         """So many steps, in one call: a GPU need not wait for Python between them."""
@@ -128,7 +136,8 @@ class Trainer:
         gradients = tape.gradient(scaled_loss, self.model.trainable_variables)
         if self._loss_scale != 1.0:
             gradients = [gradient / self._loss_scale for gradient in gradients]
-        self.optimizer.apply(gradients, tf.gather(self._rates, self.step))
+        with tf.name_scope("optimizer"):
+            self.optimizer.apply(gradients, tf.gather(self._rates, self.step))
         self.step.assign_add(1)
 
         right = tf.equal(tf.argmax(logits, axis=1, output_type=labels.dtype), labels)
@@ -137,12 +146,12 @@ class Trainer:
         is_first_bad = ~tf.math.is_finite(loss) & (self._first_bad_step < 0)
         self._first_bad_step.assign(tf.where(is_first_bad, self.step, self._first_bad_step))
 
-    def trace(self, small: bool = False) -> None:
+    def trace(self, small: bool = False) -> tf.Graph:
         """Does now what the first step would begin with: turning `train_step` into a graph."""
         size = self.run.training.batch_size
-        self.train_step.get_concrete_function(
+        return self.train_step.get_concrete_function(
             tf.TensorSpec([size, *IMAGE_SHAPE], tf.float32), tf.TensorSpec([size], tf.int32), small
-        )
+        ).graph
 
     def _cross_entropy(self, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
         smoothing = self.run.training.label_smoothing
@@ -165,6 +174,20 @@ class Trainer:
             self._correct.assign(0)
             self._means_since = step
         return loss, accuracy
+
+    def watch_next_step(self) -> None:
+        """Has `norms` tell of the gradients of the step that comes next."""
+        self._watched = int(self.step) + 1, self.optimizer.snapshot()
+
+    def norms(self) -> dict[str, float]:
+        """The norms of each block's weights, and of its gradients if the last step was watched."""
+        weights = {v.name: v.numpy() for v in self.model.trainable_variables}
+        norms = _block_norms("weight_norm", weights)
+        if self._watched and self._watched[0] == int(self.step):
+            gradients = self.optimizer.gradients_since(self._watched[1])
+            norms |= _block_norms("gradient_norm", gradients)
+        self._watched = None
+        return norms
 
     def restore(self, prefix: str) -> None:
         checkpoints.restore(self.checkpoint, prefix)
@@ -189,6 +212,15 @@ class Trainer:
         )
 
 
+def _block_norms(kind: str, values: dict[str, np.ndarray]) -> dict[str, float]:
+    """The Euclidean norms of arrays taken together by the first part of their names."""
+    squares: dict[str, float] = {}
+    for name, value in values.items():
+        tag = f"{kind}/{name.split('/')[0]}"
+        squares[tag] = squares.get(tag, 0.0) + float(np.square(value, dtype=np.float64).sum())
+    return {tag: math.sqrt(square) for tag, square in squares.items()}
+
+
 def shrink(images: tf.Tensor, side: int) -> tf.Tensor:
     """Images [N, H, W, C] at a smaller size, as `tf.image.resize` does it with antialiasing.
 
@@ -209,7 +241,7 @@ def prepare_run(
     newest, passed_over = checkpoints.newest_intact(ckpt_path)
     if newest:
         for reason in passed_over:
-            print(f"Passed over: {reason}", flush=True)
+            print(f"Passed over: {reason}", file=sys.stderr, flush=True)
         run, _ = checkpoints.read_run(newest)
     elif passed_over:
         raise UserError(
@@ -279,19 +311,30 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
     with (
         StopSignals() as stop,
         Progress(
-            first_step, last_step, steps_per_epoch, run.training.batch_size, options.train_log_path
+            run,
+            first_step,
+            last_step,
+            steps_per_epoch,
+            options.train_log_path,
+            options.profile_steps,
         ) as progress,
     ):
         batches = iter(data.batches)
         pauses = [options.log_per_iterations, options.save_per_iterations]
         pauses += [steps_between_evals] if evaluate else []
+        stations = [last_step, run.training.small_steps, *progress.stations]
         while True:
-            ahead = [every - step % every for every in pauses] + [last_step - step]
-            small = step < run.training.small_steps
-            if small:
-                ahead.append(run.training.small_steps - step)
+            ahead = [every - step % every for every in pauses]
+            ahead += [station - step for station in stations if station > step]
             count = min(options.steps_per_call, *ahead)
-            trainer.train_steps(batches, count, small)
+            if (step + count) % options.log_per_iterations == 0:
+                # the last step before a log is taken alone, and its gradients are watched
+                if count > 1:
+                    count -= 1
+                else:
+                    trainer.watch_next_step()
+            progress.starting(step)
+            trainer.train_steps(batches, count, step < run.training.small_steps)
             step += count
             ending = step == last_step or stop.signal is not None
             rate = trainer.learning_rates[step - 1]
@@ -299,7 +342,12 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
                 progress.update(step, *trainer.means(), rate)
             if ending or step % options.log_per_iterations == 0:
                 trainer.check_finite(options.ckpt_path)
-                progress.log_training(step, *trainer.means(reset=True), rate)
+                progress.log_training(step, *trainer.means(reset=True), rate, trainer.norms())
+                progress.show_once(
+                    step,
+                    lambda: trainer.trace(first_step < run.training.small_steps),
+                    lambda: next(iter(data.batches))[0] + data.mean,
+                )
             if evaluate and (step % steps_between_evals == 0 or step == last_step):
                 metrics = evaluate(data.evaluation)
                 progress.log_evaluation(step, data.evaluation_split, metrics)
@@ -313,8 +361,9 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
                 )
             if ending:
                 break
-        progress.write(f"{step - first_step} steps in {progress.elapsed()}; saved as {saved}.")
-    return Outcome(step, saved, metrics, stop.signal)
+        images = data.evaluation.images if evaluate else None
+        summary = progress.finish(step, saved, images)
+    return Outcome(step, saved, metrics, stop.signal, summary)
 
 
 class _Data(NamedTuple):

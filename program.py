@@ -1,0 +1,153 @@
+"""How every command starts: its flags and --help, in groups; mistakes in a line; how much it says.
+
+A program defines absl flags as usual, sorts their names into groups and ends in
+`program.run(main, GROUPS)`.
+"""
+
+import contextlib
+import difflib
+import itertools
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from absl import app, flags
+
+from errors import UserError, tell
+from terminal import emphasised
+
+FLAGS = flags.FLAGS
+# titles of groups, as --help shows them, and the names of the flags in each
+Groups = Mapping[str, Sequence[str]]
+
+flags.DEFINE_bool("quiet", False, "Print nothing but errors and the result.")
+flags.DEFINE_bool("verbose", False, "Print all settings, and TensorFlow's own messages.")
+
+NAMES_WIDTH = 28
+MAX_WIDTH = 100
+UNBROKEN = "\N{NO-BREAK SPACE}"
+
+
+@flags.multi_flags_validator(["quiet", "verbose"], "give --quiet or --verbose, not both")
+def _one_loudness(values: dict[str, bool]) -> bool:
+    return not all(values.values())
+
+
+def run(
+    main: Callable[[list[str]], int | None], groups: Groups, takes_arguments: bool = False
+) -> None:
+    """Parses the flags and runs `main`, as `absl.app.run` does."""
+
+    def parse(argv: list[str]) -> list[str]:
+        flags.DEFINE_flag(_HelpFlag(groups))
+        try:
+            arguments = FLAGS(argv)
+            if len(arguments) > 1 and not takes_arguments:
+                raise UserError(f"{arguments[1]!r} is no flag: flags begin with --; see --help.")
+        except (flags.Error, UserError) as error:
+            tell(error if isinstance(error, UserError) else _sentence(error, groups))
+            sys.exit(1)
+        if FLAGS.verbose:
+            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")
+        return arguments
+
+    app.run(main, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def quiet_work() -> Iterator[None]:
+    """While entered, what goes to stdout is dropped if --quiet is given."""
+    if not FLAGS.quiet:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+class _HelpFlag(app.HelpFlag):
+    """--help, in place of absl's: in groups, and asking for help is no failure."""
+
+    def __init__(self, groups: Groups):
+        super().__init__()
+        self.allow_override = True
+        self._groups = groups
+
+    def parse(self, argument: str) -> None:
+        if self._parse(argument):
+            description = sys.modules["__main__"].__doc__
+            width = min(shutil.get_terminal_size().columns, MAX_WIDTH)
+            print(help_text(description, self._groups, width))
+            sys.exit(0)
+
+
+def help_text(description: str, groups: Groups, width: int) -> str:
+    """What --help prints."""
+    lines = [description.strip()]
+    for title, names in groups.items():
+        lines += ["", emphasised(title, sys.stdout)]
+        for name in names:
+            lines += _flag_lines(name, width)
+    lines += ["", "--helpfull lists the flags of the libraries too."]
+    return "\n".join(lines)
+
+
+def _flag_lines(name: str, width: int) -> list[str]:
+    names = ", ".join(
+        f"--[no]{each}" if FLAGS[name].boolean else f"--{each}"
+        for each in (name, *_aliases(name))
+    )
+    # where the terminal is narrow, or the names are long, the text goes below them
+    indent = NAMES_WIDTH if width >= 80 else 6
+    below = len(names) + 3 >= indent
+    text = textwrap.fill(
+        _explanation(name),
+        width,
+        initial_indent=" " * indent,
+        subsequent_indent=" " * indent,
+        break_on_hyphens=False,
+    )
+    text = text.replace(UNBROKEN, " ")
+    return [f"  {names}", text] if below else [f"  {names}".ljust(indent) + text[indent:]]
+
+
+def _aliases(name: str) -> list[str]:
+    return [other for other in FLAGS if FLAGS[other].help == f"Alias for --{name}."]
+
+
+def _explanation(name: str) -> str:
+    flag = FLAGS[name]
+    text = flag.help.rstrip(".")
+    if flag.default is not None and "default" not in text.lower():
+        text += f" (default:{UNBROKEN}{flag.default_as_str.strip(chr(39))})"
+    return text
+
+
+def _choices(flag: flags.Flag) -> str:
+    values = getattr(flag.parser, "enum_values", [])
+    return " or ".join(filter(None, (", ".join(values[:-1]), *values[-1:])))
+
+
+def _all_names(groups: Groups) -> Iterator[str]:
+    for name in itertools.chain.from_iterable(groups.values()):
+        for each in (name, *_aliases(name)):
+            yield from (each, f"no{each}") if FLAGS[name].boolean else (each,)
+
+
+def _sentence(error: flags.Error, groups: Groups) -> UserError:
+    """absl's complaint about the flags, in words for people."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        near = difflib.get_close_matches(error.flagname, _all_names(groups), 1)
+        advice = f"did you mean --{near[0]}?" if near else "--help lists those there are."
+        return UserError(f"there is no flag --{error.flagname}: {advice}")
+    complaint = re.fullmatch(r"flags? (.*?)=(.*?): (.*)", str(error).splitlines()[0])
+    if complaint is None:
+        return UserError(f"{error}.")
+    name, value, reason = complaint.groups()
+    if isinstance(error.__context__, TypeError | ValueError):
+        flag = FLAGS[name.removeprefix("--")]
+        expected = _choices(flag) or flag.parser.syntactic_help or "true or false"
+        return UserError(f"{name}={value} will not do: it must be {expected}.")
+    return UserError(f"{reason}.")
