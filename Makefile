@@ -1,5 +1,6 @@
 # `make demo` trains and evaluates a network, `make test` runs the tests, `make bench` measures the
-# project beside others. Each first makes the environment it needs.
+# project beside others, `make savedmodels` exports the trained networks in files/pretrained. Each
+# first makes the environment it needs.
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 PYTHON ?=
@@ -7,7 +8,7 @@ VENV := .venv
 BENCH_VENV := .venv-bench
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench savedmodels
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -24,6 +25,24 @@ lint: $(VENV)/ready
 
 bench: $(BENCH_VENV)/ready
 	$(BENCH_VENV)/bin/python benchmarks/compare.py
+
+PRETRAINED := $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard files/pretrained/*/*.index)))))
+SAVEDMODELS := $(foreach layout,nhwc nchw,$(PRETRAINED:%=savedmodels/%-$(layout)))
+
+savedmodels: $(SAVEDMODELS:=/saved_model.pb)
+	@test -n "$^" || { echo "There is no trained network in files/pretrained to export." >&2; exit 1; }
+
+savedmodels/%-nhwc/saved_model.pb: files/pretrained/% | $(VENV)/ready
+	$(call export_saved_model,channels_last)
+
+savedmodels/%-nchw/saved_model.pb: files/pretrained/% | $(VENV)/ready
+	$(call export_saved_model,channels_first)
+
+# $(call export_saved_model,DATA_FORMAT)
+define export_saved_model
+	rm -rf $(@D)
+	$(RUN) export_saved_model.py --ckpt_path=$< --export_dir=$(@D) --data_format=$(1)
+endef
 
 # $(call make_environment,FOLDER,REQUIREMENTS)
 define make_environment

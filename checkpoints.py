@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 
+import folders
 from errors import UserError
 from resnet_model import ResNet
 from run_config import RunConfig
@@ -92,7 +93,7 @@ def newest_intact(directory: str) -> tuple[str | None, list[str]]:
 
 def find(path: str) -> str:
     """The prefix that `path` names: itself, or the newest checkpoint of that folder. Verified."""
-    _refuse_patterns(path)
+    folders.refuse_patterns(path)
     if os.path.isdir(path):
         found = list_checkpoints(path)
         if not found:
@@ -175,6 +176,14 @@ def restore_model(model: ResNet, prefix: str) -> None:
         status.assert_existing_objects_matched()
 
 
+def restore_pretrained(model: ResNet, prefix: str) -> None:
+    """Restores all of the network but its final layer, whatever classes the checkpoint is for."""
+    final = {variable.ref() for variable in model.final_layer}
+    for variable, value in zip(model.variables, load_model(prefix).variables, strict=True):
+        if variable.ref() not in final:
+            variable.assign(value)
+
+
 @contextlib.contextmanager
 def _restoring(prefix: str) -> Iterator[None]:
     try:
@@ -208,7 +217,7 @@ def lock(directory: str) -> Iterator[None]:
 
     The system drops the lock with the process, however that ends: nothing stale stays behind.
     """
-    _refuse_patterns(directory)
+    folders.refuse_patterns(directory)
     try:
         os.makedirs(directory, exist_ok=True)
         file = open(os.path.join(directory, ".lock"), "w")  # noqa: SIM115
@@ -229,8 +238,16 @@ def lock(directory: str) -> Iterator[None]:
         yield
 
 
-def clean(directory: str, log_path: str) -> None:
-    """Deletes a run's checkpoints and summaries, and nothing that this project did not write."""
+def clean(directory: str, log_path: str, needed: str | None = None) -> None:
+    """Deletes a run's checkpoints and summaries, and nothing that this project did not write.
+
+    Refuses to where the checkpoint that `needed` names is among them, or is none.
+    """
+    if needed and os.path.realpath(os.path.dirname(find(needed))) == os.path.realpath(directory):
+        raise UserError(
+            f"--clean would delete {needed}, from which the run is to start: name another "
+            "--ckpt_path."
+        )
     for _, prefix in list_checkpoints(directory):
         if not os.path.exists(prefix + ".sha256"):
             raise UserError(
@@ -257,15 +274,6 @@ def _is_own_state(file: str) -> bool:
     except (FileNotFoundError, UnicodeDecodeError):
         return False
     return all(re.fullmatch(rf"{re.escape(NAME)}-\d+", name) for name in names)
-
-
-def _refuse_patterns(path: str) -> None:
-    """TensorFlow takes a checkpoint's path for a pattern, and so would not find some again."""
-    if re.search(r"[*?\[\]\\]", path):
-        raise UserError(
-            f"{path} has one of * ? [ ] \\ in it, which TensorFlow's checkpoints cannot have in "
-            "their path: name another folder."
-        )
 
 
 @contextlib.contextmanager

@@ -1,15 +1,13 @@
-"""What the trainer's and the evaluator's command lines share: flags, and starting TensorFlow."""
+"""The flags that the trainer's and the evaluator's command lines share."""
 
 import contextlib
 import os
-import sys
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from absl import flags, logging
+from absl import flags
 
-from errors import UserError
+import device
 
 DEFAULT_PATH = "cifar-10-batches-bin"
 
@@ -42,18 +40,27 @@ flags.DEFINE_enum("dtype", "fp32", ["fp32", "bf16", "fp16"], "What the network c
 flags.DEFINE_float(
     "loss_scale", 128, "With fp16, the loss is multiplied by this against underflow.", lower_bound=1
 )
-flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu"], "auto is a GPU where one is visible.")
-
-# TensorFlow's passes over a graph that find nothing to do in these networks on a CPU, and take a
-# deep one most of a second to find it. (What pays is "remapping", which fuses BN with ReLU.)
-IDLE_PASSES = (
-    *("layout_optimizer", "constant_folding", "shape_optimization", "arithmetic_optimization"),
-    *("dependency_optimization", "loop_optimization", "function_optimization"),
-    "common_subgraph_elimination",
-)
+flags.adopt_module_key_flags(device)
+flags.DEFINE_bool("quiet", False, "Print nothing but errors and the result.")
+flags.DEFINE_bool("verbose", False, "Print all settings, and TensorFlow's own messages.")
 
 # those that say which network it is, under the names of run_config.ModelConfig
 NETWORK_FLAGS = ("num_layers", "shortcut_connections", "bottleneck", "resnet_version")
+
+
+@flags.multi_flags_validator(["quiet", "verbose"], "give --quiet or --verbose, not both")
+def _one_loudness(values: dict[str, bool]) -> bool:
+    return not all(values.values())
+
+
+@contextlib.contextmanager
+def quiet_work() -> Iterator[None]:
+    """While entered, what goes to stdout is dropped if --quiet is given."""
+    if not flags.FLAGS.quiet:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def given_flags(names: tuple[str, ...]) -> dict[str, Any]:
@@ -67,50 +74,3 @@ def given_network() -> dict[str, Any]:
     if given["resnet_version"] is not None:
         given["resnet_version"] = int(given["resnet_version"])
     return given
-
-
-def start_tensorflow(device: str) -> str:
-    """Imports TensorFlow, quietly, and settles the device: returns "cpu" or "gpu"."""
-    with _quiet_start():
-        import tensorflow as tf
-
-        if device == "cpu":
-            tf.config.set_visible_devices([], "GPU")
-        has_gpu = bool(tf.config.list_logical_devices("GPU"))
-        if not has_gpu:
-            tf.config.optimizer.set_experimental_options(dict.fromkeys(IDLE_PASSES, False))
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
-    if device == "gpu" and not has_gpu:
-        raise UserError(
-            "--device=gpu was asked for, but TensorFlow sees no GPU: `pip install -r "
-            "requirements-gpu.txt` brings the libraries it needs beside NVIDIA's driver, or use "
-            "--device=cpu."
-        )
-    return "gpu" if has_gpu else "cpu"
-
-
-@contextlib.contextmanager
-def _quiet_start() -> Iterator[None]:
-    """Keeps TensorFlow's start-up messages from the terminal, unless its log level was chosen.
-
-    Some are written straight to the process's standard error before any setting is read, hence
-    the detour at that level. They come out after all where the start fails.
-    """
-    if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
-        yield
-        return
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-    sys.stderr.flush()
-    terminal = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            said.seek(0)
-            os.write(terminal, said.read())
-            raise
-        finally:
-            os.dup2(terminal, 2)
-            os.close(terminal)

@@ -23,6 +23,11 @@ def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int 
         except UserError as error:
             tell(error)
             return 1
+        except KeyboardInterrupt:
+            # Who has something to lose by Ctrl-C, as a training in its steps, handles it itself.
+            sentence = "interrupted; nothing is lost: start the same command again."
+            print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
+            return 128 + signal.SIGINT
         except BrokenPipeError:
             # whoever read the output has gone, as in `… | head`: end as quietly as other programs
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

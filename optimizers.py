@@ -16,21 +16,21 @@ class Momentum:
 
     def __init__(self, model: ResNet, training: TrainingConfig):
         self._training = training
-        self._variables = model.trainable_variables
+        self.variables = model.final_layer if training.fine_tune else model.trainable_variables
         self._decayed = {kernel.ref() for kernel in model.kernels}
         self.slots = {
             v.name.removesuffix(":0").replace("/", "_"): tf.Variable(tf.zeros_like(v))
-            for v in self._variables
+            for v in self.variables
         }
 
     def apply(self, gradients: list[tf.Tensor], learning_rate: tf.Tensor) -> None:
         slots = self.slots.values()
-        for variable, slot, gradient in zip(self._variables, slots, gradients, strict=True):
+        for variable, slot, gradient in zip(self.variables, slots, gradients, strict=True):
             self._move(variable, slot, gradient, learning_rate)
 
     def snapshot(self) -> list[tuple[tf.Tensor, tf.Tensor]]:
         """The variables and their momenta as they are now: no copies, until they change."""
-        pairs = zip(self._variables, self.slots.values(), strict=True)
+        pairs = zip(self.variables, self.slots.values(), strict=True)
         return [(variable.read_value(), slot.read_value()) for variable, slot in pairs]
 
     def gradients_since(self, before: list[tuple[tf.Tensor, tf.Tensor]]) -> dict[str, np.ndarray]:
@@ -39,7 +39,7 @@ class Momentum:
         They are what the momenta gained; so that watching a step cannot change what it computes.
         """
         gradients = {}
-        pairs = zip(self._variables, self.slots.values(), strict=True)
+        pairs = zip(self.variables, self.slots.values(), strict=True)
         for (variable, slot), (old_value, old_slot) in zip(pairs, before, strict=True):
             gained = slot - self._training.momentum * old_slot
             if variable.ref() in self._decayed:
@@ -78,21 +78,21 @@ class Muon(Momentum):
         in_units = {conv.kernel.ref() for unit in model.units for conv in unit.convs}
         self._decayed -= in_units
         self._groups: dict[tuple[int, ...], list[int]] = {}
-        for i, variable in enumerate(self._variables):
+        for i, variable in enumerate(self.variables):
             if variable.ref() in in_units:
                 self._groups.setdefault(tuple(variable.shape), []).append(i)
 
     def apply(self, gradients: list[tf.Tensor], learning_rate: tf.Tensor) -> None:
         slots = list(self.slots.values())
         grouped = {i for places in self._groups.values() for i in places}
-        for i, variable in enumerate(self._variables):
+        for i, variable in enumerate(self.variables):
             if i not in grouped:
                 self._move(variable, slots[i], gradients[i], learning_rate)
         for shape, places in self._groups.items():
             steps = self._steps([slots[i] for i in places], [gradients[i] for i in places], shape)
             for i, step in zip(places, steps, strict=True):
-                turned = self._variables[i] - learning_rate * MUON_STEP * step
-                self._variables[i].assign(turned * (shape[-1] ** 0.5 / tf.norm(turned)))
+                turned = self.variables[i] - learning_rate * MUON_STEP * step
+                self.variables[i].assign(turned * (shape[-1] ** 0.5 / tf.norm(turned)))
 
     def _steps(
         self, slots: list[tf.Variable], gradients: list[tf.Tensor], shape: tuple[int, ...]

@@ -1,13 +1,11 @@
-"""How every command starts: its flags and --help, in groups; mistakes in a line; how much it says.
+"""How every command starts: --help, with the flags in groups, and wrong flags told in a line.
 
 A program defines absl flags as usual, sorts their names into groups and ends in
-`program.run(main, GROUPS)`.
+`program.run(main, FLAG_GROUPS)`.
 """
 
-import contextlib
 import difflib
 import itertools
-import os
 import re
 import shutil
 import sys
@@ -23,17 +21,9 @@ FLAGS = flags.FLAGS
 # titles of groups, as --help shows them, and the names of the flags in each
 Groups = Mapping[str, Sequence[str]]
 
-flags.DEFINE_bool("quiet", False, "Print nothing but errors and the result.")
-flags.DEFINE_bool("verbose", False, "Print all settings, and TensorFlow's own messages.")
-
 NAMES_WIDTH = 28
 MAX_WIDTH = 100
 UNBROKEN = "\N{NO-BREAK SPACE}"
-
-
-@flags.multi_flags_validator(["quiet", "verbose"], "give --quiet or --verbose, not both")
-def _one_loudness(values: dict[str, bool]) -> bool:
-    return not all(values.values())
 
 
 def run(
@@ -50,21 +40,9 @@ def run(
         except (flags.Error, UserError) as error:
             tell(error if isinstance(error, UserError) else _sentence(error, groups))
             sys.exit(1)
-        if FLAGS.verbose:
-            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")
         return arguments
 
     app.run(main, flags_parser=parse)
-
-
-@contextlib.contextmanager
-def quiet_work() -> Iterator[None]:
-    """While entered, what goes to stdout is dropped if --quiet is given."""
-    if not FLAGS.quiet:
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
 
 
 class _HelpFlag(app.HelpFlag):
@@ -96,8 +74,7 @@ def help_text(description: str, groups: Groups, width: int) -> str:
 
 def _flag_lines(name: str, width: int) -> list[str]:
     names = ", ".join(
-        f"--[no]{each}" if FLAGS[name].boolean else f"--{each}"
-        for each in (name, *_aliases(name))
+        f"--[no]{each}" if FLAGS[name].boolean else f"--{each}" for each in (name, *_aliases(name))
     )
     # where the terminal is narrow, or the names are long, the text goes below them
     indent = NAMES_WIDTH if width >= 80 else 6
@@ -125,11 +102,6 @@ def _explanation(name: str) -> str:
     return text
 
 
-def _choices(flag: flags.Flag) -> str:
-    values = getattr(flag.parser, "enum_values", [])
-    return " or ".join(filter(None, (", ".join(values[:-1]), *values[-1:])))
-
-
 def _all_names(groups: Groups) -> Iterator[str]:
     for name in itertools.chain.from_iterable(groups.values()):
         for each in (name, *_aliases(name)):
@@ -142,12 +114,16 @@ def _sentence(error: flags.Error, groups: Groups) -> UserError:
         near = difflib.get_close_matches(error.flagname, _all_names(groups), 1)
         advice = f"did you mean --{near[0]}?" if near else "--help lists those there are."
         return UserError(f"there is no flag --{error.flagname}: {advice}")
-    complaint = re.fullmatch(r"flags? (.*?)=(.*?): (.*)", str(error).splitlines()[0])
+    complaint = re.fullmatch(r"flags? (.*?)=(.*?): (.*?)\.?", str(error).splitlines()[0])
     if complaint is None:
         return UserError(f"{error}.")
     name, value, reason = complaint.groups()
     if isinstance(error.__context__, TypeError | ValueError):
-        flag = FLAGS[name.removeprefix("--")]
-        expected = _choices(flag) or flag.parser.syntactic_help or "true or false"
+        parser = FLAGS[name.removeprefix("--")].parser
+        choices = " or ".join(getattr(parser, "enum_values", []))
+        expected = choices or parser.syntactic_help or "true or false"
         return UserError(f"{name}={value} will not do: it must be {expected}.")
+    if reason == f"Flag {name} must have a value other than None":
+        explanation = FLAGS[name.removeprefix("--")].help
+        return UserError(f"{name} is missing: {explanation[0].lower()}{explanation[1:]}")
     return UserError(f"{reason}.")

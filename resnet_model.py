@@ -230,6 +230,11 @@ class ResNet(tf.Module):
         return tuple(unit for units in self.blocks for unit in units)
 
     @property
+    def final_layer(self) -> tuple[tf.Variable, ...]:
+        """The variables of the projection, which alone depend on the classes."""
+        return self.logits_kernel, self.logits_bias
+
+    @property
     def kernels(self) -> tuple[tf.Variable, ...]:
         """The variables that weight decay acts on: convolution and logits kernels, nothing else."""
         return tuple(v for v in self.trainable_variables if v.name.endswith("/kernel:0"))

@@ -95,6 +95,9 @@ class TrainingConfig:
     small_side: int = 24
     small_share: float = 0.0
     seed: int = 0
+    pretrained: str = ""  # the checkpoint that the network started from, if it was one
+    fine_tune: bool = False
+    recompute_mean: bool = False
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
@@ -206,12 +209,14 @@ def _read(kind: type, values: dict[str, Any]) -> Any:
     return kind(**values)
 
 
-def refuse_contradictions(run: RunConfig, given: dict[str, Any], prefix: str) -> None:
+def refuse_contradictions(
+    run: RunConfig, given: dict[str, Any], prefix: str, named_by: str = "--ckpt_path"
+) -> None:
     """Refuses given values (None is not given) that are not those of the checkpoint's run."""
     fixed = run.settings()
     for name, value in given.items():
         if value is not None and value != fixed[name]:
             raise UserError(
                 f"{name}={value} was asked for, but the checkpoint {prefix} has "
-                f"{name}={fixed[name]}: leave that flag out, or name another --ckpt_path."
+                f"{name}={fixed[name]}: leave that flag out, or name another {named_by}."
             )

@@ -10,6 +10,7 @@ from absl import flags
 
 import command_line
 import program
+from device import start_tensorflow
 from errors import UserError, exits_with_a_sentence
 from terminal import table
 
@@ -28,9 +29,7 @@ flags.DEFINE_integer(
 flags.DEFINE_string("output_json", None, "File to write the figures to.")
 for name in command_line.NETWORK_FLAGS:
     FLAGS.set_default(name, None)
-flags.register_validator(
-    "ckpt_path", bool, "--ckpt_path is missing: name a checkpoint, or the folder of a run"
-)
+flags.mark_flag_as_required("ckpt_path")
 
 FLAG_GROUPS = {
     "What to score": ("ckpt_path", "all_checkpoints", "path", "split"),
@@ -45,7 +44,7 @@ def main(argv: list[str]) -> int:
     if FLAGS.output_json and not os.path.isdir(os.path.dirname(FLAGS.output_json) or "."):
         raise UserError(f"--output_json={FLAGS.output_json} is in a folder that does not exist.")
 
-    device = command_line.start_tensorflow(FLAGS.device)
+    device = start_tensorflow(FLAGS.device, FLAGS.verbose)
     import checkpoints
     import evaluation
     from resnet_model import resolve_data_format

@@ -7,13 +7,14 @@ import dataclasses
 import os
 import shlex
 import shutil
-import signal
 import sys
 
 from absl import flags
 
 import command_line
+import folders
 import program
+from device import start_tensorflow
 from errors import UserError, exits_with_a_sentence
 from run_config import OPTIMIZERS, RECIPES, ModelConfig, RunConfig, units_per_block
 from terminal import emphasised, table
@@ -38,6 +39,15 @@ flags.DEFINE_string(
     "ckpt_path", None, "Folder for the checkpoints (default: runs/resnet20 and so on)."
 )
 flags.DEFINE_alias("model_dir", "ckpt_path")
+flags.DEFINE_string(
+    "pretrained_model_checkpoint_path",
+    None,
+    "Start from the network of this checkpoint (prefix or folder), but for its final layer.",
+)
+flags.DEFINE_bool("fine_tune", False, "Train the final layer alone; all below it stays frozen.")
+flags.DEFINE_bool(
+    "recompute_mean", False, "Subtract the new images' mean, not the pretrained network's."
+)
 flags.DEFINE_string("train_log_path", None, "Folder for TensorBoard (default: <ckpt_path>/log).")
 flags.DEFINE_enum("recipe", "paper", list(RECIPES), "Schedule and hyperparameters to start from.")
 flags.DEFINE_integer("batch_size", 128, "Images in a step.", lower_bound=1)
@@ -106,6 +116,9 @@ flags.DEFINE_float(
     upper_bound=1,
 )
 flags.DEFINE_bool("eval_only", False, "Do not train: evaluate the newest checkpoint.")
+flags.DEFINE_string(
+    "export_dir", None, "New folder for a SavedModel of the last checkpoint, written at the end."
+)
 flags.DEFINE_bool("clean", False, "Delete the run in --ckpt_path and start over.")
 
 FLAG_GROUPS = {
@@ -116,10 +129,13 @@ FLAG_GROUPS = {
         *("optimizer", "momentum", "nesterov", "weight_decay", "batch_norm_decay"),
         *("label_smoothing", "seed"),
     ),
-    "Where things go": ("ckpt_path", "train_log_path", "clean"),
-    "Saving and logging": (
-        *("save_per_iterations", "max_ckpts", "log_per_iterations", "profile_steps", "quiet"),
-        "verbose",
+    "Starting from a pretrained network": (
+        *("pretrained_model_checkpoint_path", "fine_tune", "recompute_mean"),
+    ),
+    "Where things go": ("ckpt_path", "train_log_path", "export_dir", "clean"),
+    "Saving and showing": (
+        *("save_per_iterations", "max_ckpts", "log_per_iterations", "profile_steps"),
+        *("quiet", "verbose"),
     ),
     "Evaluation": ("epochs_between_evals", "stop_threshold", "eval_only"),
     "Computing": ("device", "data_format", "dtype", "loss_scale", "jit_compile", "steps_per_call"),
@@ -128,6 +144,7 @@ FLAG_GROUPS = {
 RUN_FLAGS = (
     *("recipe", "batch_size", "num_iterations", "optimizer", "init_lr", "momentum", "nesterov"),
     *("weight_decay", "batch_norm_decay", "label_smoothing", "seed", "holdout"),
+    *("fine_tune", "recompute_mean"),
 )
 
 
@@ -146,9 +163,19 @@ def _threshold_is_measured(values: dict[str, object]) -> bool:
     return values["stop_threshold"] is None or bool(values["epochs_between_evals"])
 
 
+@flags.multi_flags_validator(
+    ["export_dir", "eval_only"],
+    "--export_dir is for the end of a training: export_saved_model.py exports what is trained",
+)
+def _exports_what_it_trains(values: dict[str, object]) -> bool:
+    return values["export_dir"] is None or not values["eval_only"]
+
+
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
-    units_per_block(FLAGS.num_layers, FLAGS.bottleneck)  # told before TensorFlow is imported
+    pretrained = FLAGS.pretrained_model_checkpoint_path
+    if not pretrained:
+        units_per_block(FLAGS.num_layers, FLAGS.bottleneck)  # told before TensorFlow is imported
     given = command_line.given_network() | command_line.given_flags(RUN_FLAGS)
     if FLAGS.use_synthetic_data:
         given["dataset"] = "synthetic"
@@ -156,10 +183,13 @@ def main(argv: list[str]) -> int:
         given["dataset"] = "cifar10"
     ckpt_path = FLAGS.ckpt_path or _default_ckpt_path()
     log_path = FLAGS.train_log_path or os.path.join(ckpt_path, "log")
+    if FLAGS.export_dir:
+        folders.refuse_unwritable(FLAGS.export_dir, apart_from=[ckpt_path, log_path])
 
-    device = command_line.start_tensorflow(FLAGS.device)
+    device = start_tensorflow(FLAGS.device, FLAGS.verbose)
     import checkpoints
     import evaluation
+    import export
     import training
     from resnet_model import resolve_data_format
 
@@ -182,8 +212,10 @@ def main(argv: list[str]) -> int:
     )
     with checkpoints.lock(ckpt_path):
         if FLAGS.clean:
-            checkpoints.clean(ckpt_path, log_path)
-        run, resume_from = training.prepare_run(given, ckpt_path, FLAGS.path, FLAGS.train_epochs)
+            checkpoints.clean(ckpt_path, log_path, pretrained)
+        run, resume_from = training.prepare_run(
+            given, ckpt_path, FLAGS.path, FLAGS.train_epochs, pretrained
+        )
         if FLAGS.eval_only:
             if resume_from is None:
                 raise UserError(f"there is no checkpoint in {ckpt_path} to evaluate.")
@@ -197,21 +229,16 @@ def main(argv: list[str]) -> int:
             return 0
         if FLAGS.verbose:
             print(table(run.settings() | dataclasses.asdict(options)))
-        with program.quiet_work():
+        with command_line.quiet_work():
             outcome = training.train(run, options, resume_from)
-    print(_summary(run, outcome))
-    return 128 + outcome.stopped_by if outcome.stopped_by else 0
-
-
-def _summary(run: RunConfig, outcome: "training.Outcome") -> str:
-    """How a training ended, as lines for people."""
+            if FLAGS.export_dir and not outcome.stopped_by:
+                # Not the layout that "auto" trained in: what is exported on a GPU runs anywhere.
+                layout = "channels_last" if FLAGS.data_format == "auto" else FLAGS.data_format
+                export.export_saved_model(outcome.checkpoint, FLAGS.export_dir, layout, FLAGS.dtype)
     title = f"{run.model.name}, step {outcome.step} of {run.training.num_iterations}"
-    rows = dict(outcome.summary)
-    if outcome.stopped_by:
-        name = signal.Signals(outcome.stopped_by).name
-        rows["stopped"] = f"by {name}; the same command goes on from there"
-    rows["evaluate"] = _evaluating(run, outcome.checkpoint)
-    return f"{emphasised(title, sys.stdout)}\n{table(rows)}"
+    print(emphasised(title, sys.stdout))
+    print(table(outcome.summary | {"evaluate": _evaluating(run, outcome.checkpoint)}))
+    return 128 + outcome.stopped_by if outcome.stopped_by else 0
 
 
 def _evaluating(run: RunConfig, checkpoint: str) -> str:
@@ -229,14 +256,22 @@ def _evaluating(run: RunConfig, checkpoint: str) -> str:
 
 
 def _default_ckpt_path() -> str:
-    network = ModelConfig(
-        num_layers=FLAGS.num_layers,
-        shortcut_connections=FLAGS.shortcut_connections,
-        bottleneck=FLAGS.bottleneck,
-        resnet_version=int(FLAGS.resnet_version),
-    )
+    if FLAGS.pretrained_model_checkpoint_path:
+        path = os.path.abspath(FLAGS.pretrained_model_checkpoint_path)
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        name, kind = os.path.basename(folder), "-transfer"
+    else:
+        network = ModelConfig(
+            num_layers=FLAGS.num_layers,
+            shortcut_connections=FLAGS.shortcut_connections,
+            bottleneck=FLAGS.bottleneck,
+            resnet_version=int(FLAGS.resnet_version),
+        )
+        name, kind = network.name, ""
+    if FLAGS.fine_tune:
+        kind = "-fine-tune"
     data = "-synthetic" if FLAGS.use_synthetic_data else ""
-    return os.path.join("runs", network.name + data)
+    return os.path.join("runs", name + kind + data)
 
 
 if __name__ == "__main__":

@@ -99,4 +99,3 @@ def picture_grid(images: np.ndarray, gap: int = 2, scale: int = 2) -> np.ndarray
     images = np.pad(images, ((0, missing), (gap, gap), (gap, gap), (0, 0)), constant_values=255)
     rows = images.reshape(-1, GRID, *images.shape[1:])
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
-

@@ -1,10 +1,11 @@
 """The training loop as a library: the step, the optimizer, saving, evaluating. No flags."""
 
+import contextlib
 import dataclasses
 import math
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -92,12 +93,13 @@ class Trainer:
         self.learning_rates = learning_rates(run.training)
         with tf.device("cpu"):
             self._description = tf.Variable(run.to_json(), trainable=False)
-        self.checkpoint = tf.train.Checkpoint(
-            model=self.model,
-            momentum=self.optimizer.slots,
-            step=self.step,
-            description=self._description,
-        )
+        parts = {"model": self.model, "momentum": self.optimizer.slots, "step": self.step}
+        # The mean of the run's own images, by which it knows them again: the one that the network
+        # subtracts, unless that came with the network.
+        self.data_mean = self.model.image_mean
+        if run.training.pretrained and not run.training.recompute_mean:
+            parts["data_mean"] = self.data_mean = tf.Variable(tf.zeros(IMAGE_SHAPE))
+        self.checkpoint = tf.train.Checkpoint(description=self._description, **parts)
         self._loss_scale = loss_scale if dtype == "fp16" else 1.0
         # Gathered on the device, so that no step waits for the host to read them.
         self._loss_sum = tf.Variable(0.0, dtype=tf.float64, trainable=False)
@@ -129,11 +131,15 @@ class Trainer:
         """One step on a batch of mean-subtracted images, shrunk if `small`, and integer labels."""
         if small:
             images = shrink(images, self.run.training.small_side)
+        frozen = self.run.training.fine_tune
         with tf.GradientTape() as tape:
-            logits = self.model(images, training=True)
+            # What the tape does not see has no backward pass.
+            with tape.stop_recording() if frozen else contextlib.nullcontext():
+                features = self.model.features(images, not frozen)
+            logits = self.model.project(features)
             loss = tf.reduce_mean(self._cross_entropy(labels, logits))
             scaled_loss = loss * self._loss_scale
-        gradients = tape.gradient(scaled_loss, self.model.trainable_variables)
+        gradients = tape.gradient(scaled_loss, self.optimizer.variables)
         if self._loss_scale != 1.0:
             gradients = [gradient / self._loss_scale for gradient in gradients]
         with tf.name_scope("optimizer"):
@@ -235,13 +241,22 @@ def shrink(images: tf.Tensor, side: int) -> tf.Tensor:
 
 
 def prepare_run(
-    given: dict[str, Any], ckpt_path: str, data_path: str, train_epochs: float | None = None
+    given: dict[str, Any],
+    ckpt_path: str,
+    data_path: str,
+    train_epochs: float | None = None,
+    pretrained: str | None = None,
 ) -> tuple[RunConfig, str | None]:
-    """The run in `ckpt_path` and its newest intact checkpoint; or a new run from what is given."""
+    """The run in `ckpt_path` and its newest intact checkpoint; or a new run from what is given.
+
+    A new run starts from the network of the `pretrained` checkpoint, where one is named.
+    """
     newest, passed_over = checkpoints.newest_intact(ckpt_path)
     if newest:
         for reason in passed_over:
             print(f"Passed over: {reason}", file=sys.stderr, flush=True)
+        if pretrained:
+            print(f"The run in {ckpt_path} goes on; {pretrained} is not used.", flush=True)
         run, _ = checkpoints.read_run(newest)
     elif passed_over:
         raise UserError(
@@ -249,13 +264,7 @@ def prepare_run(
             "(--clean starts over.)"
         )
     else:
-        dataset = given.get("dataset") or "cifar10"
-        names = class_names(dataset, data_path)
-        run = RunConfig(
-            with_given(ModelConfig(num_classes=len(names)), given),
-            with_given(DataConfig(dataset, names), given),
-            training_config(given),
-        )
+        run = _new_run(given, data_path, pretrained)
     examples = count_images(run.data, data_path, "train") - run.data.holdout
     if train_epochs:
         batch_size = given.get("batch_size") or run.training.batch_size
@@ -266,24 +275,50 @@ def prepare_run(
     return dataclasses.replace(run, training=with_given(run.training, given)), None
 
 
+def _new_run(given: dict[str, Any], data_path: str, pretrained: str | None) -> RunConfig:
+    model = ModelConfig()
+    if pretrained:
+        pretrained = checkpoints.find(pretrained)
+        origin, _ = checkpoints.read_run(pretrained)
+        network = {n: given.get(n) for n in dataclasses.asdict(model) if n != "batch_norm_decay"}
+        named_by = "--pretrained_model_checkpoint_path"
+        refuse_contradictions(origin, network, pretrained, named_by)
+        model = origin.model
+    for name in ("fine_tune", "recompute_mean"):
+        if given.get(name) and not pretrained:
+            raise UserError(
+                f"--{name} is for a network that was trained before: name its checkpoint with "
+                "--pretrained_model_checkpoint_path."
+            )
+    dataset = given.get("dataset") or "cifar10"
+    names = class_names(dataset, data_path)
+    return RunConfig(
+        with_given(dataclasses.replace(model, num_classes=len(names)), given),
+        with_given(DataConfig(dataset, names), given),
+        training_config({**given, "pretrained": pretrained}),
+    )
+
+
 def train(run: RunConfig, options: Options, resume_from: str | None = None) -> Outcome:
     """Trains a run to its end, from its beginning or from a checkpoint of its own."""
     with ThreadPoolExecutor(1) as reader:
         # The files are read while the network is built and traced.
         step = checkpoints.read_run(resume_from)[1] if resume_from else 0
         last_step = min(run.training.num_iterations, options.max_train_steps or 2**62)
-        reading = reader.submit(_read_data, run, options, step, last_step)
+        reading = reader.submit(_read_data, run, options)
         trainer = Trainer(
             run, options.data_format, options.dtype, options.loss_scale, options.jit_compile
         )
         if resume_from:
             trainer.restore(resume_from)
+        elif run.training.pretrained:
+            checkpoints.restore_pretrained(trainer.model, run.training.pretrained)
         if step < last_step:
             trainer.trace(step < run.training.small_steps)
         data = reading.result()
     if not resume_from:
-        trainer.model.image_mean.assign(data.mean)
-    elif not np.array_equal(data.mean, trainer.model.image_mean):
+        trainer.data_mean.assign(data.mean)
+    elif not np.array_equal(data.mean, trainer.data_mean):
         raise UserError(
             f"the training images in {options.data_path} are not those that {resume_from} was "
             "trained on (their mean differs): give the same --path, or another --ckpt_path."
@@ -296,7 +331,7 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
         return Outcome(step, resume_from)
 
     evaluate = Evaluator(trainer.model) if options.epochs_between_evals else None
-    steps_per_epoch = data.num_images / run.training.batch_size
+    steps_per_epoch = len(data.train_set.labels) / run.training.batch_size
     steps_between_evals = max(1, round(options.epochs_between_evals * steps_per_epoch))
     metrics = None
     if resume_from and evaluate and options.stop_threshold:
@@ -304,8 +339,8 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
         if metrics.accuracy >= options.stop_threshold:
             print(f"This run has reached --stop_threshold: {resume_from} is step {step}.")
             return Outcome(step, resume_from, metrics)
-    print(_opening(run, options, trainer, data.num_images))
-    print(f"Going on from {resume_from}, step {step}." if resume_from else "Starting at step 0.")
+    print(_opening(run, options, trainer, len(data.train_set.labels)))
+    print(f"Going on from {resume_from}, step {step}." if resume_from else _beginning(run))
 
     saved, first_step = resume_from, step
     with (
@@ -319,7 +354,16 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
             options.profile_steps,
         ) as progress,
     ):
-        batches = iter(data.batches)
+        dataset = training_batches(
+            data.train_set,
+            trainer.model.image_mean.numpy(),
+            run.training.batch_size,
+            run.training.seed,
+            first_step,
+            last_step - first_step,
+            run.training.alternate_flips,
+        )
+        batches = iter(dataset)
         pauses = [options.log_per_iterations, options.save_per_iterations]
         pauses += [steps_between_evals] if evaluate else []
         stations = [last_step, run.training.small_steps, *progress.stations]
@@ -340,70 +384,82 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
             rate = trainer.learning_rates[step - 1]
             if progress.wants_update():
                 progress.update(step, *trainer.means(), rate)
-            if ending or step % options.log_per_iterations == 0:
+            logging = ending or step % options.log_per_iterations == 0
+            saving = ending or step % options.save_per_iterations == 0
+            evaluating = evaluate and (step % steps_between_evals == 0 or step == last_step)
+            if logging or saving or evaluating:
                 trainer.check_finite(options.ckpt_path)
+            if logging:
                 progress.log_training(step, *trainer.means(reset=True), rate, trainer.norms())
                 progress.show_once(
                     step,
                     lambda: trainer.trace(first_step < run.training.small_steps),
-                    lambda: next(iter(data.batches))[0] + data.mean,
+                    lambda: next(iter(dataset))[0] + trainer.model.image_mean,
                 )
-            if evaluate and (step % steps_between_evals == 0 or step == last_step):
+            if evaluating:
                 metrics = evaluate(data.evaluation)
                 progress.log_evaluation(step, data.evaluation_split, metrics)
                 if options.stop_threshold and metrics.accuracy >= options.stop_threshold:
                     progress.write(f"--stop_threshold={options.stop_threshold:g} is reached.")
                     ending = True
-            if ending or step % options.save_per_iterations == 0:
-                trainer.check_finite(options.ckpt_path)
+            if ending or saving:
                 saved = checkpoints.save(
                     trainer.checkpoint, options.ckpt_path, step, options.max_ckpts
                 )
             if ending:
                 break
-        images = data.evaluation.images if evaluate else None
-        summary = progress.finish(step, saved, images)
+        summary = progress.finish(step, saved, data.evaluation and data.evaluation.images)
+        if stop.signal:
+            name = signal.Signals(stop.signal).name
+            summary["stopped"] = f"by {name}; the same command goes on from there"
     return Outcome(step, saved, metrics, stop.signal, summary)
 
 
 class _Data(NamedTuple):
-    """What a run sees: batches to train on, of so many images with that mean; images to score."""
+    """What a run sees: images to train on, with their mean; images to score."""
 
-    batches: tf.data.Dataset
-    num_images: int
+    train_set: ImageSet
     mean: np.ndarray
     evaluation_split: str
     evaluation: ImageSet | None
 
 
-def _read_data(run: RunConfig, options: Options, first_step: int, last_step: int) -> _Data:
+def _read_data(run: RunConfig, options: Options) -> _Data:
     train_set, held_out = load_training(run.data, options.data_path)
-    mean = mean_image(train_set.images)
-    num_steps = max(last_step - first_step, 0)
-    batches = training_batches(
-        train_set,
-        mean,
-        run.training.batch_size,
-        run.training.seed,
-        first_step,
-        num_steps,
-        run.training.alternate_flips,
-    )
     split, evaluation = "holdout", held_out
     if not run.data.holdout:
         split, evaluation = "test", None
         if options.epochs_between_evals:
             evaluation = load_split(run.data, options.data_path, "test")
-    return _Data(batches, len(train_set.labels), mean, split, evaluation)
+    return _Data(train_set, mean_image(train_set.images), split, evaluation)
 
 
 def _opening(run: RunConfig, options: Options, trainer: Trainer, num_images: int) -> str:
-    parameters = sum(np.prod(v.shape) for v in trainer.model.trainable_variables)
+    parameters = f"{_count(trainer.model.trainable_variables):,} parameters"
+    what = f"Training {run.model.name} ({parameters})"
+    if run.training.fine_tune:
+        trained = f"{_count(trainer.optimizer.variables):,} of its {parameters}"
+        what = f"Fine-tuning the final layer of {run.model.name} ({trained})"
     return (
-        f"Training {run.model.name} ({parameters:,} parameters) on {num_images:,} "
+        f"{what} on {num_images:,} "
         f"{run.data.dataset} images, {run.training.num_iterations} steps of "
         f"{run.training.batch_size} images, recipe {run.training.recipe}, {options.dtype}, "
         f"{options.data_format}; checkpoints go to {options.ckpt_path}."
+    )
+
+
+def _count(variables: Sequence[tf.Variable]) -> int:
+    return sum(np.prod(v.shape) for v in variables)
+
+
+def _beginning(run: RunConfig) -> str:
+    if not run.training.pretrained:
+        return "Starting at step 0."
+    mean = "computed from the new images" if run.training.recompute_mean else "restored too"
+    return (
+        f"Starting at step 0 from {run.training.pretrained}: restored all of the network but the "
+        f"final layer, which starts at random with {run.model.num_classes} classes; the mean image "
+        f"is {mean}."
     )
 
 

@@ -32,6 +32,7 @@ MEASURES: dict[str, Callable[[measures.Bench], dict[str, Any]]] = {
     "train20": lambda bench: measures.measure_steps(bench, 20, "matmul" in bench.flags.measures),
     "train110": lambda bench: measures.measure_steps(bench, 110),
     "matmul": lambda bench: measures.measure_steps(bench, 20, matmul=True, everyone=False),
+    "fine_tuning": measures.measure_fine_tuning,
     "pipeline": measures.measure_pipeline,
     "trainer": measures.measure_trainer,
     "startup": measures.measure_startup,

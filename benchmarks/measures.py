@@ -244,6 +244,18 @@ def measure_steps(
     return measures
 
 
+def measure_fine_tuning(bench: Bench) -> dict[str, Any]:
+    """The step that trains the final layer alone, beside the one that trains everything."""
+    entries, steps = Entries(), bench.flags.steps
+    with contextlib.ExitStack() as stack:
+        for name, fine_tune in (("fine-tuning step", True), ("whole step", False)):
+            ready = functools.partial(bench.steps, stack, THIS_PROJECT, steps, fine_tune=fine_tune)
+            entries.add(name, THIS_PROJECT.needs, ready)
+        entries.take_turns(bench.flags.rounds)
+    title = f"ResNet-20, training the final layer alone, fp32, batches of {BATCH_SIZE}"
+    return {"fine_tuning": entries.measure(title, "images/s", True, "fine-tuning step")}
+
+
 def measure_pipeline(bench: Bench) -> dict[str, Any]:
     """Augmented batches alone, without a network to take them."""
     entries = Entries()

@@ -65,6 +65,7 @@ class ThisProject(Contender):
         weight_decay: float = WEIGHT_DECAY,
         batch_size: int = BATCH_SIZE,
         bottleneck: bool = False,
+        fine_tune: bool = False,
     ) -> dict[str, Any]:
         self.batch_size = batch_size
         model = ModelConfig(num_layers=layers, bottleneck=bottleneck, num_classes=NUM_CLASSES)
@@ -75,6 +76,7 @@ class ThisProject(Contender):
             num_iterations=1_280_000,
             momentum=MOMENTUM,
             weight_decay=weight_decay,
+            fine_tune=fine_tune,
         )
         device = "gpu" if tf.config.list_logical_devices("GPU") else "cpu"
         data_format = resolve_data_format("auto", dtype, device)

@@ -377,6 +377,78 @@ def test_generated_pictures_need_no_files(tmp_path):
     assert "crescent" in scored.stdout
 
 
+def test_a_pretrained_network_learns_other_classes_under_a_name_of_its_own(uninterrupted, tmp_path):
+    tuned = run(
+        *("run_trainer.py", "--use_synthetic_data", *SMALL[1:], "--num_iterations=9"),
+        *(f"--pretrained_model_checkpoint_path={uninterrupted}", "--fine_tune"),
+        "--max_train_steps=4",
+        cwd=tmp_path,
+    )
+    assert "Fine-tuning the final layer of resnet8 (650 of its " in tuned.stdout
+    assert f"{uninterrupted}/model.ckpt-60: restored all of the network but" in tuned.stdout
+    folder = tmp_path / "runs/resnet8-synthetic-fine-tune"
+    resumed = run("run_trainer.py", *SMALL, f"--ckpt_path={folder}", "--use_synthetic_data")
+    assert "Fine-tuning" in resumed.stdout
+    assert "step 9/9" in resumed.stdout
+    before, after = values_in(uninterrupted / "model.ckpt-60"), values_in(folder / "model.ckpt-9")
+    network = {name for name in before if name.startswith("model/") and "logits" not in name}
+    assert len(network) > 30
+    for name in network:
+        np.testing.assert_array_equal(before[name], after[name], err_msg=name)
+    assert b'"fine_tune": true' in after["description/.ATTRIBUTES/VARIABLE_VALUE"]
+
+
+def test_what_cannot_be_transferred_ends_in_one_sentence(data, uninterrupted, tmp_path):
+    pretrained = f"--pretrained_model_checkpoint_path={uninterrupted}"
+    command = ("run_trainer.py", f"--path={data}", pretrained)
+    error = error_of(*command, "--num_layers=14", cwd=tmp_path)
+    assert "num_layers=14" in error
+    assert "num_layers=8" in error
+    # in a folder apart from that of a run from scratch
+    nothing = error_of(*command, "--eval_only", cwd=tmp_path)
+    assert "no checkpoint in runs/resnet8-transfer " in nothing
+    spared = error_of(*command, f"--ckpt_path={uninterrupted}", "--clean")
+    assert f"--clean would delete {uninterrupted}" in spared
+    assert (uninterrupted / "model.ckpt-60.index").exists()
+
+
+# A trainer that is interrupted as it begins to read its images.
+INTERRUPTED_TRAINER = """
+import os, signal
+from absl import app
+import run_trainer, training
+training.load_training = lambda *args: os.kill(os.getpid(), signal.SIGINT)
+app.run(run_trainer.main)
+"""
+
+
+def test_a_trainer_interrupted_before_its_first_step_says_that_nothing_is_lost(data, tmp_path):
+    flags = (f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL)
+    interrupted = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_TRAINER, *flags],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert interrupted.returncode == 130
+    assert "interrupted; nothing is lost" in interrupted.stderr.splitlines()[-1]
+    assert "Traceback" not in interrupted.stderr
+    assert not list(tmp_path.glob("model*"))
+
+
+@pytest.mark.parametrize("program", ["run_trainer.py", "run_evaluator.py"])
+def test_a_program_interrupted_while_it_imports_ends_in_one_sentence(program, tmp_path):
+    (tmp_path / "tensorflow.py").write_text(
+        "import os, signal; os.write(2, b'noise'); os.kill(os.getpid(), signal.SIGINT)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    interrupted = run(program, "--ckpt_path=x", status=130, env=environment)
+    assert interrupted.stderr.splitlines() == [
+        f"{program}: interrupted; nothing is lost: start the same command again."
+    ]
+
+
 def test_a_run_whose_output_nobody_reads_any_more_ends_quietly(data, tmp_path):
     process = start("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL)
     assert process.stdout.readline().startswith("Training")

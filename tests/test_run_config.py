@@ -52,6 +52,9 @@ UNUSUAL = RunConfig(
         small_side=16,
         small_share=0.25,
         seed=2**40,
+        pretrained="runs/birds/model-7",
+        fine_tune=True,
+        recompute_mean=True,
     ),
 )
 

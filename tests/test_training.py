@@ -122,6 +122,22 @@ def test_weights_that_are_not_finite_are_never_saved_even_before_a_loss_shows_it
         trainer.check_finite(str(tmp_path))
 
 
+def test_what_is_logged_evaluated_or_saved_is_looked_at_once_before(
+    tmp_path, small_synthetic, monkeypatch
+):
+    looked_at = []
+    check = training.Trainer.check_finite
+
+    def spy(trainer, ckpt_path):
+        looked_at.append(int(trainer.step))
+        check(trainer, ckpt_path)
+
+    monkeypatch.setattr(training.Trainer, "check_finite", spy)
+    run = make_run(num_iterations=22)
+    training.train(run, options(tmp_path, save_per_iterations=7, epochs_between_evals=1))
+    assert looked_at == [2, 4, 6, 7, 8, 10, 12, 14, 16, 18, 20, 21, 22]
+
+
 def test_every_way_to_compute_goes_on_from_every_others_checkpoint(tmp_path):
     run = make_run()
     first = training.Trainer(run, "channels_last", "fp32")

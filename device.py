@@ -1,0 +1,70 @@
+"""The flag --device, and starting TensorFlow on what it names: quietly, and without idle work."""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+
+from absl import flags, logging
+
+from errors import UserError
+
+flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu"], "auto is a GPU where one is visible.")
+
+# TensorFlow's passes over a graph that find nothing to do in these networks on a CPU, and take a
+# deep one most of a second to find it. (What pays is "remapping", which fuses BN with ReLU.)
+IDLE_PASSES = (
+    *("layout_optimizer", "constant_folding", "shape_optimization", "arithmetic_optimization"),
+    *("dependency_optimization", "loop_optimization", "function_optimization"),
+    "common_subgraph_elimination",
+)
+
+
+def start_tensorflow(device: str, verbose: bool = False) -> str:
+    """Imports TensorFlow, quietly, and settles the device: returns "cpu" or "gpu"."""
+    if verbose:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")
+    with _quiet_start():
+        import tensorflow as tf
+
+        if device == "cpu":
+            tf.config.set_visible_devices([], "GPU")
+        has_gpu = bool(tf.config.list_logical_devices("GPU"))
+        if not has_gpu:
+            tf.config.optimizer.set_experimental_options(dict.fromkeys(IDLE_PASSES, False))
+    if not verbose and not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    if device == "gpu" and not has_gpu:
+        raise UserError(
+            "--device=gpu was asked for, but TensorFlow sees no GPU: `pip install -r "
+            "requirements-gpu.txt` brings the libraries it needs beside NVIDIA's driver, or use "
+            "--device=cpu."
+        )
+    return "gpu" if has_gpu else "cpu"
+
+
+@contextlib.contextmanager
+def _quiet_start() -> Iterator[None]:
+    """Keeps TensorFlow's start-up messages from the terminal, unless its log level was chosen.
+
+    Some are written straight to the process's standard error before any setting is read, hence
+    the detour at that level. They come out after all where the start fails.
+    """
+    if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
+        yield
+        return
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except Exception:
+            said.seek(0)
+            os.write(terminal, said.read())
+            raise
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)

@@ -1,0 +1,153 @@
+"""From a checkpoint to files that need none of this code: a SavedModel, or a LiteRT model.
+
+Writing a SavedModel runs nothing of the network: one for a GPU can be written where there is none.
+"""
+
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+import checkpoints
+import folders
+from errors import UserError
+from resnet_model import IMAGE_SHAPE, ResNet
+from saved_network import SavedNetwork
+
+Answers = dict[str, tf.Tensor]
+
+# The SavedModel's signatures, by what they take.
+PIXELS, FLOATS, PICTURES = "serving_default", "serving_float", "serving_image_bytes"
+TFLITE_FILE, NAMES_FILE = "model.tflite", "labels.txt"
+# How far LiteRT's logits may be from TensorFlow's, as a share of the largest.
+TFLITE_TOLERANCE = 1e-4
+
+
+class Classifier(tf.Module):
+    """A network with what stands around it: pixels or picture files in, named classes out."""
+
+    def __init__(self, model: ResNet, class_names: Sequence[str]):
+        super().__init__()
+        self.model = model
+        self.takes_empty_batches = True
+        with tf.device("cpu"):
+            self.class_names = tf.Variable(list(class_names), trainable=False)
+
+    def from_floats(self, images: tf.Tensor) -> Answers:
+        """Answers for float32 images [N, 32, 32, 3] from 0 to 255."""
+        logits = self._logits(images - self.model.image_mean)
+        return {
+            "logits": logits,
+            "probabilities": tf.nn.softmax(logits),
+            "classes": tf.argmax(logits, axis=1),
+        }
+
+    def from_pixels(self, images: tf.Tensor) -> Answers:
+        """Answers for uint8 images [N, 32, 32, 3]."""
+        return self.from_floats(tf.cast(images, tf.float32))
+
+    def from_pictures(self, image_bytes: tf.Tensor) -> Answers:
+        """Answers for encoded JPEG and PNG pictures of any size, strings [N]."""
+        pixels = tf.TensorSpec(IMAGE_SHAPE, tf.uint8)
+        return self.from_pixels(tf.map_fn(_decode, image_bytes, fn_output_signature=pixels))
+
+    def _logits(self, images: tf.Tensor) -> tf.Tensor:
+        if not self.takes_empty_batches:
+            return self.model(images)
+        # oneDNN's kernels fail on a batch of none: it is given one, whose answer is dropped.
+        count = tf.shape(images)[0]
+        images = tf.pad(images, [[0, tf.cast(count == 0, tf.int32)], [0, 0], [0, 0], [0, 0]])
+        logits = self.model(tf.ensure_shape(images, [None, *IMAGE_SHAPE]))
+        # said again, for TensorFlow 2.20 loses it on the way and complains
+        return tf.ensure_shape(logits[:count], logits.shape)
+
+
+def _decode(encoded: tf.Tensor) -> tf.Tensor:
+    """What `pictures.read_picture` does, in a graph; but EXIF does not turn the picture here."""
+    # Decodes PNG too. The default method is faster and, in a JPEG, up to ten levels off.
+    image = tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
+    height, width = tf.unstack(tf.shape(image)[:2])
+    side = tf.minimum(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[top : top + side, left : left + side]
+    resized = tf.image.resize(square, IMAGE_SHAPE[:2], antialias=True)
+    return tf.saturate_cast(tf.round(resized), tf.uint8)
+
+
+def load_classifier(
+    prefix: str, data_format: str = "channels_last", dtype: str = "fp32"
+) -> Classifier:
+    """Builds from a checkpoint what is exported."""
+    run, _ = checkpoints.read_run(prefix)
+    return Classifier(checkpoints.load_model(prefix, data_format, dtype), run.data.class_names)
+
+
+def export_saved_model(
+    prefix: str, export_dir: str, data_format: str = "channels_last", dtype: str = "fp32"
+) -> None:
+    """Writes the network of a checkpoint as a SavedModel, the new folder `export_dir`."""
+    classifier = load_classifier(prefix, data_format, dtype)
+    with folders.new(export_dir) as folder:
+        _save(classifier, folder, (PIXELS, FLOATS, PICTURES))
+    print(f"Exported {prefix} to {export_dir}: a SavedModel, {dtype}, {data_format}.")
+
+
+def export_tflite(prefix: str, export_dir: str) -> None:
+    """Writes the network for LiteRT into the new folder `export_dir`, if it computes the same."""
+    classifier = load_classifier(prefix)
+    classifier.takes_empty_batches = False  # LiteRT lacks what that takes
+    with folders.new(export_dir) as folder, tempfile.TemporaryDirectory() as saved_model:
+        signatures = (PIXELS, FLOATS)
+        _save(classifier, saved_model, signatures)
+        lite = tf.lite.TFLiteConverter.from_saved_model(saved_model, signatures).convert()
+        difference = _difference(lite, saved_model)
+        if not difference <= TFLITE_TOLERANCE:
+            raise UserError(
+                f"the LiteRT model of {prefix} is refused: its logits differ from the SavedModel's "
+                f"by {difference:.1e} of the largest, where {TFLITE_TOLERANCE:.0e} is allowed."
+            )
+        with open(os.path.join(folder, TFLITE_FILE), "wb") as file:
+            file.write(lite)
+        with open(os.path.join(folder, NAMES_FILE), "wb") as file:
+            file.writelines(name + b"\n" for name in classifier.class_names.numpy())
+    print(
+        f"Exported {prefix} to {export_dir}: {NAMES_FILE}, and {TFLITE_FILE}, whose logits differ "
+        f"from the SavedModel's by {difference:.1e} of the largest."
+    )
+
+
+def _save(classifier: Classifier, folder: str, signatures: Sequence[str]) -> None:
+    floats = tf.TensorSpec([None, *IMAGE_SHAPE], tf.float32, "images")
+    pixels = tf.TensorSpec([None, *IMAGE_SHAPE], tf.uint8, "images")
+    pictures = tf.TensorSpec([None], tf.string, "image_bytes")
+    functions = {
+        FLOATS: (classifier.from_floats, floats),
+        PIXELS: (classifier.from_pixels, pixels),
+        PICTURES: (classifier.from_pictures, pictures),
+    }
+    traced = {}
+    for name in signatures:
+        function, takes = functions[name]
+        traced[name] = tf.function(function, autograph=False).get_concrete_function(takes)
+    try:
+        tf.saved_model.save(classifier, folder, traced)
+    except tf.errors.OpError as error:
+        raise UserError(f"cannot write {folder}: {error.message}.") from error
+
+
+def _difference(lite: bytes, saved_model: str) -> float:
+    """How far the logits of a LiteRT model are from a SavedModel's, as a share of the largest."""
+    images = np.random.default_rng(0).integers(0, 256, (32, *IMAGE_SHAPE), np.uint8)
+    expected = SavedNetwork(saved_model)(images, PIXELS)["logits"]
+    with warnings.catch_warnings():
+        # of this interpreter's moving to a package of its own
+        warnings.simplefilter("ignore", UserWarning)
+        interpreter = tf.lite.Interpreter(model_content=lite)
+    differences = [
+        interpreter.get_signature_runner(signature)(images=values)["logits"] - expected
+        for signature, values in ((PIXELS, images), (FLOATS, images.astype(np.float32)))
+    ]
+    return float(np.abs(differences).max() / np.abs(expected).max())

@@ -1,0 +1,151 @@
+"""TensorFlow Serving's REST form of a prediction: a request's JSON in, the answer's values out.
+
+A request has its pictures either in rows (`instances`) or in columns (`inputs`); the answer comes
+in the same form, as `predictions` or `outputs`.
+"""
+
+import base64
+import json
+import time
+from typing import Any, NoReturn
+
+import numpy as np
+
+from errors import UserError
+from pictures import SIDE, read_picture
+from saved_network import DEFAULT, SavedNetwork
+
+MAX_INSTANCES = 256
+MAX_SECONDS = 30  # to unpack the pictures of one request
+# Commas and opening brackets in the JSON of so many pictures in the longest form, with a few to
+# spare. Each makes an object in memory, several times as large as what stands in the request.
+MAX_MARKS = MAX_INSTANCES * (SIDE * SIDE * 3 + SIDE * SIDE + SIDE + 8)
+
+
+def predict(network: SavedNetwork, body: bytes) -> dict[str, Any]:
+    """Answers the body of a request; refuses, in a sentence, what is not one."""
+    request = _parse(body)
+    signature = request.get("signature_name") or DEFAULT
+    if not isinstance(signature, str) or signature not in network.inputs:
+        there = ", ".join(sorted(network.inputs))
+        raise UserError(f"there is no signature {signature!r:.60}; there are {there}.")
+    name, dtype = network.inputs[signature].name, network.inputs[signature].dtype
+    if ("instances" in request) == ("inputs" in request):
+        raise UserError("a request has either 'instances' (rows) or 'inputs' (columns).")
+    rowwise = "instances" in request
+    values = _rows(request["instances"], name) if rowwise else _column(request["inputs"], name)
+    if not isinstance(values, list) or not values:
+        raise UserError("a request needs a list of one picture or more.")
+    if len(values) > MAX_INSTANCES:
+        raise UserError(f"a request has {MAX_INSTANCES} pictures at most; this has {len(values)}.")
+    if dtype == "string":
+        # The graph would unpack any picture, whatever memory that took: here they are checked
+        # first, and come out as the same pixels.
+        outputs = network(_pictures(values))
+    else:
+        outputs = network(_pixels(values, dtype.as_numpy_dtype), signature)
+    columns = {key: _plain(value) for key, value in outputs.items()}
+    if not rowwise:
+        return {"outputs": columns}
+    return {
+        "predictions": [
+            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+        ]
+    }
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_MARKS:
+        raise UserError(
+            f"a request has {MAX_INSTANCES} pictures at most; this holds more values than they do."
+        )
+    try:
+        request = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the request is not JSON: {error}.") from error
+    if not isinstance(request, dict):
+        raise UserError("the request is not a JSON object.")
+    return request
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise UserError(f"{constant} is no value of a pixel.")
+
+
+def _rows(instances: Any, name: str) -> Any:
+    """The input's value of each instance: itself, or in an object under the input's name."""
+    if isinstance(instances, list) and any(_is_named(instance) for instance in instances):
+        for i, instance in enumerate(instances):
+            if not _is_named(instance) or list(instance) != [name]:
+                raise UserError(f"instance {i} is not an object with the one key {name!r}.")
+        return [instance[name] for instance in instances]
+    return instances
+
+
+def _column(inputs: Any, name: str) -> Any:
+    """The input's values: a list, or in an object under the input's name."""
+    if not _is_named(inputs):
+        return inputs
+    if name not in inputs:
+        raise UserError(f"'inputs' is an object without the key {name!r}.")
+    return inputs[name]
+
+
+def _is_named(value: Any) -> bool:
+    return isinstance(value, dict) and list(value) != ["b64"]
+
+
+def _pictures(values: list) -> np.ndarray:
+    """A batch from encoded pictures, each of the form {"b64": "…"}."""
+    pictures = []
+    end = time.monotonic() + MAX_SECONDS
+    for i, value in enumerate(values):
+        if time.monotonic() > end:
+            raise UserError(
+                f"the first {i} pictures alone took {MAX_SECONDS} seconds to read: send fewer or "
+                "smaller ones at once."
+            )
+        if not isinstance(value, dict) or not isinstance(value.get("b64"), str):
+            raise UserError(f'instance {i} is not of the form {{"b64": "…"}}.')
+        try:
+            # with or without the padding at its end and line breaks, like TensorFlow Serving
+            encoded = base64.b64decode(value["b64"] + "==")
+        except ValueError as error:
+            raise UserError(f"instance {i} is not base64: {error}.") from error
+        pictures.append(read_picture(encoded, f"instance {i}"))
+    return np.stack(pictures)
+
+
+def _pixels(values: list, dtype: type) -> np.ndarray:
+    """A batch from nested lists: of whole numbers in 0 to 255, or of any finite numbers."""
+    # As objects first: NumPy would turn text, null and true into numbers.
+    array = np.array(values, dtype=object)
+    if array.shape != (len(values), SIDE, SIDE, 3):
+        raise UserError(
+            f"each instance must be a list of {SIDE} rows of {SIDE} pixels of 3 numbers; "
+            f"the whole is of shape {list(array.shape)}."
+        )
+    kinds = set(map(type, array.flat))
+    if dtype == np.uint8:
+        if kinds != {int} or array.min() < 0 or array.max() > 255:
+            raise UserError(
+                f"the pixels of {DEFAULT} are whole numbers from 0 to 255; for others there is "
+                "serving_float."
+            )
+    elif not kinds <= {int, float}:
+        raise UserError("pixels are numbers.")
+    try:
+        with np.errstate(over="ignore"):
+            pixels = array.astype(dtype)
+    except OverflowError:
+        pixels = np.array(np.inf)
+    if not np.isfinite(pixels).all():
+        raise UserError("a pixel is too large for a float32.")
+    return pixels
+
+
+def _plain(array: np.ndarray) -> list:
+    """A list for JSON. Each float32 is written with the digits that tell it apart, no more."""
+    if array.dtype == np.float32:
+        array = array.astype(str).astype(np.float64)
+    return array.tolist()

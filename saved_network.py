@@ -1,0 +1,75 @@
+"""A network as `export_saved_model.py` writes it, loaded: its signatures, called with pictures."""
+
+import os
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from google.protobuf import json_format
+from tensorflow.core.protobuf import saved_model_pb2
+
+from errors import UserError
+from pictures import SIDE
+
+FILE = "saved_model.pb"
+DEFAULT = "serving_default"
+IMAGE = (SIDE, SIDE, 3)
+
+
+class SavedNetwork:
+    """A loaded SavedModel and its classes. Any number of threads may call it."""
+
+    def __init__(self, folder: str):
+        try:
+            # kept, because its signatures would let go of its variables
+            self._loaded = tf.saved_model.load(folder)
+            with open(os.path.join(folder, FILE), "rb") as file:
+                saved = saved_model_pb2.SavedModel.FromString(file.read())
+        except Exception as error:  # a damaged file makes the loader raise whatever it runs into
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"cannot load the SavedModel in {folder}, which may be damaged ({reason}): export "
+                "it again."
+            ) from error
+        self._definitions = saved.meta_graphs[0].signature_def
+        # what each signature that takes one thing takes
+        self.inputs: dict[str, tf.TensorSpec] = {}
+        for name, signature in self._loaded.signatures.items():
+            specs = list(signature.structured_input_signature[1].values())
+            if len(specs) == 1:
+                self.inputs[name] = specs[0]
+        try:
+            self.class_names = [name.decode() for name in self._loaded.class_names.numpy()]
+            fits = self.inputs[DEFAULT].is_compatible_with(tf.TensorSpec([1, *IMAGE], tf.uint8))
+            if fits:
+                probabilities = self(np.zeros([1, *IMAGE], np.uint8))["probabilities"]
+                fits = probabilities.shape == (1, len(self.class_names))
+        except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError) as error:
+            raise UserError(
+                f"the network in {folder} cannot be computed on this machine, which lacks kernels "
+                "for its layout or precision: export it with --data_format=channels_last."
+            ) from error
+        except (AttributeError, KeyError, TypeError, ValueError, tf.errors.OpError):
+            fits = False
+        if not fits:
+            raise UserError(
+                f"the SavedModel in {folder} is not one that export_saved_model.py wrote: such a "
+                "one takes 32x32 pictures and names its classes."
+            )
+
+    def __call__(self, inputs: np.ndarray, signature: str = DEFAULT) -> dict[str, np.ndarray]:
+        """The outputs of a signature for a batch."""
+        tensor = {self.inputs[signature].name: tf.constant(inputs)}
+        outputs = self._loaded.signatures[signature](**tensor)
+        return {name: value.numpy() for name, value in outputs.items()}
+
+    def describe_signatures(self) -> dict[str, Any]:
+        """The signatures as plain values for JSON, under TensorFlow's own names."""
+        return {
+            name: json_format.MessageToDict(
+                definition,
+                preserving_proto_field_name=True,
+                always_print_fields_with_no_presence=True,
+            )
+            for name, definition in self._definitions.items()
+        }

@@ -1,0 +1,135 @@
+"""The classifier's command: it prints what the network computes, and says what it cannot read."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from test_programs import run
+
+import checkpoints
+import export
+from errors import UserError
+from pictures import read_picture_file
+from resnet_model import resolve_data_format
+from run_config import DataConfig, ModelConfig, RunConfig
+from training import Trainer
+
+NAMES = ("tree", "house", "river")
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory) -> str:
+    run = RunConfig(ModelConfig(8, num_classes=3), DataConfig(class_names=NAMES))
+    trainer = Trainer(run)
+    # so that the classes are near each other, and which is the likeliest hangs on the picture
+    trainer.model.logits_kernel.assign(trainer.model.logits_kernel / 100)
+    return checkpoints.save(trainer.checkpoint, str(tmp_path_factory.mktemp("run")), 1)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Five pictures, of which two are in a folder, among files that are none."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "more").mkdir()
+    rng = np.random.default_rng(5)
+    for name in ("big.jpg", "small.png", "old.bmp", "more/Wide.JPEG", "more/naïve.png"):
+        colours = rng.integers(0, 256, (3, 4, 3), np.uint8)
+        Image.fromarray(colours).resize((int(rng.integers(20, 90)), 40)).save(folder / name)
+    (folder / "more" / "notes.txt").write_text("not a picture, and not said to be one")
+    (folder / "text.png").write_text("no picture")
+    (folder / "cut.jpg").write_bytes((folder / "big.jpg").read_bytes()[:400])
+    (folder / "empty").mkdir()
+    return folder
+
+
+def answers_for(prefix: str, files: list[Path]) -> list[list[tuple[str, float]]]:
+    """The classes of each file, likeliest first, with their probabilities."""
+    model = checkpoints.load_model(prefix)
+    images = tf.constant(np.stack([read_picture_file(str(file)) for file in files]), tf.float32)
+    shares = tf.nn.softmax(model(images - model.image_mean)).numpy()
+    return [
+        sorted(zip(NAMES, map(float, row), strict=True), key=lambda guess: -guess[1])
+        for row in shares
+    ]
+
+
+def test_good_pictures_are_classified_and_bad_ones_told_of(prefix, pictures):
+    done = run(
+        *("classify_images.py", "big.jpg", f"--ckpt_path={prefix}", "text.png", "more", "--top=2"),
+        *("nowhere.png", "old.bmp", "empty", "cut.jpg"),
+        status=1,
+        cwd=pictures,
+    )
+    rows = [line.rstrip() for line in done.stdout.splitlines()]
+    files = ["big.jpg", "more/Wide.JPEG", "more/naïve.png", "old.bmp"]
+    expected = answers_for(prefix, [pictures / file for file in files])
+    assert len(rows) == 2 * len(files)
+    for i, (file, guesses) in enumerate(zip(files, expected, strict=True)):
+        for row, start, (name, share) in zip(rows[2 * i :], (file, ""), guesses, strict=False):
+            assert row == f"{start:<14}  {name:<5}  {share:.4f}"
+    problems = done.stderr.splitlines()
+    assert all(line.startswith("classify_images.py: error: ") for line in problems)
+    for problem, said in zip(
+        problems,
+        (
+            "text.png is not a JPEG, PNG or BMP picture",
+            "cannot read nowhere.png: No such file or directory",
+            "there is no picture in empty",
+            "cut.jpg is a damaged picture",
+        ),
+        strict=True,
+    ):
+        assert said in problem
+
+
+def test_a_saved_model_answers_in_json_as_the_checkpoint_does(prefix, pictures, tmp_path):
+    export.export_saved_model(prefix, str(tmp_path / "exported"))
+    files = [pictures / "small.png", pictures / "big.jpg"]
+    done = run(
+        *("classify_images.py", "--json", f"--saved_model={tmp_path / 'exported'}", *files),
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.stderr == ""
+    answers = json.loads(done.stdout)
+    expected = answers_for(prefix, files)
+    assert [answer["picture"] for answer in answers] == [str(file) for file in files]
+    for answer, guesses in zip(answers, expected, strict=True):
+        assert [guess["name"] for guess in answer["classes"]] == [name for name, _ in guesses]
+        shares = [guess["probability"] for guess in answer["classes"]]
+        np.testing.assert_allclose(shares, [share for _, share in guesses], 1e-4)
+
+
+def test_a_layout_that_has_no_kernels_here_is_told_of_in_a_sentence(prefix, pictures, tmp_path):
+    with contextlib.suppress(UserError):
+        resolve_data_format("channels_first", "fp16", "cpu")
+        pytest.skip("this CPU has them")
+    export.export_saved_model(prefix, str(tmp_path / "x"), "channels_first", "fp16")
+    done = run(
+        *("classify_images.py", f"--saved_model={tmp_path / 'x'}", pictures / "big.jpg"),
+        status=1,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
+    )
+    assert "lacks kernels for its layout or precision" in done.stderr.splitlines()[-1]
+
+
+def test_what_needs_no_network_is_told_without_importing_tensorflow(prefix, pictures, tmp_path):
+    (tmp_path / "tensorflow.py").write_text("raise SystemExit('tensorflow was imported')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def stopped(*arguments: object) -> str:
+        done = run("classify_images.py", *arguments, status=1, env=environment, cwd=pictures)
+        return done.stdout + done.stderr
+
+    checkpoint = f"--ckpt_path={prefix}"
+    assert "--saved_model" in stopped("--help")
+    assert "Exactly one of" in stopped("big.jpg")
+    assert "Exactly one of" in stopped("big.jpg", checkpoint, "--saved_model=x")
+    assert "--top" in stopped("big.jpg", checkpoint, "--top=0")
+    assert "name the picture files" in stopped(checkpoint)
+    assert "holds saved_model.pb" in stopped("big.jpg", "--saved_model=more")
+    assert stopped("text.png", checkpoint, "--json").startswith("[]\n")

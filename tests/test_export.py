@@ -1,0 +1,352 @@
+"""What is exported computes what the evaluator computes, where none of this code can be seen."""
+
+import io
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import random_images
+from PIL import Image
+from test_programs import PROJECT, SMALL, error_of, run
+
+import checkpoints
+import export
+from errors import UserError
+from pictures import read_picture
+from run_config import DataConfig, ModelConfig, RunConfig
+from training import Trainer
+
+NAMES = ("aeroplane", "tree", "café", "d", "e", "f", "g", "h", "i", "j")
+FORMS = {
+    "nhwc": ("channels_last", "fp32"),
+    "nchw": ("channels_first", "fp32"),
+    "nhwc-bf16": ("channels_last", "bf16"),
+    "nhwc-fp16": ("channels_last", "fp16"),
+}
+IMAGES = random_images(3, seed=7)[0]
+
+# Run where this checkout is out of sight: asks every signature of every SavedModel.
+STRANGER = """
+import importlib.util, sys
+import numpy as np, tensorflow as tf
+for module in ("export", "resnet_model", "run_config", "errors"):
+    assert importlib.util.find_spec(module) is None, module
+asked, folders = np.load(sys.argv[1]), sys.argv[3:]
+images, answers = asked["images"], {}
+pictures = [bytes(asked[f"picture{i}"]) for i in range(int(asked["pictures"]))]
+for folder in folders:
+    network = tf.saved_model.load(folder)
+    answers[f"{folder} names"] = [name.decode() for name in network.class_names.numpy()]
+    for name, signature in network.signatures.items():
+        for count in (0, 1, 3):
+            inputs = {
+                "serving_default": {"images": images[:count]},
+                "serving_float": {"images": images[:count].astype(np.float32)},
+                "serving_image_bytes": {"image_bytes": tf.constant(pictures[:count], tf.string)},
+            }[name]
+            inputs = {key: tf.constant(value) for key, value in inputs.items()}
+            for output, value in signature(**inputs).items():
+                answers[f"{folder} {name} {count} {output}"] = value.numpy()
+np.savez(sys.argv[2], **answers)
+"""
+
+
+def encoded(size: tuple[int, int], mode: str = "RGB", format: str = "PNG", **options) -> bytes:
+    """A picture with edges and gentle slopes in it, as photographs have."""
+    y, x = np.mgrid[: size[1], : size[0]]
+    planes = [x * 255 // size[0], y * 255 // size[1], 255 * ((x // 9 + y // 7) % 2)]
+    file = io.BytesIO()
+    Image.fromarray(np.stack(planes, -1).astype(np.uint8)).convert(mode).save(
+        file, format, **options
+    )
+    return file.getvalue()
+
+
+PICTURES = (encoded((32, 32)), encoded((640, 426), format="JPEG"), encoded((20, 57), "RGBA"))
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory) -> str:
+    """A checkpoint of a network whose every variable is told from every other."""
+    trainer = Trainer(RunConfig(ModelConfig(8), DataConfig(class_names=NAMES)))
+    rng = np.random.default_rng(3)
+    trainer.model.image_mean.assign(rng.uniform(100, 150, [32, 32, 3]))
+    trainer.model.logits_bias.assign(rng.normal(size=10))
+    for variable in trainer.model.variables:
+        if "norm" in variable.name:
+            variable.assign(rng.uniform(0.5, 1.5, variable.shape))
+    return checkpoints.save(trainer.checkpoint, str(tmp_path_factory.mktemp("run")), 1)
+
+
+@pytest.fixture(scope="module")
+def exported(prefix, tmp_path_factory) -> Path:
+    """A folder of SavedModels, of which two were made by `make savedmodels`."""
+    project = tmp_path_factory.mktemp("project")
+    for file in (*PROJECT.glob("*.py"), *PROJECT.glob("requirements*.txt"), PROJECT / "Makefile"):
+        shutil.copy(file, project)
+    (project / "files" / "pretrained").mkdir(parents=True)
+    shutil.copy(PROJECT / "files" / "find_python.sh", project / "files")
+    (project / ".venv").mkdir()
+    (project / ".venv" / "ready").touch()
+    make = ("make", "savedmodels", f"RUN={sys.executable}")
+    nothing = subprocess.run(make, cwd=project, capture_output=True, text=True)
+    assert nothing.returncode != 0
+    assert "There is no trained network in files/pretrained" in nothing.stderr
+    shutil.copytree(os.path.dirname(prefix), project / "files" / "pretrained" / "tiny")
+    subprocess.run(make, cwd=project, check=True)
+    again = subprocess.run(make, cwd=project, check=True, capture_output=True, text=True)
+    assert "export_saved_model.py" not in again.stdout
+
+    folder = tmp_path_factory.mktemp("exported")
+    for layout in ("nhwc", "nchw"):
+        shutil.move(project / "savedmodels" / f"tiny-{layout}", folder / layout)
+    shutil.rmtree(project)
+    for name in ("nhwc-bf16", "nhwc-fp16"):
+        export.export_saved_model(prefix, str(folder / name), *FORMS[name])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(exported, tmp_path_factory) -> dict[str, np.ndarray]:
+    """What the SavedModels answered a process that cannot see this project."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    pictures = {f"picture{i}": np.frombuffer(p, np.uint8) for i, p in enumerate(PICTURES)}
+    np.savez(elsewhere / "asked.npz", images=IMAGES, pictures=len(PICTURES), **pictures)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run(
+        [sys.executable, "-I", "-c", STRANGER, elsewhere / "asked.npz", elsewhere / "answers.npz"]
+        + [exported / form for form in FORMS],
+        cwd=elsewhere,
+        env=environment,
+        check=True,
+    )
+    with np.load(elsewhere / "answers.npz") as file:
+        return {name.removeprefix(f"{exported}/"): file[name] for name in file.files}
+
+
+@pytest.fixture(scope="module")
+def expected(prefix) -> dict[str, np.ndarray]:
+    """The logits that the evaluator computes in each form."""
+    logits = {}
+    for form, (data_format, dtype) in FORMS.items():
+        model = checkpoints.load_model(prefix, data_format, dtype)
+        compute = tf.function(
+            lambda images, model=model: model(
+                tf.cast(images, tf.float32) - model.image_mean, training=False
+            )
+        )
+        logits[form] = compute(tf.constant(IMAGES)).numpy()
+    return logits
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_saved_model_computes_the_evaluators_logits(answers, expected, form):
+    assert expected[form].std() > 0.1
+    for signature in ("serving_default", "serving_float"):
+        for count in (0, 1, 3):
+            logits = answers[f"{form} {signature} {count} logits"]
+            tolerance = 1e-5 if form in ("nhwc", "nchw") else 2e-2
+            np.testing.assert_allclose(logits, expected[form][:count], tolerance, tolerance)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_probabilities_and_classes_follow_from_the_logits(answers, form):
+    for signature in ("serving_default", "serving_float", "serving_image_bytes"):
+        for count in (0, 1, 3):
+            logits, probabilities, classes = (
+                answers[f"{form} {signature} {count} {name}"]
+                for name in ("logits", "probabilities", "classes")
+            )
+            assert (logits.shape, logits.dtype) == ((count, 10), np.float32)
+            assert (probabilities.shape, probabilities.dtype) == ((count, 10), np.float32)
+            assert (classes.shape, classes.dtype) == ((count,), np.int64)
+            powers = np.exp(logits.astype(np.float64))
+            softmax = powers / powers.sum(axis=1, keepdims=True)
+            np.testing.assert_allclose(probabilities, softmax, 1e-4, 1e-6)
+            np.testing.assert_array_equal(classes, logits.argmax(axis=1))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_saved_model_names_its_classes(answers, form):
+    assert tuple(answers[f"{form} names"]) == NAMES
+
+
+def test_pictures_as_bytes_are_answered_as_the_pixels_that_they_hold(answers, prefix):
+    pixels = np.stack([read_picture(picture, "a picture") for picture in PICTURES])
+    classifier = export.load_classifier(prefix)
+    wanted = classifier.from_pixels(tf.constant(pixels))["logits"].numpy()
+    for form in ("nhwc", "nchw"):
+        logits = answers[f"{form} serving_image_bytes 3 logits"]
+        np.testing.assert_allclose(logits[0], wanted[0], 1e-5, 1e-5)  # 32x32 and lossless
+        np.testing.assert_allclose(logits, wanted, atol=0.02 * wanted.std())
+
+
+@pytest.mark.parametrize(
+    ("size", "mode", "format", "options"),
+    [
+        *[((w, h), "RGB", f, {}) for f in ("PNG", "JPEG") for w, h in ((1, 1), (5, 9), (33, 32))],
+        ((1500, 1001), "RGB", "JPEG", {"quality": 95, "subsampling": 0}),
+        ((301, 200), "RGB", "JPEG", {"progressive": True}),
+        ((64, 64), "L", "JPEG", {}),
+        ((64, 40), "CMYK", "JPEG", {}),
+        *[((50, 70), mode, "PNG", {}) for mode in ("L", "LA", "RGBA", "P", "1")],
+    ],
+)
+def test_the_graph_reads_pictures_as_pictures_py_does(size, mode, format, options):
+    picture = encoded(size, mode, format, **options)
+    ours = export._decode(tf.constant(picture)).numpy().astype(int)
+    theirs = read_picture(picture, "a picture").astype(int)
+    # CMYK is turned into RGB in each library's own way
+    assert np.abs(ours - theirs).max() <= (2 if mode == "CMYK" else 1)
+
+
+def test_what_is_no_picture_is_an_error_of_the_signature(exported):
+    answer = tf.saved_model.load(exported / "nhwc").signatures["serving_image_bytes"]
+    for wrong in (b"", b"no picture", PICTURES[1][:500], PICTURES[0][:40]):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            answer(image_bytes=tf.constant([PICTURES[0], wrong]))
+
+
+def test_the_signatures_are_the_promised_ones(exported):
+    for form in FORMS:
+        signatures = tf.saved_model.load(exported / form).signatures
+        assert {
+            name: signature.structured_input_signature[1] for name, signature in signatures.items()
+        } == {
+            "serving_default": {"images": tf.TensorSpec([None, 32, 32, 3], tf.uint8, "images")},
+            "serving_float": {"images": tf.TensorSpec([None, 32, 32, 3], tf.float32, "images")},
+            "serving_image_bytes": {"image_bytes": tf.TensorSpec([None], tf.string, "image_bytes")},
+        }
+        for signature in signatures.values():
+            assert signature.structured_outputs == {
+                "logits": tf.TensorSpec([None, 10], tf.float32, "logits"),
+                "probabilities": tf.TensorSpec([None, 10], tf.float32, "probabilities"),
+                "classes": tf.TensorSpec([None], tf.int64, "classes"),
+            }
+
+
+def test_a_graph_for_gpus_is_written_where_no_kernel_can_run_it(prefix, tmp_path):
+    folder = tmp_path / "served" / "1"
+    done = run(
+        *("export_saved_model.py", f"--ckpt_path={prefix}", f"--export_dir={folder}"),
+        *("--data_format=channels_first", "--dtype=fp16"),
+    )
+    assert done.stdout == f"Exported {prefix} to {folder}: a SavedModel, fp16, channels_first.\n"
+    assert done.stderr == ""
+    convolutions = [
+        node.attr["T"].type
+        for function in saved_functions(folder)
+        for node in function.node_def
+        if node.op == "Conv2D" and node.attr["data_format"].s == b"NCHW"
+    ]
+    assert set(convolutions) == {tf.float16.as_datatype_enum}
+
+
+def saved_functions(folder: Path):
+    from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+
+    saved = SavedModel.FromString((folder / "saved_model.pb").read_bytes())
+    return saved.meta_graphs[0].graph_def.library.function
+
+
+def test_lite_models_answer_as_the_network_does(prefix, expected, tmp_path):
+    done = run(
+        *("export_saved_model.py", f"--model_dir={os.path.dirname(prefix)}", "--format=tflite"),
+        f"--export_dir={tmp_path / 'lite'}",
+    )
+    assert "model.tflite" in done.stdout
+    assert sorted(os.listdir(tmp_path / "lite")) == ["labels.txt", "model.tflite"]
+    assert tuple((tmp_path / "lite/labels.txt").read_text("utf-8").splitlines()) == NAMES
+    with pytest.warns(UserWarning, match="deprecated"):
+        interpreter = tf.lite.Interpreter(str(tmp_path / "lite/model.tflite"))
+    for signature, dtype in (("serving_default", np.uint8), ("serving_float", np.float32)):
+        answer = interpreter.get_signature_runner(signature)
+        for count in (1, 3):
+            answers = answer(images=IMAGES[:count].astype(dtype))
+            logits = answers["logits"]
+            np.testing.assert_allclose(logits, expected["nhwc"][:count], 1e-4, 1e-4)
+            np.testing.assert_array_equal(answers["classes"], logits.argmax(axis=1))
+            np.testing.assert_allclose(answers["probabilities"].sum(axis=1), 1, 1e-5)
+
+
+def test_a_lite_model_that_computes_something_else_is_not_kept(prefix, tmp_path, monkeypatch):
+    convert = tf.lite.TFLiteConverter.from_saved_model
+
+    def quantise(*arguments):
+        converter = convert(*arguments)
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        return converter
+
+    monkeypatch.setattr(tf.lite.TFLiteConverter, "from_saved_model", quantise)
+    with pytest.raises(UserError, match=r"refused: its logits differ .* where 1e-04 is allowed"):
+        export.export_tflite(prefix, str(tmp_path / "lite"))
+    assert not os.listdir(tmp_path)
+
+
+def test_a_lite_model_of_what_is_not_numbers_is_not_kept(tmp_path):
+    trainer = Trainer(RunConfig(ModelConfig(8)))
+    trainer.model.logits_bias.assign([np.nan] * 10)
+    prefix = checkpoints.save(trainer.checkpoint, str(tmp_path / "run"), 1)
+    with pytest.raises(UserError, match="differ from the SavedModel's by nan"):
+        export.export_tflite(prefix, str(tmp_path / "lite"))
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_an_export_that_does_not_fit_leaves_nothing(prefix, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # as many bytes as a file may have; the variables need three times as many
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*File too large"):
+            export.export_saved_model(prefix, str(tmp_path / "new"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not os.listdir(tmp_path)
+
+
+def without_tensorflow(folder: Path) -> dict[str, str]:
+    """An environment in which importing TensorFlow ends the program."""
+    (folder / "tensorflow.py").write_text("raise SystemExit('tensorflow was imported')")
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+def test_wrong_flags_and_folders_are_told_before_tensorflow_is_imported(prefix, tmp_path):
+    environment = without_tensorflow(tmp_path)
+    command = ("export_saved_model.py", f"--ckpt_path={prefix}")
+    assert "--export_dir" in run(*command, status=1, env=environment).stderr
+    assert "--data_format" in run("export_saved_model.py", "--help", status=1).stdout
+    for other in ("--dtype=bf16", "--data_format=channels_first"):
+        lite = run(*command, "--export_dir=x", "--format=tflite", other, status=1, env=environment)
+        assert "channels_last and fp32" in lite.stderr
+    assert "not empty" in error_of(*command, f"--export_dir={tmp_path}", env=environment)
+
+    trainer = ("run_trainer.py", f"--ckpt_path={tmp_path / 'run'}")
+    for folder, reason in ((tmp_path, "will hold"), (tmp_path / "tensorflow.py", "directory")):
+        assert reason in error_of(*trainer, f"--export_dir={folder}", env=environment)
+    both = run(*trainer, f"--export_dir={tmp_path}", "--eval_only", status=1, env=environment)
+    assert "export_saved_model.py" in both.stderr
+    assert os.listdir(tmp_path) == ["tensorflow.py"]
+
+
+def test_the_trainer_exports_its_last_checkpoint(write_cifar10, tmp_path):
+    path = write_cifar10()
+    folder = tmp_path / "exported" / "1"
+    command = (
+        *("run_trainer.py", f"--path={path}", f"--ckpt_path={tmp_path / 'run'}", *SMALL),
+        *(f"--export_dir={folder}", "--dtype=bf16", "--max_train_steps=3"),
+    )
+    assert f"Exported {tmp_path}/run/model.ckpt-3 to {folder}" in run(*command).stdout
+    network = tf.saved_model.load(folder)
+    model = checkpoints.load_model(str(tmp_path / "run" / "model.ckpt-3"), dtype="bf16")
+    np.testing.assert_allclose(
+        network.signatures["serving_default"](images=tf.constant(IMAGES))["logits"],
+        model(tf.constant(IMAGES, tf.float32) - model.image_mean),
+        *(2e-2, 2e-2),
+    )
+    assert "not empty" in error_of(*command)

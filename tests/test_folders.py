@@ -1,0 +1,109 @@
+"""Folders that the programs write: there whole or not at all, refused where they cannot be."""
+
+import os
+
+import pytest
+
+import folders
+from errors import UserError
+
+
+def write_to(path) -> None:
+    with folders.new(str(path)) as folder:
+        with open(os.path.join(folder, "part"), "w") as file:
+            file.write("whole")
+        assert not os.path.exists(path) or not os.listdir(path)
+
+
+@pytest.mark.parametrize("before", ["nothing", "an empty folder", "a link to an empty folder"])
+def test_a_new_folder_is_there_once_it_is_whole(tmp_path, before):
+    path = tmp_path / "above" / "new"
+    if before == "an empty folder":
+        path.mkdir(parents=True)
+    elif before == "a link to an empty folder":
+        (tmp_path / "above").mkdir()
+        (tmp_path / "elsewhere").mkdir()
+        path.symlink_to(tmp_path / "elsewhere")
+    folders.refuse_unwritable(str(path))
+    write_to(path)
+    assert (path / "part").read_text() == "whole"
+    assert os.listdir(tmp_path / "above") == ["new"]
+
+
+def test_a_new_folder_is_as_open_to_others_as_any(tmp_path):
+    (tmp_path / "any").mkdir()
+    write_to(tmp_path / "new")
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_nothing_is_left_of_a_folder_that_was_not_finished(tmp_path, error):
+    def fail(folder: str) -> None:
+        (tmp_path / folder / "part").write_text("half")
+        raise error
+
+    with pytest.raises(error), folders.new(str(tmp_path / "new")) as folder:
+        fail(folder)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_full_disk_is_told_of_in_a_sentence(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"cannot write .*/new: No space left on device\."),
+        folders.new(str(tmp_path / "new")),
+        open("/dev/full", "w") as file,
+    ):
+        file.write("more than there is room for")
+    assert not os.listdir(tmp_path)
+
+
+def test_what_came_into_the_folder_meanwhile_stays(tmp_path):
+    path = tmp_path / "new"
+    with pytest.raises(UserError, match="not empty"), folders.new(str(path)):
+        (path / "mine").mkdir(parents=True)
+    assert os.listdir(tmp_path) == ["new"]
+    assert os.listdir(path) == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("full folder", "not empty"),
+        ("file", "Not a directory"),
+        ("below a file", "Not a directory"),
+        ("pattern", "TensorFlow cannot have"),
+        ("mount point", "mount point"),
+        ("long name", "File name too long"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_early(tmp_path, monkeypatch, kind, sentence):
+    (tmp_path / "file").write_text("mine")
+    path = {
+        "full folder": tmp_path,
+        "file": tmp_path / "file",
+        "below a file": tmp_path / "file" / "new",
+        "pattern": tmp_path / "new[1]",
+        "mount point": tmp_path / "mounted",
+        "long name": tmp_path / ("n" * 250),
+    }[kind]
+    if kind == "mount point":
+        path.mkdir()
+        monkeypatch.setattr(os.path, "ismount", lambda p: p == str(path))
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(UserError, match=sentence):
+        folders.refuse_unwritable(str(path))
+    assert sorted(os.listdir(tmp_path)) == before
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_without_permission_is_refused_early(tmp_path, as_nobody):
+    with as_nobody(), pytest.raises(UserError, match="Permission denied"):
+        folders.refuse_unwritable(str(tmp_path / "new"))
+
+
+def test_a_folder_that_something_else_will_fill_is_refused(tmp_path):
+    run = str(tmp_path / "run")
+    for path in (run, str(tmp_path), os.path.join(run, "log", "..")):
+        with pytest.raises(UserError, match="will hold"):
+            folders.refuse_unwritable(path, apart_from=[run, os.path.join(run, "log")])
+    folders.refuse_unwritable(os.path.join(run, "exported"), apart_from=[run])

@@ -1,0 +1,865 @@
+"""The server as its users meet it: a process, asked over loopback, well and badly."""
+
+import base64
+import contextlib
+import http.client
+import io
+import json
+import os
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import random_images
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+
+from errors import UserError
+
+PROJECT = Path(__file__).resolve().parent.parent
+NAMES = ("airplane", "automobile", "<b>bird</b>", "cat", "deer", "dog", "frog")
+API = "/v1/models/resnet"
+PREDICT = f"{API}:predict"
+TIMEOUT = 4  # seconds that the server under test waits for a request
+MIB = 2**20
+POST = b"POST /classify HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def save_network(folder: Path, names: tuple[str, ...] = NAMES) -> None:
+    """An untrained network, saved with the signatures that `export_saved_model.py` gives it."""
+    import tensorflow as tf
+
+    from resnet_model import ResNet
+    from run_config import ModelConfig
+
+    network = ResNet(ModelConfig(num_layers=8, num_classes=len(NAMES)))
+    network.image_mean.assign(np.full([32, 32, 3], 120))
+    network.class_names = tf.Variable(names, trainable=False)
+
+    def outputs(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        logits = network(images - network.image_mean)
+        probabilities = tf.nn.softmax(logits)
+        return {"logits": logits, "probabilities": probabilities, "classes": tf.argmax(logits, 1)}
+
+    def decoded(encoded: tf.Tensor) -> tf.Tensor:
+        picture = tf.io.decode_image(encoded, 3, expand_animations=False)
+        return tf.image.resize(picture, [32, 32])
+
+    def signature(function: Callable, shape: list, dtype: tf.DType, name: str) -> tf.Tensor:
+        spec = tf.TensorSpec(shape, dtype, name)
+        return tf.function(function, [spec], autograph=False).get_concrete_function()
+
+    images = [None, 32, 32, 3]
+    tf.saved_model.save(
+        network,
+        folder,
+        {
+            "serving_default": signature(
+                lambda images: outputs(tf.cast(images, tf.float32)), images, tf.uint8, "images"
+            ),
+            "serving_float": signature(outputs, images, tf.float32, "images"),
+            "serving_image_bytes": signature(
+                lambda encoded: outputs(
+                    tf.map_fn(decoded, encoded, fn_output_signature=tf.float32)
+                ),
+                *([None], tf.string, "image_bytes"),
+            ),
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved_model")
+    save_network(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(saved_model) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """What the network answers when TensorFlow asks it."""
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(saved_model)
+
+    def ask(images: np.ndarray) -> dict[str, np.ndarray]:
+        answer = loaded.signatures["serving_float"](images=tf.constant(images, tf.float32))
+        return {name: value.numpy() for name, value in answer.items()}
+
+    return ask
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen
+    port: int
+    log: Path
+
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, **headers: str
+    ) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            return response.status, dict(response.getheaders()), response.read()
+
+    def post(self, path: str, body: bytes) -> tuple[int, dict]:
+        status, _, answer = self.ask("POST", path, body)
+        return status, json.loads(answer)
+
+    def predict(self, **request: object) -> dict:
+        status, answer = self.post(PREDICT, json.dumps(request).encode())
+        assert status == 200, answer
+        return answer
+
+    def refusal(self, path: str, body: bytes, status: int = 400) -> str:
+        """The sentence that refuses a request."""
+        found, answer = self.post(path, body)
+        assert found == status, answer
+        assert list(answer) == ["error"]
+        return answer["error"]
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
+
+    def memory(self) -> int:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])
+
+
+@contextlib.contextmanager
+def running(saved_model: Path, log: Path, *arguments: str, **keywords) -> Iterator[Server]:
+    with open(log, "w") as errors:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, str(PROJECT / "serve.py"), f"--saved_model={saved_model}"),
+                *("--port=0", *arguments),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            **keywords,
+        )
+    try:
+        greeting = process.stdout.readline()
+        address = re.match(r"Open http://127\.0\.0\.1:(\d+) in a browser", greeting)
+        assert address, greeting + log.read_text()
+        yield Server(process, int(address[1]), log)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def server(saved_model, tmp_path_factory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("log") / "stderr"
+    with running(saved_model, log, f"--timeout={TIMEOUT}") as server:
+        yield server
+
+
+def encoded(picture: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, kind, **options)
+    return file.getvalue()
+
+
+def in_json(picture: bytes) -> dict[str, str]:
+    return {"b64": base64.b64encode(picture).decode()}
+
+
+def photo(height: int, width: int) -> np.ndarray:
+    """A large picture without small detail, as photographs are."""
+    small = np.random.default_rng(5).integers(0, 256, (5, 7, 3), np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def assert_rows(rows: list[dict], answer: dict[str, np.ndarray]) -> None:
+    assert len(rows) == len(answer["classes"])
+    for i, row in enumerate(rows):
+        assert row.keys() == {"logits", "probabilities", "classes"}
+        np.testing.assert_allclose(row["logits"], answer["logits"][i], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(row["probabilities"], answer["probabilities"][i], atol=1e-5)
+        assert row["classes"] == answer["classes"][i]
+
+
+def test_rows_are_answered_with_an_object_for_each_picture(server, expected):
+    images, _ = random_images(3)
+    rows = server.predict(instances=images.tolist())
+    assert list(rows) == ["predictions"]
+    assert_rows(rows["predictions"], expected(images))
+    named = server.predict(instances=[{"images": image.tolist()} for image in images])
+    assert named == rows
+
+
+def test_columns_are_answered_with_columns(server, expected):
+    images, _ = random_images(3)
+    columns = server.predict(inputs={"images": images.tolist()})
+    assert list(columns) == ["outputs"]
+    assert columns["outputs"].keys() == {"logits", "probabilities", "classes"}
+    assert columns == server.predict(inputs=images.tolist(), signature_name="serving_default")
+    rows = [
+        dict(zip(columns["outputs"], row, strict=True))
+        for row in zip(*columns["outputs"].values(), strict=True)
+    ]
+    assert_rows(rows, expected(images))
+
+
+def test_fractions_of_pixels_are_for_the_float_signature(server, expected):
+    images = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype(np.float32)
+    images[0, 0, 0] = 7  # whole numbers among them do not matter
+    rows = server.predict(signature_name="serving_float", instances=images.tolist())
+    assert_rows(rows["predictions"], expected(images))
+
+
+def test_encoded_pictures_of_any_size_are_read_as_everywhere_in_the_project(server, expected):
+    from pictures import read_picture
+
+    files = [encoded(photo(90, 130), "JPEG"), encoded(photo(33, 32)), encoded(photo(8, 9), "BMP")]
+    answer = expected(np.stack([read_picture(file, "") for file in files]))
+    values = [in_json(file) for file in files]
+    for request in (
+        {"instances": values},
+        {"instances": [{"image_bytes": value} for value in values]},
+    ):
+        rows = server.predict(signature_name="serving_image_bytes", **request)
+        assert_rows(rows["predictions"], answer)
+    columns = server.predict(signature_name="serving_image_bytes", inputs={"image_bytes": values})
+    np.testing.assert_array_equal(columns["outputs"]["classes"], answer["classes"])
+
+
+def test_the_readmes_client_works_as_it_is_printed(server, tmp_path):
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    (client,) = re.findall(r"```python\n([^`]*8501[^`]*)```", readme)
+    upload = encoded(photo(40, 40), "JPEG")
+    (tmp_path / "cat.jpg").write_bytes(upload)
+    printed = subprocess.run(
+        [sys.executable, "-c", client.replace("8501", str(server.port))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    best = server.post("/classify", upload)[1]["classes"][0]
+    probabilities = json.loads(printed)
+    assert max(probabilities) == pytest.approx(best["probability"], abs=1e-5)
+    assert NAMES[np.argmax(probabilities)] == best["name"]
+
+
+def test_numbers_have_no_more_digits_than_they_are_worth(server):
+    images, _ = random_images(1)
+    _, _, answer = server.ask("POST", PREDICT, json.dumps({"instances": images.tolist()}).encode())
+    numbers = re.findall(rb"\d+\.\d+(?:e-?\d+)?", answer)
+    assert len(numbers) == 2 * len(NAMES)
+    for number in numbers:
+        assert str(np.float32(number)) == str(float(number))
+
+
+def test_status_and_metadata_say_what_is_served(server):
+    for address in (API, f"{API}/versions/1"):
+        status, headers, answer = server.ask("GET", address)
+        assert status == 200
+        assert headers["Content-Type"].startswith("application/json")
+        assert json.loads(answer) == {
+            "model_version_status": [
+                {
+                    "version": "1",
+                    "state": "AVAILABLE",
+                    "status": {"error_code": "OK", "error_message": ""},
+                }
+            ]
+        }
+        status, _, answer = server.ask("GET", f"{address}/metadata")
+        metadata = json.loads(answer)
+        assert metadata["model_spec"]["name"] == "resnet"
+        assert metadata["model_spec"]["version"] == "1"
+        signatures = metadata["metadata"]["signature_def"]["signature_def"]
+        images = signatures["serving_default"]["inputs"]["images"]
+        assert images["dtype"] == "DT_UINT8"
+        assert [dim["size"] for dim in images["tensor_shape"]["dim"]] == ["-1", "32", "32", "3"]
+        assert signatures["serving_float"]["outputs"]["classes"]["dtype"] == "DT_INT64"
+        assert "serving_image_bytes" in signatures
+
+
+def test_a_version_may_be_named(server):
+    images, _ = random_images(1)
+    body = json.dumps({"instances": images.tolist()}).encode()
+    assert server.post(f"{API}/versions/1:predict", body) == server.post(PREDICT, body)
+
+
+def test_an_uploaded_picture_comes_back_as_the_network_saw_it_with_its_likeliest_classes(
+    server, expected
+):
+    from pictures import read_picture
+
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    upload = encoded(photo(300, 400), "JPEG", exif=turned)
+    status, answer = server.post("/classify", upload)
+    assert status == 200
+    kind, data = answer["seen"].split(",")
+    assert kind == "data:image/png;base64"
+    seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+    np.testing.assert_array_equal(seen, read_picture(upload, ""))
+    probabilities = expected(seen[None])["probabilities"][0]
+    best = np.argsort(-probabilities)[:5]
+    assert [found["name"] for found in answer["classes"]] == [NAMES[i] for i in best]
+    np.testing.assert_allclose(
+        [found["probability"] for found in answer["classes"]], probabilities[best], atol=1e-5
+    )
+
+
+PIXELS = random_images(1)[0].tolist()
+
+
+def with_pixel(value: str) -> bytes:
+    """A request for whole numbers whose last one is something else."""
+    text = json.dumps({"instances": PIXELS})
+    return re.sub(r"\d+\]\]\]\]", f"{value}]]]]", text).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "fragment"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"\xff\xfe\xfa", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"instances": [' + b"9" * 5000 + b"]}", "not JSON"),
+        (b"[1, 2]", "not a JSON object"),
+        (b"{}", "'instances'"),
+        (b'{"instances": [], "inputs": []}', "either 'instances'"),
+        (b'{"instances": []}', "one picture or more"),
+        (b'{"instances": 3}', "one picture or more"),
+        (b'{"inputs": {"b64": "aGk="}}', "one picture or more"),
+        (b'{"inputs": {"pictures": []}}', "'images'"),
+        (b'{"instances": [{"pictures": []}]}', "'images'"),
+        (b'{"instances": [{"images": []}, []]}', "instance 1"),
+        (b'{"instances": [1, 2]}', "shape [2]"),
+        (b'{"instances": [[[[1, 2], [3]]]]}', "shape [1, 1, 2]"),
+        (json.dumps({"instances": PIXELS[0]}).encode(), "shape [32, 32, 3]"),
+        (json.dumps({"instances": [PIXELS[0], PIXELS[0][1:]]}).encode(), "shape [2]"),
+        (json.dumps({"instances": PIXELS, "signature_name": "no"}).encode(), "serving_float"),
+        (json.dumps({"instances": PIXELS, "signature_name": ["x"]}).encode(), "signature"),
+        (json.dumps({"instances": [0] * 257}).encode(), "256 pictures at most; this has 257"),
+        (with_pixel("256"), "0 to 255"),
+        (with_pixel("-1"), "0 to 255"),
+        (with_pixel("1.5"), "0 to 255"),
+        (with_pixel("NaN"), "NaN"),
+        (with_pixel("-Infinity"), "-Infinity"),
+        (with_pixel("null"), "0 to 255"),
+        (with_pixel("true"), "0 to 255"),
+        (with_pixel('"7"'), "0 to 255"),
+        (with_pixel("{}"), "0 to 255"),
+    ],
+)  # fmt: skip
+def test_what_is_not_a_request_is_refused_in_a_sentence(server, body, fragment):
+    assert fragment in server.refusal(PREDICT, body)
+
+
+@pytest.mark.parametrize("value", ["1e39", "1e400", "9" * 4000, "null", "true", '"7"', "NaN"])
+def test_only_numbers_that_a_float32_holds_are_pixels(server, value):
+    body = with_pixel(value).replace(b"{", b'{"signature_name": "serving_float", ')
+    assert re.search("number|NaN|float32", server.refusal(PREDICT, body))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A small PNG that claims to be large."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(1000))
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+@pytest.mark.parametrize(
+    ("picture", "fragment"),
+    [
+        (b"", "empty"),
+        (b"hello", "not a JPEG, PNG or BMP"),
+        (b"GIF89a" + bytes(100), "not a JPEG, PNG or BMP"),
+        (encoded(photo(40, 40), "JPEG")[:-200], "damaged"),
+        (png_header(60_000, 60_000), "pixels"),
+        (png_header(2000, 2000), "damaged"),
+    ],
+)
+def test_what_is_not_a_picture_is_refused_in_a_sentence(server, picture, fragment):
+    assert fragment in server.refusal("/classify", picture)
+    request = {"signature_name": "serving_image_bytes", "instances": [in_json(picture)]}
+    in_request = server.refusal(PREDICT, json.dumps(request).encode())
+    assert in_request.startswith("instance 0")
+    assert fragment in in_request
+
+
+def test_base64_is_read_with_and_without_line_breaks_and_padding(server):
+    picture = encoded(photo(40, 40))
+    picture += bytes(1 + -len(picture) % 3)  # what follows a picture does not matter
+    broken = base64.encodebytes(picture).decode()
+    plain = in_json(picture)["b64"]
+    assert "\n" in broken
+    assert plain.endswith("==")
+    rows = server.predict(
+        signature_name="serving_image_bytes",
+        instances=[{"b64": text} for text in (plain, broken, plain.rstrip("="))],
+    )["predictions"]
+    assert rows[0]["classes"] == rows[1]["classes"] == rows[2]["classes"]
+
+
+def test_a_request_that_is_long_in_unpacking_is_given_up(monkeypatch):
+    import predict_api
+
+    monkeypatch.setattr(predict_api, "MAX_SECONDS", 0)
+    with pytest.raises(UserError, match="send fewer"):
+        predict_api._pictures([in_json(encoded(photo(40, 40)))] * 2)
+
+
+@pytest.mark.parametrize("value", ["aGk=", {"b64": 7}, {"b64": "a"}, {"b64": "ä"}, 5, None, []])
+def test_what_is_not_base64_is_refused_in_a_sentence(server, value):
+    good = in_json(encoded(photo(40, 40)))
+    request = {"signature_name": "serving_image_bytes", "instances": [good, value]}
+    assert "instance 1" in server.refusal(PREDICT, json.dumps(request).encode())
+
+
+@pytest.mark.parametrize("path", ["/classify", PREDICT])
+def test_a_request_over_the_limit_hears_so_after_it_was_sent(server, path):
+    assert "larger than 16 MiB" in server.refusal(path, bytes(16 * MIB + 1), 413)
+
+
+def test_a_request_far_over_the_limit_is_not_read(server):
+    with server.connect() as client:
+        client.sendall(POST + b"Content-Length: 1000000000000000\r\n\r\n")
+        assert b" 413 " in until_closed(client)
+
+
+def test_a_request_that_does_not_say_its_length_is_limited_too(server):
+    with server.connect() as client:
+        client.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n")
+        for _ in range(17):
+            client.sendall(b"%x\r\n" % MIB + bytes(MIB) + b"\r\n")
+        client.sendall(b"0\r\n\r\n")
+        assert b" 413 " in client.recv(4096)
+
+
+def test_json_that_would_grow_in_memory_is_refused_unread(server):
+    for filling in (b"[],", b"{},", b"0,", b"[["):
+        body = b'{"instances": [' + filling * (15 * MIB // len(filling)) + b"0]}"
+        assert "256 pictures at most" in server.refusal(PREDICT, body)
+
+
+def until_closed(client: socket.socket) -> bytes:
+    return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "localhost.evil.example", "192.0.2.1", "127.0.0.2"]
+)
+def test_names_that_are_not_the_servers_are_refused(server, host):
+    for method, path, body in (("GET", "/", None), ("GET", API, None), ("POST", "/classify", b"x")):
+        status, _, answer = server.ask(method, path, body, Host=host)
+        assert status == 421
+        assert b"not " + host.split(":")[0].encode() in answer
+
+
+@pytest.mark.parametrize("host", ["localhost", "LocalHost:8501", "127.0.0.1:1", "[::1]:8501"])
+def test_the_servers_own_names_are_understood(server, host):
+    assert server.ask("GET", API, Host=host)[0] == 200
+
+
+def test_pages_of_other_sites_get_no_answers(server):
+    upload = encoded(photo(40, 40))
+    status, headers, _ = server.ask("POST", "/classify", upload, Origin="http://evil.example")
+    assert status == 403
+    assert not any(name.startswith("Access-Control") for name in headers)
+    for odd in ("null", "http://[", "127.0.0.1"):
+        assert server.ask("POST", "/classify", upload, Origin=odd)[0] == 403
+    own = f"http://127.0.0.1:{server.port}"
+    assert server.ask("POST", "/classify", upload, Origin=own)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/nothing", "/..", "/../serve.py", "/%2e%2e/serve.py", "/..%2f..%2fetc/passwd",
+        "//etc/passwd", "/files/serve/page.html", "/classify/../../serve.py", "/static/serve.py",
+        "/%00", "/%ff", "/v1/models", "/v1/models/half", f"{API}/versions/2", f"{API}/../x",
+    ],
+)  # fmt: skip
+def test_there_is_nothing_at_other_addresses(server, path):
+    status, _, answer = server.ask("GET", path)
+    assert status in (400, 404)
+    assert list(json.loads(answer)) == ["error"]
+    assert server.ask("POST", path + ":predict", b"{}")[0] in (400, 404)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("POST", "/", "GET, HEAD"), ("DELETE", "/", "GET, HEAD"), ("GET", "/classify", "POST"),
+        ("PUT", "/classify", "POST"), ("GET", PREDICT, "POST"), ("POST", API, "GET, HEAD"),
+        ("OPTIONS", PREDICT, "POST"), ("BREW", "/", "GET, HEAD"),
+    ],
+)  # fmt: skip
+def test_other_methods_are_refused(server, method, path, allowed):
+    status, headers, answer = server.ask(method, path, b"x")
+    assert status == 405
+    assert headers["Allow"] == allowed
+    assert list(json.loads(answer)) == ["error"]
+
+
+def test_the_page_needs_no_other_site_and_lets_none_in(server):
+    status, headers, page = server.ask("GET", "/")
+    assert status == 200
+    assert headers["Content-Type"] == "text/html; charset=UTF-8"
+    parts = headers["Content-Security-Policy"].split("; ")
+    policy = dict(part.split(" ", 1) for part in parts)
+    assert policy["default-src"] == "'none'"
+    assert policy["frame-ancestors"] == "'none'"
+    assert policy["connect-src"] == "'self'"
+    assert "unsafe" not in headers["Content-Security-Policy"]
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert re.findall(rb"//[\w.-]+", page) == [b"//www.w3.org"]  # a drawing's namespace
+    assert b"&lt;b&gt;bird&lt;/b&gt;" in page
+    assert b"<b>bird</b>" not in page
+    assert server.ask("HEAD", "/")[::2] == (200, b"")
+
+
+def test_slow_requests_are_cut_off_while_others_are_answered(server):
+    starts = (
+        b"",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ",
+        POST + b"Content-Length: 1000\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\n\r\n",
+    )
+    clients = {server.connect(): start for start in starts for _ in range(10)}
+    for client, start in clients.items():
+        client.sendall(start)
+    started = time.monotonic()
+    while clients:
+        assert time.monotonic() - started < 10 * TIMEOUT
+        for client in list(clients):
+            with contextlib.suppress(ConnectionError):
+                client.send(b"1")  # each says a little all the time, but never all
+                if not select.select([client], [], [], 0)[0] or client.recv(1000):
+                    continue
+            client.close()
+            del clients[client]
+        assert server.ask("GET", API)[0] == 200
+        time.sleep(0.2)
+
+
+def test_clients_that_go_away_leave_no_trace(server):
+    upload = encoded(photo(1500, 1500))
+    for sent in (10, len(upload) - 1, len(upload)):
+        for _ in range(10):
+            with server.connect() as client:
+                client.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(upload))
+                client.sendall(upload[:sent])
+    assert server.post("/classify", upload)[0] == 200
+
+
+@pytest.fixture(scope="module")
+def storm(server) -> Callable[[], None]:
+    """Makes 200 requests at once, good ones and bad ones, and checks each answer."""
+    images, _ = random_images(4)
+    good = json.dumps({"instances": images.tolist()}).encode()
+    requests = [
+        (PREDICT, good, 200),
+        ("/classify", encoded(photo(500, 700), "JPEG"), 200),
+        ("/classify", encoded(photo(300, 200)), 200),
+        ("/classify", bytes(2 * MIB), 400),
+        (PREDICT, good[:-1], 400),
+    ]
+    answers = [server.post(path, body) for path, body, _ in requests]
+    assert [status for status, _ in answers] == [status for *_, status in requests]
+    everyone = threading.Barrier(200)
+
+    def ask(i: int) -> tuple[int, dict]:
+        everyone.wait(timeout=60)
+        return server.post(*requests[i % len(requests)][:2])
+
+    def best(answer: dict) -> object:
+        """What does not depend on how TensorFlow shares the work among its threads."""
+        if "predictions" in answer:
+            return [row["classes"] for row in answer["predictions"]]
+        return answer["classes"][0]["name"] if "classes" in answer else answer
+
+    def storm() -> None:
+        with ThreadPoolExecutor(200) as clients:
+            for i, (status, answer) in enumerate(clients.map(ask, range(200))):
+                alone_status, alone = answers[i % len(answers)]
+                assert status == alone_status
+                assert best(answer) == best(alone)
+
+    return storm
+
+
+def test_hundreds_of_requests_at_once_are_all_answered_and_add_no_memory(server, storm):
+    storm()
+    before = server.memory()
+    storm()
+    assert server.memory() <= 1.05 * before
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory) -> Iterator[webdriver.Chrome]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("no Chromium with its driver is installed (on Debian: chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for switch in (
+        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"),
+        *("disable-background-networking", "disable-component-update", "disable-sync"),
+        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):
+        options.add_argument(f"--{switch}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+class Page:
+    """The page in a browser, opened anew."""
+
+    def __init__(self, browser: webdriver.Chrome, server: Server):
+        self.browser = browser
+        browser.get(f"http://127.0.0.1:{server.port}/")
+
+    def part(self, name: str) -> WebElement:
+        return self.browser.find_element("id", name)
+
+    def said(self) -> str:
+        """What the page says once it has an answer."""
+        message = self.part("message")
+        assert eventually(lambda: message.text not in ("", "Looking …"))
+        return message.text
+
+    def assert_shows(self, answer: dict) -> None:
+        best = answer["classes"][0]
+        percent = "{:.1%}".format
+        assert self.said().endswith(f"{best['name']}, {percent(best['probability'])}")
+        seen = self.part("seen")
+        assert seen.get_attribute("src") == answer["seen"]
+        assert seen.get_attribute("naturalWidth") == "32"
+        assert seen.size == {"width": 256, "height": 256}
+        assert seen.value_of_css_property("image-rendering") == "pixelated"
+        rows = self.part("classes").find_elements("tag name", "li")
+        assert [row.text.splitlines() for row in rows] == [
+            [found["name"], percent(found["probability"])] for found in answer["classes"]
+        ]
+        bars = self.browser.find_elements("class name", "bar")
+        widths = [float(bar.get_attribute("style").split()[1].strip("%;")) for bar in bars]
+        np.testing.assert_allclose(
+            widths, [100 * found["probability"] for found in answer["classes"]], atol=0.051
+        )
+
+
+def test_a_picture_chosen_in_the_browser_is_shown_with_its_classes(server, browser, tmp_path):
+    upload = encoded(photo(300, 200), "JPEG")
+    (tmp_path / "photo.jpg").write_bytes(upload)
+    (tmp_path / "notes.txt").write_text("no picture")
+    page = Page(browser, server)
+    assert not page.part("answer").is_displayed()
+    browser.switch_to.active_element.send_keys(Keys.TAB)
+    assert browser.switch_to.active_element == page.part("file")  # reached by keyboard
+    page.part("file").send_keys(str(tmp_path / "photo.jpg"))
+    page.assert_shows(server.post("/classify", upload)[1])
+    loaded = browser.execute_script(
+        "return performance.getEntriesByType('resource').map(entry => entry.name)"
+    )
+    own = f"http://127.0.0.1:{server.port}/"
+    assert {name for name in loaded if not name.startswith(("data:", "blob:"))} == {
+        own + "classify"
+    }
+    assert browser.get_log("browser") == []  # the policy forbade nothing that the page needs
+
+    page.part("file").send_keys(str(tmp_path / "notes.txt"))
+    assert eventually(lambda: page.said() == "This file is not a JPEG, PNG or BMP picture.")
+    assert not page.part("answer").is_displayed()
+
+
+@pytest.mark.parametrize(
+    ("kind", "carrier"), [("drop", "dataTransfer"), ("paste", "clipboardData")]
+)
+def test_a_picture_may_be_dropped_or_pasted(server, browser, kind, carrier):
+    upload = encoded(photo(50, 60))
+    page = Page(browser, server)
+    browser.execute_script(
+        """
+        const [kind, carrier, data] = arguments;
+        const bytes = Uint8Array.from(atob(data), character => character.charCodeAt(0));
+        const held = new DataTransfer();
+        held.items.add(new File([bytes], "photo.png"));
+        const event = new Event(kind, {bubbles: true, cancelable: true});
+        event[carrier] = held;
+        document.getElementById("drop").dispatchEvent(event);
+        """,
+        *(kind, carrier, in_json(upload)["b64"]),
+    )
+    page.assert_shows(server.post("/classify", upload)[1])
+
+
+def test_the_page_fits_a_phone_and_follows_the_scheme(server, browser, tmp_path):
+    (tmp_path / "photo.png").write_bytes(encoded(photo(50, 60)))
+    backgrounds = set()
+    for scheme in ("light", "dark"):
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        phone = {"width": 320, "height": 600, "deviceScaleFactor": 2, "mobile": True}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+        page = Page(browser, server)
+        page.part("file").send_keys(str(tmp_path / "photo.png"))
+        page.said()
+        width = browser.execute_script("return document.documentElement.scrollWidth")
+        assert width == 320
+        body = browser.find_element("tag name", "body")
+        backgrounds.add(body.value_of_css_property("background-color"))
+    assert len(backgrounds) == 2
+
+
+def test_after_all_this_the_server_answers_and_had_nothing_to_complain_of(server, expected):
+    images, _ = random_images(3)
+    assert_rows(server.predict(instances=images.tolist())["predictions"], expected(images))
+    assert server.log.read_text() == ""
+
+
+def test_a_request_that_is_under_way_when_the_server_is_stopped_gets_its_answer(server):
+    upload = encoded(photo(40, 40))
+    with server.connect() as client:
+        expect = b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+        client.sendall(POST + expect % len(upload))
+        assert client.recv(100).startswith(b"HTTP/1.1 100 ")
+        server.process.send_signal(signal.SIGTERM)
+        client.sendall(upload)
+        assert client.recv(100).startswith(b"HTTP/1.1 200 ")
+    assert server.process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert server.log.read_text() == ""
+
+
+def test_a_server_for_other_machines_with_few_connections_to_spare(saved_model, tmp_path):
+    def allow_few_files() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (130, 130))
+
+    get = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with running(
+        saved_model, tmp_path / "log", "--host=0.0.0.0", preexec_fn=allow_few_files
+    ) as server:
+        assert server.ask("GET", API, Host="192.0.2.1:80")[0] == 200
+        assert server.ask("GET", API, Host=socket.gethostname())[0] == 200
+        assert server.ask("GET", API, Host="evil.example")[0] == 421
+        clients = [server.connect() for _ in range(100)]
+        answered = 0
+        for client in clients:
+            with contextlib.suppress(ConnectionError):
+                client.sendall(get)
+                answered += client.recv(15) == b"HTTP/1.1 200 OK"
+        assert 20 <= answered <= 30
+        for client in clients:
+            client.close()
+        assert eventually(lambda: answers(server))
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(timeout=60) == 128 + signal.SIGINT
+        assert (tmp_path / "log").read_text() == ""
+
+
+def answers(server: Server) -> bool:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        return server.ask("GET", API)[0] == 200
+    return False
+
+
+def eventually(happens: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 60
+    while not (happened := happens()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return happened
+
+
+def refusal(*arguments: object, status: int = 1, **keywords) -> str:
+    """The sentence in which the command refuses to start."""
+    ended = subprocess.run(
+        [sys.executable, str(PROJECT / "serve.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        **keywords,
+    )
+    assert ended.returncode == status, ended
+    assert "Traceback" not in ended.stderr
+    return ended.stderr
+
+
+def test_what_cannot_be_served_is_refused_before_tensorflow_is_imported(saved_model, tmp_path):
+    (tmp_path / "tensorflow.py").write_text("raise SystemExit('tensorflow was imported')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def start(*arguments: object) -> str:
+        return refusal(*arguments, env=environment)
+
+    assert "no SavedModel in " + str(tmp_path) in start(f"--saved_model={tmp_path}")
+    assert "saved_model" in start()
+    assert "num_layers" in start(f"--saved_model={saved_model}", "--num_layers=20")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"port {port}" in start(f"--saved_model={saved_model}", f"--port={port}")
+    assert "no.such.host.invalid" in start(
+        f"--saved_model={saved_model}", "--host=no.such.host.invalid"
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("saved_model.pb", lambda content: content[:5000]),
+        ("saved_model.pb", lambda content: b""),
+        ("saved_model.pb", lambda content: b"text"),
+        ("variables/variables.index", lambda content: b""),
+        ("variables/variables.data-00000-of-00001", lambda content: content[:1000]),
+        ("variables/variables.data-00000-of-00001", lambda content: bytes(len(content))),
+    ],
+)
+def test_a_damaged_saved_model_is_refused(saved_model, tmp_path, file, damage):
+    from saved_network import SavedNetwork
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(saved_model, folder)
+    (folder / file).write_bytes(damage((folder / file).read_bytes()))
+    with pytest.raises(UserError, match="may be damaged") as refused:
+        SavedNetwork(str(folder))
+    assert str(folder) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_another_programs_saved_model_is_refused(tmp_path):
+    import tensorflow as tf
+
+    from saved_network import SavedNetwork
+
+    tf.saved_model.save(tf.Module(), tmp_path / "empty")
+    save_network(tmp_path / "other", names=NAMES[:3])
+    for name in ("empty", "other"):
+        with pytest.raises(UserError, match="not one that export_saved_model"):
+            SavedNetwork(str(tmp_path / name))

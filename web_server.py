@@ -1,0 +1,341 @@
+"""The web server: a page to try the network on pictures, and TensorFlow Serving's REST addresses.
+
+One thread does all reading and writing, so that a slow client costs its connection and no more; a
+few threads do the work, on whole requests. What clients can make the server hold is bounded: the
+size of a request, the bodies of all requests together, the connections, the time to send one.
+"""
+
+import asyncio
+import base64
+import hashlib
+import io
+import os
+import re
+import resource
+import signal
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tornado import httpserver, iostream, netutil, template, web
+from tornado.httputil import responses
+
+import predict_api
+from errors import UserError
+from pictures import read_picture
+from saved_network import SavedNetwork
+
+PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "files", "serve", "page.html")
+MODEL = "resnet"
+VERSION = "1"
+API = f"/v1/models/{MODEL}"
+SHOWN_CLASSES = 5
+
+MAX_BODY = 16 * 2**20
+# What is longer than a body may be is still read, and forgotten: most clients hear no answer
+# before they have sent all.
+MAX_READ = 8 * MAX_BODY
+MAX_BODIES = 16 * MAX_BODY
+MAX_HEADER = 16 * 2**10
+MAX_CONNECTIONS = 1000
+OTHER_FILES = 100  # that the process has open besides its connections, generously
+WORKERS = 2  # TensorFlow spreads each request over the processors already
+SECONDS_TO_FINISH = 5
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+ANYWHERE = ("", "0.0.0.0", "::")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+async def serve(
+    network: SavedNetwork, sockets: list[socket.socket], host: str, timeout: float
+) -> int:
+    """Answers requests until Ctrl-C or SIGTERM; returns the number of that signal."""
+    loop = asyncio.get_running_loop()
+    stopped = loop.create_future()
+
+    def stop(number: int) -> None:
+        for each in STOP_SIGNALS:
+            loop.remove_signal_handler(each)  # a second one insists
+        stopped.set_result(number)
+
+    for number in STOP_SIGNALS:
+        loop.add_signal_handler(number, stop, number)
+    application = _Application(network, host)
+    server = _Server(
+        application,
+        idle_connection_timeout=timeout,
+        body_timeout=timeout,
+        max_header_size=MAX_HEADER,
+        max_body_size=MAX_READ,
+    )
+    server.add_sockets(sockets)
+    shown = "127.0.0.1" if host in ANYWHERE else f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{sockets[0].getsockname()[1]}"
+    print(
+        f"Open {address} in a browser; programs post to {address}{API}:predict. Ctrl-C ends it.",
+        flush=True,
+    )
+    stopped_by = await stopped
+    server.stop()
+    await application.finish()
+    await server.close_all_connections()
+    return stopped_by
+
+
+class _Server(httpserver.HTTPServer):
+    """Tornado's server, with a bound on its connections: one too many is closed at once."""
+
+    def initialize(self, *arguments: Any, **keywords: Any) -> None:
+        super().initialize(*arguments, **keywords)
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        unlimited = files == resource.RLIM_INFINITY
+        self._free = MAX_CONNECTIONS if unlimited else min(MAX_CONNECTIONS, files - OTHER_FILES)
+
+    def handle_stream(self, stream: iostream.IOStream, address: tuple) -> None:
+        if self._free > 0:
+            self._free -= 1
+            super().handle_stream(stream, address)
+        else:
+            stream.close()
+
+    def on_close(self, server_conn: object) -> None:
+        self._free += 1
+        super().on_close(server_conn)
+
+
+class _Application(web.Application):
+    """What the handlers share: the network, the workers, and what is held at the moment."""
+
+    def __init__(self, network: SavedNetwork, host: str):
+        self.network = network
+        self.workers = ThreadPoolExecutor(WORKERS)
+        self.requests = 0
+        self.body_bytes = 0
+        self._hosts = {*LOOPBACK, host.lower()}
+        self._anywhere = host in ANYWHERE
+        if self._anywhere:
+            self._hosts.add(socket.gethostname().lower())
+        with open(PAGE, "rb") as file:
+            self.page = template.Template(file.read(), whitespace="all").generate(
+                class_names=network.class_names, max_body=MAX_BODY, api=API
+            )
+        self.page_policy = _page_policy(self.page)
+        api = f"{API}(?:/versions/{VERSION})?"
+        super().__init__(
+            [
+                ("/", _Page),
+                ("/classify", _Classify),
+                (api, _Status),
+                (f"{api}/metadata", _Metadata),
+                (f"{api}:predict", _Predict),
+            ],
+            default_handler_class=_NothingThere,
+            log_function=lambda handler: None,
+        )
+
+    def is_own(self, host: str) -> bool:
+        """Whether a Host header names this server.
+
+        A page of another site whose name was pointed at this address ("DNS rebinding") sends that
+        name, never the address itself.
+        """
+        host = host.strip("[]")
+        return host in self._hosts or (self._anywhere and netutil.is_valid_ip(host))
+
+    async def finish(self) -> None:
+        """Waits for the requests that are being answered, but not for ever."""
+        end = time.monotonic() + SECONDS_TO_FINISH
+        while self.requests and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        self.workers.shutdown(wait=False, cancel_futures=True)
+
+
+class _Refusal(web.HTTPError):
+    """An error status, and a sentence that says why."""
+
+    def __init__(self, status: int, sentence: str):
+        super().__init__(status)
+        self.sentence = sentence
+
+
+@web.stream_request_body
+class _Handler(web.RequestHandler):
+    """Reads a whole request within bounds, then answers it: see `answer`."""
+
+    SUPPORTED_METHODS = ("GET", "HEAD")
+    application: _Application
+
+    async def answer(self) -> dict[str, Any] | bytes:
+        """What to send. Subclasses say so, or raise a _Refusal."""
+        raise NotImplementedError
+
+    async def get(self) -> None:
+        if self._refusal:
+            raise self._refusal
+        self.finish(await self.answer())
+
+    head = post = get
+
+    async def work(self, answer: Callable[[SavedNetwork, bytes], dict[str, Any]]) -> dict[str, Any]:
+        """The answer to the request's body, from one of the workers."""
+
+        def unless_gone() -> dict[str, Any]:
+            if self._ended:  # the client has closed its connection
+                raise web.Finish
+            return answer(self.application.network, self.body)
+
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self.application.workers, unless_gone)
+        except UserError as error:
+            raise _Refusal(400, str(error)) from error
+
+    def initialize(self) -> None:
+        self.body = bytearray()
+        self._refusal: _Refusal | None = None
+        self._ended = False
+        self.application.requests += 1
+
+    def set_default_headers(self) -> None:
+        self.clear_header("Server")
+        self.set_header("Cache-Control", "no-store")
+        self.set_header("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+        self.set_header("Cross-Origin-Resource-Policy", "same-origin")
+        self.set_header("Referrer-Policy", "no-referrer")
+        self.set_header("X-Content-Type-Options", "nosniff")
+
+    def prepare(self) -> None:
+        origin = self.request.headers.get("Origin")
+        length = self.request.headers.get("Content-Length", "")
+        if not self.application.is_own(self.request.host_name):
+            self._refuse(421, f"this server is not {self.request.host_name:.100}.")
+        elif origin and origin.partition("://")[2] != self.request.host:
+            self._refuse(403, "pages of other sites get no answers here.")
+        elif length.isdecimal() and int(length[:20]) > MAX_READ:
+            self._refuse_size()
+            raise self._refusal
+
+    def data_received(self, chunk: bytes) -> None:
+        if self._refusal:
+            return
+        self.body += chunk
+        self.application.body_bytes += len(chunk)
+        if len(self.body) > MAX_BODY:
+            self._refuse_size()
+        elif self.application.body_bytes > MAX_BODIES:
+            self._refuse(503, "there are too many large requests at once: try again in a moment.")
+
+    def _refuse_size(self) -> None:
+        self._refuse(413, f"the request is larger than {MAX_BODY >> 20} MiB, the limit.")
+
+    def _refuse(self, status: int, sentence: str) -> None:
+        """Settles the answer; it is sent once the client has sent its request."""
+        self._refusal = _Refusal(status, sentence)
+        self._forget_body()
+
+    def _forget_body(self) -> None:
+        self.application.body_bytes -= len(self.body)
+        self.body = bytearray()
+
+    def on_connection_close(self) -> None:
+        super().on_connection_close()
+        self._end()
+
+    def on_finish(self) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        self._forget_body()
+        if not self._ended:
+            self._ended = True
+            self.application.requests -= 1
+
+    def write_error(self, status_code: int, **keywords: Any) -> None:
+        error = keywords.get("exc_info", (None, None))[1]
+        if status_code == 405:
+            self.set_header("Allow", ", ".join(self.SUPPORTED_METHODS))
+        reason = f"{responses.get(status_code, 'Error')}."
+        self.finish({"error": getattr(error, "sentence", reason)})
+
+    def log_exception(self, kind: Any, error: Any, trace: Any) -> None:
+        if not isinstance(error, web.HTTPError):  # which is the client's mistake
+            super().log_exception(kind, error, trace)
+
+
+class _NothingThere(_Handler):
+    SUPPORTED_METHODS = ("GET", "HEAD", "POST")
+
+    async def answer(self) -> bytes:
+        raise _Refusal(404, f"there is nothing here; there is a page at / and a network at {API}.")
+
+
+class _Page(_Handler):
+    async def answer(self) -> bytes:
+        self.set_header("Content-Type", "text/html; charset=UTF-8")
+        self.set_header("Content-Security-Policy", self.application.page_policy)
+        return self.application.page
+
+
+class _Classify(_Handler):
+    """The page's own address: the body is a picture file."""
+
+    SUPPORTED_METHODS = ("POST",)
+
+    async def answer(self) -> dict[str, Any]:
+        return await self.work(_classify)
+
+
+class _Status(_Handler):
+    async def answer(self) -> dict[str, Any]:
+        status = {"error_code": "OK", "error_message": ""}
+        version = {"version": VERSION, "state": "AVAILABLE", "status": status}
+        return {"model_version_status": [version]}
+
+
+class _Metadata(_Handler):
+    async def answer(self) -> dict[str, Any]:
+        signatures = self.application.network.describe_signatures()
+        return {
+            "model_spec": {"name": MODEL, "signature_name": "", "version": VERSION},
+            "metadata": {"signature_def": {"signature_def": signatures}},
+        }
+
+
+class _Predict(_Handler):
+    SUPPORTED_METHODS = ("POST",)
+
+    async def answer(self) -> dict[str, Any]:
+        return await self.work(predict_api.predict)
+
+
+def _classify(network: SavedNetwork, encoded: bytes) -> dict[str, Any]:
+    """What the network saw of a picture, as a data URL, and its likeliest classes, best first."""
+    picture = read_picture(encoded, "This file")
+    probabilities = network(picture[None])["probabilities"][0]
+    best = np.argsort(-probabilities, kind="stable")[:SHOWN_CLASSES]
+    png = io.BytesIO()
+    Image.fromarray(picture).save(png, "PNG")
+    return {
+        "seen": "data:image/png;base64," + base64.b64encode(png.getvalue()).decode(),
+        "classes": [
+            {"name": network.class_names[i], "probability": float(probabilities[i])} for i in best
+        ],
+    }
+
+
+def _page_policy(page: bytes) -> str:
+    """Lets the page run its own style and script, and nothing else from anywhere."""
+    hashes = {
+        tag: base64.b64encode(hashlib.sha256(content).digest()).decode()
+        for tag, content in re.findall(rb"<(style|script)>(.*?)</", page, re.S)
+    }
+    return (
+        f"default-src 'none'; style-src 'sha256-{hashes[b'style']}'; "
+        f"script-src 'sha256-{hashes[b'script']}'; connect-src 'self'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
