@@ -7,9 +7,7 @@ import time
 import tensorflow as tf
 from tqdm import tqdm
 
-from evaluation import Metrics
-
-WRITERS = ("train", "eval")
+from metrics import Metrics
 
 
 class Progress:
@@ -26,7 +24,8 @@ class Progress:
         self._last_step = last_step
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
         self._writers = {
-            name: tf.summary.create_file_writer(os.path.join(log_path, name)) for name in WRITERS
+            name: tf.summary.create_file_writer(os.path.join(log_path, name))
+            for name in ("train", "eval")
         }
         self._started = self._logged_at = self._shown_at = time.monotonic()
         self._first_step = self._logged_step = first_step
@@ -107,26 +106,6 @@ class Progress:
             for tag, value in values.items():
                 tf.summary.scalar(tag, value)
         self._writers[name].flush()
-
-
-def read_history(log_path: str) -> list[dict[str, float]]:
-    """What a run's event files say: a row for each step at which something was written.
-
-    Columns are named after writer and tag (`train_loss`, `eval_accuracy`). Where a resumed run
-    repeated steps, the later values count.
-    """
-    # slow to import, and a training has no use for it
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    rows: dict[int, dict[str, float]] = {}
-    for writer in WRITERS:
-        events = EventAccumulator(os.path.join(log_path, writer), {"tensors": 0})
-        events.Reload()
-        for tag in events.Tags()["tensors"]:
-            for event in events.Tensors(tag):
-                row = rows.setdefault(event.step, {"step": event.step})
-                row[f"{writer}_{tag}"] = float(tf.make_ndarray(event.tensor_proto))
-    return [rows[step] for step in sorted(rows)]
 
 
 def duration(seconds: float) -> str:

@@ -22,7 +22,8 @@ from cifar10_input import (
     training_batches,
 )
 from errors import UserError
-from evaluation import Evaluator, Metrics
+from evaluation import Evaluator
+from metrics import Metrics
 from optimizers import OPTIMIZERS
 from progress import Progress
 from resnet_model import IMAGE_SHAPE, ResNet
