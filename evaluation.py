@@ -1,57 +1,22 @@
 """A model and images in, metrics out."""
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tqdm import tqdm
 
 import checkpoints
 from cifar10_input import FOLDER, ImageSet, class_names, load_split
 from errors import UserError
+from metrics import Metrics
 from resnet_model import IMAGE_SHAPE, ResNet
 from run_config import RunConfig, refuse_contradictions
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """What an evaluation found. `confusion_matrix[i, j]` counts images of class i taken for j."""
-
-    loss: float
-    top_5_accuracy: float
-    confusion_matrix: np.ndarray
-
-    @property
-    def num_images(self) -> int:
-        return int(self.confusion_matrix.sum())
-
-    @property
-    def accuracy(self) -> float:
-        return float(np.trace(self.confusion_matrix) / self.num_images)
-
-    @property
-    def per_class_accuracy(self) -> list[float | None]:
-        """The share of each class's images that was recognised; None where there are none."""
-        right, counts = np.diag(self.confusion_matrix), self.confusion_matrix.sum(axis=1)
-        return [float(r / n) if n else None for r, n in zip(right, counts, strict=True)]
-
-    def report(self, names: Sequence[str]) -> str:
-        """The figures as lines for people."""
-        shown = min(5, len(names))
-        lines = [
-            f"  {'images':<16}{self.num_images}",
-            f"  {'loss':<16}{self.loss:.4f}",
-            f"  {'accuracy':<16}{self.accuracy:.4f}",
-            f"  {f'top-{shown} accuracy':<16}{self.top_5_accuracy:.4f}",
-        ]
-        width = max(len(name) for name in names) + 2
-        for name, accuracy in zip(names, self.per_class_accuracy, strict=True):
-            share = "no images" if accuracy is None else f"{accuracy:.4f}"
-            lines.append(f"    {name:<{width}}{share}")
-        return "\n".join(lines)
 
 
 class Evaluator:
@@ -66,29 +31,37 @@ class Evaluator:
 
     def __call__(self, examples: ImageSet) -> Metrics:
         """Scores every image exactly once."""
-        loss, top_5, confusion = 0.0, 0, 0
+        loss, top_5, predictions, confidences = 0.0, 0, [], []
         count = len(examples.labels)
-        for start in range(0, count, self.batch_size):
+        starts = range(0, count, self.batch_size)
+        # shown on a terminal, where it takes longer than a moment
+        bar = {"file": sys.stdout, "disable": None, "delay": 1, "leave": False}
+        for start in tqdm(starts, "evaluating", unit="batch", **bar):
             images, labels = examples.part(slice(start, start + self.batch_size))
             scores = self._score(tf.constant(images), tf.constant(labels))
-            batch_loss, batch_top_5, batch_confusion = (score.numpy() for score in scores)
+            batch_loss, batch_top_5, predicted, confidence = (score.numpy() for score in scores)
             loss += float(batch_loss)
             top_5 += int(batch_top_5)
-            confusion = confusion + batch_confusion
-        return Metrics(loss / count, top_5 / count, confusion)
+            predictions.append(predicted)
+            confidences.append(confidence)
+        return Metrics(
+            loss / count,
+            top_5 / count,
+            examples.labels,
+            np.concatenate(predictions),
+            np.concatenate(confidences),
+            self.model.config.num_classes,
+        )
 
-    def _score_batch(
-        self, images: tf.Tensor, labels: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def _score_batch(self, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, ...]:
         logits = self.model(tf.cast(images, tf.float32) - self.model.image_mean, training=False)
-        classes = self.model.config.num_classes
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        in_top_5 = tf.math.in_top_k(labels, logits, min(5, classes))
-        predicted = tf.argmax(logits, axis=1, output_type=tf.int32)
+        in_top_5 = tf.math.in_top_k(labels, logits, min(5, self.model.config.num_classes))
         return (
             tf.reduce_sum(tf.cast(losses, tf.float64)),
             tf.reduce_sum(tf.cast(in_top_5, tf.int64)),
-            tf.math.confusion_matrix(labels, predicted, classes, dtype=tf.int64),
+            tf.argmax(logits, axis=1, output_type=tf.int32),
+            tf.reduce_max(tf.nn.softmax(logits), axis=1),
         )
 
 
@@ -101,6 +74,7 @@ class Scored:
     run: RunConfig
     split: str
     metrics: Metrics
+    images: np.ndarray = field(repr=False)
 
     def line(self) -> str:
         """The essence in a line."""
@@ -123,7 +97,9 @@ class Scored:
             "num_images": self.metrics.num_images,
             "loss": self.metrics.loss,
             "accuracy": self.metrics.accuracy,
+            "accuracy_interval": self.metrics.accuracy_interval,
             "top_5_accuracy": self.metrics.top_5_accuracy,
+            "calibration_error": self.metrics.calibration.error,
             "per_class_accuracy": self.metrics.per_class_accuracy,
             "confusion_matrix": self.metrics.confusion_matrix.tolist(),
             "description": dataclasses.asdict(self.run),
@@ -155,7 +131,8 @@ def score_checkpoints(
                 model = ResNet(run.model, data_format, dtype)
                 evaluator = Evaluator(model, batch_size)
             checkpoints.restore_model(model, prefix)
-            yield Scored(prefix, step, run, split, evaluator(reading.result()))
+            examples = reading.result()
+            yield Scored(prefix, step, run, split, evaluator(examples), examples.images)
 
 
 def _images_for(run: RunConfig, prefix: str, path: str | None, split: str) -> ImageSet:

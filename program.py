@@ -96,10 +96,13 @@ def _aliases(name: str) -> list[str]:
 
 def _explanation(name: str) -> str:
     flag = FLAGS[name]
-    text = flag.help.rstrip(".")
-    if flag.default is not None and "default" not in text.lower():
-        text += f" (default:{UNBROKEN}{flag.default_as_str.strip(chr(39))})"
-    return text
+    # what absl adds to the help of a flag that may be repeated says nothing new
+    text = flag.help.partition(";\n    repeat this option")[0].rstrip(".")
+    if flag.default is None or "default" in text.lower():
+        return text
+    values = flag.default if isinstance(flag.default, list) else [flag.default]
+    default = ", ".join(str(value).lower() if flag.boolean else str(value) for value in values)
+    return f"{text} (default:{UNBROKEN}{default})"
 
 
 def _all_names(groups: Groups) -> Iterator[str]:

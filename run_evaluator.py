@@ -5,13 +5,18 @@ python run_evaluator.py --path=cifar-10-batches-bin --ckpt_path=runs/resnet20
 
 import json
 import os
+import platform
+import shlex
+import sys
+from datetime import datetime, timezone
 
 from absl import flags
 
 import command_line
+import output_files
 import program
 from device import start_tensorflow
-from errors import UserError, exits_with_a_sentence
+from errors import exits_with_a_sentence
 from terminal import table
 
 FLAGS = flags.FLAGS
@@ -27,6 +32,8 @@ flags.DEFINE_integer(
     "batch_size", 500, "Images at a time; changes nothing but speed.", lower_bound=1
 )
 flags.DEFINE_string("output_json", None, "File to write the figures to.")
+flags.DEFINE_string("report", None, "HTML file to write the figures to, with pictures.")
+flags.DEFINE_string("plot_dir", None, "Folder to write the pictures to, as PNG files.")
 for name in command_line.NETWORK_FLAGS:
     FLAGS.set_default(name, None)
 flags.mark_flag_as_required("ckpt_path")
@@ -34,15 +41,26 @@ flags.mark_flag_as_required("ckpt_path")
 FLAG_GROUPS = {
     "What to score": ("ckpt_path", "all_checkpoints", "path", "split"),
     "Network, checked against the checkpoint": command_line.NETWORK_FLAGS,
-    "Output": ("output_json", "quiet", "verbose"),
+    "Output": ("output_json", "report", "plot_dir", "quiet", "verbose"),
     "Computing": ("device", "data_format", "dtype", "loss_scale", "batch_size"),
 }
 
 
+@flags.multi_flags_validator(
+    ["all_checkpoints", "report", "plot_dir"],
+    "--report and --plot_dir show one checkpoint: give them without --all_checkpoints",
+)
+def _one_is_shown(values: dict[str, object]) -> bool:
+    return not (values["all_checkpoints"] and (values["report"] or values["plot_dir"]))
+
+
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
-    if FLAGS.output_json and not os.path.isdir(os.path.dirname(FLAGS.output_json) or "."):
-        raise UserError(f"--output_json={FLAGS.output_json} is in a folder that does not exist.")
+    for file in (FLAGS.output_json, FLAGS.report):
+        if file:
+            output_files.refuse_unwritable(file)
+    if FLAGS.plot_dir:
+        output_files.make_folder(FLAGS.plot_dir)
 
     device = start_tensorflow(FLAGS.device, FLAGS.verbose)
     import checkpoints
@@ -53,12 +71,13 @@ def main(argv: list[str]) -> int:
     prefixes = [newest]
     if FLAGS.all_checkpoints:
         prefixes = [prefix for _, prefix in checkpoints.list_checkpoints(os.path.dirname(newest))]
+    data_format = resolve_data_format(FLAGS.data_format, FLAGS.dtype, device)
     scores = []
     for scored in evaluation.score_checkpoints(
         prefixes,
         command_line.given_flags(("path",))["path"],
         FLAGS.split,
-        resolve_data_format(FLAGS.data_format, FLAGS.dtype, device),
+        data_format,
         FLAGS.dtype,
         FLAGS.batch_size,
         command_line.given_network(),
@@ -68,18 +87,43 @@ def main(argv: list[str]) -> int:
         print(scored.line() if FLAGS.quiet else scored.report(), flush=True)
         scores.append(scored.as_json())
     if FLAGS.output_json:
-        _write_json(FLAGS.output_json, scores if FLAGS.all_checkpoints else scores[0])
+        told = scores if FLAGS.all_checkpoints else scores[0]
+        output_files.write(FLAGS.output_json, (json.dumps(told, indent=2) + "\n").encode())
+    if FLAGS.report or FLAGS.plot_dir:
+        with command_line.quiet_work():
+            _draw(scored, f"{FLAGS.dtype}, {data_format}, on a {device.upper()}")
     return 0
 
 
-def _write_json(file: str, value: object) -> None:
-    try:
-        with open(file + ".new", "w") as new:
-            json.dump(value, new, indent=2)
-            new.write("\n")
-        os.replace(file + ".new", file)
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}.") from error
+def _draw(scored, computed_in: str) -> None:
+    """Writes the pictures of an evaluation, and the page that shows them."""
+    import plots
+
+    names = scored.run.data.class_names
+    figures = plots.evaluation_figures(scored.metrics, scored.images, names)
+    pictures = {name: plots.figure_to_png(figure) for name, figure in figures.items()}
+    if FLAGS.plot_dir:
+        for name, picture in pictures.items():
+            file = os.path.join(FLAGS.plot_dir, f"{name}.png")
+            output_files.write(file, picture)
+            print(f"drew {file}")
+    if FLAGS.report:
+        import numpy as np
+        import tensorflow as tf
+
+        import evaluation_report
+
+        made = {
+            "evaluated": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            "command": shlex.join(["python", *sys.argv]),
+            "computed in": computed_in,
+            "versions": f"Python {platform.python_version()}, TensorFlow {tf.__version__}, "
+            f"NumPy {np.__version__}",
+            "machine": platform.platform(),
+        }
+        page = evaluation_report.html(scored, pictures, made)
+        output_files.write(FLAGS.report, page.encode())
+        print(f"wrote {FLAGS.report}")
 
 
 if __name__ == "__main__":

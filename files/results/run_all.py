@@ -184,12 +184,12 @@ def train(run: Run, path: str, runs_dir: str) -> None:
 def _write_csv(run: Run, folder: str, score: dict[str, Any]) -> None:
     import tensorflow as tf
 
-    import summaries
     from resnet_model import ResNet
+    from run_history import read_history
 
     description = RunConfig.from_json(json.dumps(score["description"]))
     parameters = sum(v.shape.num_elements() for v in ResNet(description.model).trainable_variables)
-    rows, seconds, step = summaries.read_history(os.path.join(folder, "log")), 0.0, 0
+    rows, seconds, step = read_history(os.path.join(folder, "log")), 0.0, 0
     for row in rows:
         if "train_images_per_second" in row:
             # from the rates, so that the time between two starts of a run does not count

@@ -1,0 +1,114 @@
+"""What an evaluation found: every image's prediction, and the figures that follow from them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+NUM_BINS = 15
+
+
+class Calibration(NamedTuple):
+    """How often a network is right, beside how sure it is: one entry for each bin of confidence.
+
+    Where a bin is empty, its accuracy and confidence are nan.
+    """
+
+    counts: np.ndarray
+    accuracies: np.ndarray
+    confidences: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error: the mean gap between accuracy and confidence."""
+        gaps = np.abs(self.accuracies - self.confidences)
+        filled = self.counts > 0
+        return float(np.average(gaps[filled], weights=self.counts[filled]))
+
+
+def calibration(confidences: np.ndarray, correct: np.ndarray) -> Calibration:
+    """Parts images by confidence into bins of equal width, each with its upper end."""
+    bins = np.searchsorted(np.linspace(0, 1, NUM_BINS + 1)[1:-1], confidences)
+    counts, right, sure = (
+        np.bincount(bins, weights, NUM_BINS) for weights in (None, correct, confidences)
+    )
+    filled = np.where(counts, counts, np.nan)
+    return Calibration(counts, right / filled, sure / filled)
+
+
+def wilson_interval(
+    right: np.ndarray | int, count: np.ndarray | int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's 95 % interval for a share of which `right` among `count` were seen."""
+    z = 1.959964
+    share = right / count
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    spread = z * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    spread /= 1 + z * z / count
+    return middle - spread, middle + spread
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What an evaluation found: for each image its label, what it was taken for, how surely."""
+
+    loss: float
+    top_5_accuracy: float
+    labels: np.ndarray
+    predictions: np.ndarray
+    confidences: np.ndarray
+    num_classes: int
+
+    @property
+    def num_images(self) -> int:
+        return len(self.labels)
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Which images were recognised."""
+        return self.labels == self.predictions
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.correct.mean())
+
+    @property
+    def accuracy_interval(self) -> tuple[float, float]:
+        """Its 95 % interval, these images being drawn from all that there could be."""
+        low, high = wilson_interval(self.correct.sum(), self.num_images)
+        return float(low), float(high)
+
+    @property
+    def calibration(self) -> Calibration:
+        return calibration(self.confidences, self.correct)
+
+    @property
+    def confusion_matrix(self) -> np.ndarray:
+        """`[i, j]` counts images of class i taken for j."""
+        pairs = self.labels * self.num_classes + self.predictions
+        counts = np.bincount(pairs, minlength=self.num_classes**2)
+        return counts.reshape(self.num_classes, self.num_classes)
+
+    @property
+    def per_class_accuracy(self) -> list[float | None]:
+        """The share of each class's images that was recognised; None where there are none."""
+        matrix = self.confusion_matrix
+        right, counts = np.diag(matrix), matrix.sum(axis=1)
+        return [float(r / n) if n else None for r, n in zip(right, counts, strict=True)]
+
+    def report(self, names: Sequence[str]) -> str:
+        """The figures as lines for people."""
+        shown = min(5, len(names))
+        lines = [
+            f"  {'images':<19}{self.num_images}",
+            f"  {'loss':<19}{self.loss:.4f}",
+            f"  {'accuracy':<19}{self.accuracy:.4f}",
+            f"  {f'top-{shown} accuracy':<19}{self.top_5_accuracy:.4f}",
+            f"  {'calibration error':<19}{self.calibration.error:.4f}",
+        ]
+        width = max(len(name) for name in names) + 2
+        for name, accuracy in zip(names, self.per_class_accuracy, strict=True):
+            share = "no images" if accuracy is None else f"{accuracy:.4f}"
+            lines.append(f"    {name:<{width}}{share}")
+        return "\n".join(lines)

@@ -1,0 +1,70 @@
+"""Draws the learning curves of runs into one picture.
+
+python plot_runs.py --run=runs/resnet20 --run=runs/plain20
+"""
+
+import itertools
+import os
+
+from absl import flags
+
+import output_files
+import program
+import run_history
+from errors import UserError, exits_with_a_sentence
+
+KINDS = ("png", "svg")
+TAGS = ("loss", "error", "accuracy", "learning_rate", "images_per_second")
+
+FLAGS = flags.FLAGS
+flags.DEFINE_multi_string("run", None, "Folder of a run, or of its event files; repeatable.")
+flags.DEFINE_string("output", "curves.png", "Picture to write: .png or .svg.")
+flags.DEFINE_multi_enum("tag", ["loss", "error"], TAGS, "What to draw; repeatable.")
+flags.DEFINE_enum("x", "step", ["step", "epoch"], "What to draw it over.")
+flags.mark_flag_as_required("run")
+
+FLAG_GROUPS = {"What to draw": ("run", "tag", "x"), "Where to": ("output",)}
+
+
+@exits_with_a_sentence
+def main(argv: list[str]) -> int:
+    kind = os.path.splitext(FLAGS.output)[1][1:].lower()
+    if kind not in KINDS:
+        raise UserError(f"--output={FLAGS.output} must end in .png or .svg.")
+    output_files.refuse_unwritable(FLAGS.output)
+
+    histories = dict(zip(_names(FLAGS.run), map(_history, FLAGS.run), strict=True))
+
+    import plots  # after what is told at once, for Matplotlib is slow to import
+
+    figure = plots.curves_figure(histories, FLAGS.tag, FLAGS.x)
+    output_files.write(FLAGS.output, plots.encode(figure, kind))
+    print(f"drew {FLAGS.output}")
+    return 0
+
+
+def _names(runs: list[str]) -> list[str]:
+    """The folders' own names, or as much of their paths as tells them apart."""
+    paths = [os.path.realpath(run).removesuffix(os.sep + "log").split(os.sep) for run in runs]
+    if len(set(map(tuple, paths))) < len(paths):
+        raise UserError("--run names the same run twice.")
+    for parts in itertools.count(1):
+        names = [os.sep.join(path[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+
+
+def _history(run: str) -> list[dict[str, float]]:
+    if not os.path.isdir(run):
+        raise UserError(f"there is no folder {run}: name one that run_trainer.py wrote with --run.")
+    for log_path in (os.path.join(run, "log"), run):
+        if history := run_history.read_history(log_path):
+            return history
+    raise UserError(
+        f"there are no curves in {run}: name a run's --ckpt_path or its --train_log_path, which "
+        "holds the folders train and eval with TensorBoard's event files."
+    )
+
+
+if __name__ == "__main__":
+    program.run(main, FLAG_GROUPS)

@@ -1,0 +1,110 @@
+"""How all the project's pictures look: their colours, sizes and card, and how they are saved.
+
+They are made to be shown about 900 pixels wide, on light pages and dark ones: hence a card of
+their own, in colours that colour-blind readers tell apart, and in files with twice the pixels.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib.style
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.text import Text
+
+from errors import UserError
+
+WIDTH = 900  # in pixels, of which an inch has 100; so a point is 1.4 of them
+MARGIN = 24
+SMALL, NORMAL, LARGE = 8, 9, 12  # points
+
+INK, MUTED, RULE, PAPER = "#1f2328", "#57606a", "#d0d7de", "#ffffff"
+# Okabe and Ito's palette
+BLUE, SKY, GREEN = "#0072B2", "#56B4E9", "#009E73"
+ORANGE, VERMILLION, PURPLE = "#E69F00", "#D55E00", "#CC79A7"
+
+STYLE = {
+    "font.family": "DejaVu Sans",  # which comes with Matplotlib: the same on every machine
+    "font.size": NORMAL,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": SMALL,
+    "axes.titlesize": NORMAL,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
+    "legend.frameon": False,
+    "legend.fontsize": SMALL,
+}
+
+
+def tint(colour: str, share: float = 0.2) -> tuple[float, float, float]:
+    """A colour thinned with white."""
+    red, green, blue = (1 - share * (1 - value) for value in to_rgb(colour))
+    return red, green, blue
+
+
+@contextlib.contextmanager
+def picture(
+    *files: str | os.PathLike, height: float, title: str, subtitle: str = ""
+) -> Iterator[Figure]:
+    """A figure in the project's style, so many pixels high, saved to the files at the end.
+
+    The same figure gives the same bytes, and each file appears whole or not at all. PNGs carry the
+    words in the picture as their description.
+    """
+    with matplotlib.style.context(["default", STYLE]):
+        figure = Figure((WIDTH / 100, height / 100), facecolor="none", layout="constrained")
+        top = 78 if subtitle else 60
+        room = (20 / WIDTH, 16 / height, 1 - 40 / WIDTH, 1 - (top + 16) / height)
+        figure.get_layout_engine().set(rect=room)
+        figure.add_artist(_card(height, figure))
+        figure.text(MARGIN / WIDTH, 1 - 38.5 / height, title, size=LARGE, weight="bold")
+        figure.text(MARGIN / WIDTH, 1 - 60.5 / height, subtitle)
+        yield figure
+        for file in map(Path, files):
+            _save(figure, file)
+
+
+def _card(height: float, figure: Figure) -> FancyBboxPatch:
+    return FancyBboxPatch(
+        (0.01, 0.01),
+        WIDTH / 100 - 0.02,
+        height / 100 - 0.02,
+        boxstyle="round,pad=0,rounding_size=0.08",
+        facecolor=PAPER,
+        edgecolor=RULE,
+        transform=figure.dpi_scale_trans,
+        zorder=-1,
+    )
+
+
+def _save(figure: Figure, file: Path) -> None:
+    kind = file.suffix[1:]
+    if kind == "pdf":
+        metadata = dict.fromkeys(("Creator", "Producer", "CreationDate"))
+    else:
+        words = (text.get_text() for text in figure.findobj(Text))
+        metadata = {"Software": None, "Description": " | ".join(filter(None, words))}
+    new = file.with_name(file.name + ".new")
+    try:
+        figure.savefig(new, format=kind, dpi=200, metadata=metadata)
+        os.replace(new, file)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}.") from error
+    finally:
+        new.unlink(missing_ok=True)
+    print(f"drew {file}")

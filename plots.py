@@ -1,0 +1,280 @@
+"""The pictures of an evaluation and of trainings, as Matplotlib figures in the project's style."""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from errors import UserError
+from metrics import NUM_BINS, Metrics, calibration, wilson_interval
+from plot_style import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PAPER,
+    PURPLE,
+    SKY,
+    SMALL,
+    STYLE,
+    VERMILLION,
+    picture,
+    tint,
+)
+
+PIXEL = 0.72  # points, as the style draws
+SMALLEST = 4.5  # points that can still be read, in a picture of twice the pixels
+
+MISTAKES_SHOWN, MISTAKES_IN_A_ROW = 24, 8
+
+DASHED = {"lw": 0.9, "ls": (0, (4, 2))}
+
+
+def figure_to_png(figure: Figure, dpi: int = 200) -> bytes:
+    """A figure as a PNG file, with 200 dots an inch 1800 pixels wide."""
+    return encode(figure, "png", dpi)
+
+
+def encode(figure: Figure, kind: str, dpi: int = 200) -> bytes:
+    """A figure as a file of a kind ("png", "svg"); the same figure gives the same bytes."""
+    undated = {"png": {"Software": None}, "svg": {"Date": None}}[kind]
+    buffer = io.BytesIO()
+    # Some of a figure's parts are only made while it is drawn.
+    with matplotlib.style.context(["default", STYLE, {"svg.hashsalt": "resnet"}]):
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata=undated)
+    return buffer.getvalue()
+
+
+def evaluation_figures(
+    metrics: Metrics, images: np.ndarray, names: Sequence[str]
+) -> dict[str, Figure]:
+    """The figures of an evaluation under names for their files."""
+    matrix, found = metrics.confusion_matrix, (metrics.labels, metrics.predictions)
+    return {
+        "confusion_matrix": confusion_matrix_figure(matrix, names),
+        "class_accuracy": class_accuracy_figure(matrix, names),
+        "reliability": reliability_figure(metrics.confidences, metrics.correct),
+        "mistakes": mistakes_figure(images, *found, metrics.confidences, names),
+    }
+
+
+def confusion_matrix_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
+    """What the images of each class were taken for: `matrix[i, j]` of class i for class j."""
+    classes = len(names)
+    width, height = 760 / classes, np.clip(700 / classes, 3, 46)  # of a cell, in pixels
+    subtitle = (
+        "A row for each class, a column for what its images were taken for; blue is right; the "
+        "darker, the larger the share of the row"
+    )
+    with picture(
+        height=200 + classes * height, title="Confusion matrix", subtitle=subtitle
+    ) as figure:
+        axes = figure.add_subplot()
+        # the square root, so that a few mistakes among hundreds can be seen
+        shades = np.sqrt(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1))
+        colours = np.where(np.eye(classes)[..., None], to_rgb(BLUE), to_rgb(VERMILLION))
+        pixels = 1 - shades[..., None] * (1 - colours)
+        axes.imshow(pixels, aspect="auto", interpolation="nearest")
+        axes.grid(False)
+        if height >= 24:
+            for row, column in zip(*np.nonzero(matrix), strict=True):
+                axes.text(
+                    column,
+                    row,
+                    f"{matrix[row, column]:,}",
+                    color=PAPER if shades[row, column] > 0.6 else INK,
+                    fontsize=SMALL,
+                    ha="center",
+                    va="center_baseline",
+                )
+        longest = max(map(len, names)) * 0.62 * SMALL / PIXEL
+        _name_ticks(axes, "y", names, height)
+        _name_ticks(axes, "x", names, width, rotation=90 if longest > width else 0)
+        axes.set(xlabel="taken for", ylabel="class")
+    return figure
+
+
+def class_accuracy_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
+    """The share of each class's images that was recognised, from the best to the worst."""
+    right, counts = np.diag(matrix), matrix.sum(axis=1)
+    counted = np.where(counts, counts, np.nan)
+    shares = right / counted
+    order = np.argsort(-shares, kind="stable")  # classes without images come last
+    row = np.clip(700 / len(names), 13, 26)  # in pixels
+    overall = right.sum() / counts.sum()
+    with picture(
+        height=160 + len(names) * row,
+        title="Accuracy of each class",
+        subtitle=f"With 95 % intervals; dashed at {_percent(overall)}, the accuracy on all images",
+    ) as figure:
+        axes = figure.add_subplot()
+        places = np.arange(len(names))
+        axes.barh(places, np.nan_to_num(shares[order]), 0.7, color=SKY)
+        axes.hlines(places, *wilson_interval(right[order], counted[order]), color=INK, lw=1)
+        axes.axvline(overall, color=MUTED, **DASHED)
+        for place, i in enumerate(order):
+            text = f"{_percent(shares[i])} of {counts[i]:,}" if counts[i] else "no images"
+            axes.text(1.01, place, text, fontsize=SMALL - 1, va="center_baseline")
+        _name_ticks(axes, "y", [names[i] for i in order], row)
+        _percent_ticks(axes, "x")
+        axes.set(ylim=(len(names) - 0.4, -0.6))
+        axes.grid(False, axis="y")
+    return figure
+
+
+def reliability_figure(confidences: np.ndarray, correct: np.ndarray) -> Figure:
+    """How often the network is right where it is so sure, and how often it is so sure."""
+    found = calibration(confidences, correct)
+    edges = np.linspace(0, 1, NUM_BINS + 1)
+    middles, width = (edges[1:] + edges[:-1]) / 2, 0.9 / NUM_BINS
+    counted = np.where(found.counts, found.counts, np.nan)
+    subtitle = f"Expected calibration error {found.error:.4f}: the mean distance of blue from red"
+    with picture(height=460, title="Reliability", subtitle=subtitle) as figure:
+        left, right = figure.subplots(1, 2)
+        left.set_title("Accuracy where the network is so confident")
+        left.plot([0, 1], [0, 1], color=MUTED, **DASHED)
+        left.bar(middles, np.nan_to_num(found.accuracies), width, color=SKY, label="accuracy")
+        interval = wilson_interval(found.accuracies * counted, counted)
+        left.vlines(middles, *interval, color=INK, lw=1, label="95 % interval")
+        ends = middles - width / 2, middles + width / 2
+        left.hlines(found.confidences, *ends, color=VERMILLION, lw=2, label="mean confidence")
+        left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, columnspacing=1.2)
+        _percent_ticks(left, "y")
+
+        right.set_title(f"How many of {found.counts.sum():,} images")
+        bars = right.bar(middles, found.counts, width, color=tint(BLUE, 0.5))
+        numbers = [f"{count:,}" if count else "" for count in found.counts]
+        right.bar_label(bars, numbers, padding=2, fontsize=SMALL - 2)
+        right.set(yscale="log", ylim=(0.5, 3 * found.counts.max()))
+        right.yaxis.set_major_formatter("{x:,.0f}")
+        for axes in (left, right):
+            _percent_ticks(axes, "x")
+            axes.set_xlabel("confidence")
+            axes.grid(False, axis="x")
+    return figure
+
+
+def mistakes_figure(
+    images: np.ndarray,
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    confidences: np.ndarray,
+    names: Sequence[str],
+) -> Figure:
+    """The images that were taken for something else, the surest mistakes first."""
+    wrong = np.flatnonzero(labels != predictions)
+    shown = wrong[np.argsort(-confidences[wrong], kind="stable")][:MISTAKES_SHOWN]
+    rows = -(-len(shown) // MISTAKES_IN_A_ROW)
+    subtitle = f"All {len(labels):,} images were recognised"
+    if rows:
+        surest = f", the {len(shown)} surest" if len(wrong) > len(shown) else ""
+        subtitle = (
+            f"{len(wrong):,} of {len(labels):,} images{surest}: above, what they were taken for "
+            "and how surely; below, what they are"
+        )
+    with picture(height=100 + 154 * rows, title="Mistakes", subtitle=subtitle) as figure:
+        for place, i in enumerate(shown, 1):
+            axes = figure.add_subplot(rows, MISTAKES_IN_A_ROW, place, xticks=[], yticks=[])
+            axes.imshow(images[i], interpolation="nearest")
+            axes.spines[:].set_visible(False)
+            taken_for, label = (_shown(names[c], 16) for c in (predictions[i], labels[i]))
+            small = {"fontsize": SMALL - 1}
+            sure = f"{taken_for}\n{100 * confidences[i]:.0f} %"
+            axes.set_title(sure, loc="center", pad=3, color=VERMILLION, **small)
+            axes.set_xlabel(label, labelpad=3, color=INK, **small)
+    return figure
+
+
+def curves_figure(
+    histories: Mapping[str, Sequence[Mapping[str, float]]], tags: Sequence[str], x: str = "step"
+) -> Figure:
+    """Learning curves of runs, given under their names as `run_history` reads them.
+
+    `tags` are those of the event files, or "error"; `x` is "step" or "epoch".
+    """
+    rows = -(-len(tags) // 2)
+    looks = dict(zip(histories, _looks(), strict=False))
+    with picture(
+        height=105 + 350 * rows + 20 * -(-len(histories) // 3),
+        title="Learning curves",
+        subtitle="Dashed on training batches, with markers in evaluations",
+    ) as figure:
+        for place, tag in enumerate(tags, 1):
+            axes = figure.add_subplot(rows, min(2, len(tags)), place)
+            for name, history in histories.items():
+                axes.plot(*_curve(history, "train", tag, x), color=looks[name]["color"], **DASHED)
+                over, values = _curve(history, "eval", tag, x)
+                axes.plot(over, values, markevery=max(1, len(over) // 8), **looks[name])
+            if not any(np.isfinite(line.get_xydata()).all(axis=1).any() for line in axes.lines):
+                raise UserError(f"the event files of these runs say nothing of {tag} over {x}s.")
+            axes.set_title(tag.replace("_", " "))
+            axes.set_xlabel(x)
+            axes.xaxis.set_major_locator(MaxNLocator(6))
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            if tag in ("loss", "error"):
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter("{x:g} %" if tag in ("error", "accuracy") else "{x:g}")
+        lines = [Line2D([], [], label=_shown(name, 40), **looks[name]) for name in histories]
+        figure.legend(handles=lines, loc="outside lower left", ncols=3, borderaxespad=1.6)
+    return figure
+
+
+def _curve(
+    history: Sequence[Mapping[str, float]], writer: str, tag: str, x: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where something was written, and what, in percent if it is a share."""
+    column = f"{writer}_{'accuracy' if tag == 'error' else tag}"
+    rows = [row for row in history if column in row]
+    over, values = (np.array([row[key] for row in rows]) for key in ("step", column))
+    if tag in ("error", "accuracy"):
+        values = 100 * (1 - values if tag == "error" else values)
+    if x == "epoch":
+        epochs = (row["train_epoch"] / row["step"] for row in history if "train_epoch" in row)
+        over = over * next(epochs, np.nan)
+    return over, values
+
+
+def _looks() -> Iterator[dict[str, Any]]:
+    """How runs are drawn: apart by colour and, from the seventh on, by marker too."""
+    for marker, colour in product("os^Dv*", (BLUE, ORANGE, GREEN, PURPLE, INK, SKY)):
+        yield {"color": colour, "lw": 1.6, "marker": marker, "ms": 5, "mec": PAPER, "mew": 0.6}
+
+
+def _name_ticks(
+    axes: Axes, axis: str, names: Sequence[str], room: float, rotation: float = 0
+) -> None:
+    """Names the ticks of an axis where each has so many pixels: in small, or only some of them."""
+    size = SMALL if axis == "x" and not rotation else min(SMALL, 0.95 * room * PIXEL)
+    every = int(np.ceil(SMALLEST / size))
+    places = range(0, len(names), every)
+    labels = [_shown(names[i], 24) for i in places]
+    ticks = axes.xaxis if axis == "x" else axes.yaxis
+    ticks.set_ticks(places, labels, fontsize=max(size, SMALLEST), rotation=rotation)
+    axes.tick_params(axis=axis, length=0)
+
+
+def _percent_ticks(axes: Axes, axis: str) -> None:
+    axes.set(**{f"{axis}lim": (0, 1)})
+    ticks = axes.xaxis if axis == "x" else axes.yaxis
+    ticks.set_major_formatter(PercentFormatter(1, symbol=" %"))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _shown(name: str, longest: int) -> str:
+    """A name as it is, not as a formula, up to so many characters."""
+    cut = name if len(name) <= longest else name[: longest - 1] + "…"
+    return cut.replace("$", r"\$")
