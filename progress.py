@@ -1,5 +1,6 @@
 """What a training shows: a live line on a terminal, plain lines elsewhere, and TensorBoard."""
 
+import contextlib
 import shlex
 import sys
 import time
@@ -62,21 +63,23 @@ class Progress:
         """Steps that must not lie in the middle of several taken at once."""
         return [self._profile_steps[0] - 1, self._profile_steps[1]] if self._profile_steps else []
 
-    def starting(self, step: int) -> None:
-        """Is told, before steps are taken, how many were: starts and ends the profile."""
+    def taking(self, step: int) -> contextlib.AbstractContextManager:
+        """Around the steps that follow this one: profiles them, if they are to be profiled."""
         if self._profile_steps is None:
-            return
-        if step == self._profile_steps[0] - 1:
+            return contextlib.nullcontext()
+        first, last = self._profile_steps
+        if step == last:
+            self._stop_profiling()
+        elif step == first - 1:
             tf.profiler.experimental.start(self._log_path)
             self._profiling = True
-        elif step == self._profile_steps[1]:
-            self._stop_profiling()
+        return tf.profiler.experimental.Trace("train", step_num=step + 1, _r=1)
 
     def _stop_profiling(self) -> None:
         if self._profiling:
             tf.profiler.experimental.stop()
             self._profiling = False
-            self.write(f"The profile is in {self._log_path}, for TensorBoard.")
+            self.write(f'The profile is in {self._log_path}: see TensorBoard, "Profile".')
 
     def wants_update(self) -> bool:
         """Whether the live line is due: asked every step, so that the step itself never waits."""

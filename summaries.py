@@ -6,6 +6,7 @@ so that their curves share charts.
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -14,8 +15,8 @@ from metrics import Metrics
 from run_config import RunConfig
 from run_history import WRITERS
 
-GRID = 8  # pictures a side
-DPI = 100
+GRID, GAP = 8, 2  # pictures a side, and pixels around each
+DPI = 100  # half of what files get
 # what TensorBoard's table of hyperparameters shows of each run, by names of `results`
 RESULTS = ("accuracy", "best_accuracy", "loss", "train_accuracy", "train_loss")
 
@@ -45,7 +46,7 @@ class Summaries:
         from tensorboard.plugins.hparams import api as hp
 
         settings = run.settings()
-        rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+        rows = "\n".join(f"| {name} | {_shown(value)} |" for name, value in settings.items())
         single = {k: v for k, v in settings.items() if isinstance(v, bool | int | float | str)}
         with self._writers["train"].as_default(step):
             tf.summary.text("run", f"| setting | value |\n| --- | --- |\n{rows}")
@@ -62,8 +63,9 @@ class Summaries:
         import plots
 
         figure = plots.confusion_matrix_figure(metrics.confusion_matrix, names)
+        png = plots.figure_to_png(figure, DPI)
         text = "What the images of each class were taken for."
-        self._picture("eval", step, "confusion_matrix", plots.figure_to_png(figure, DPI), text)
+        self._pixels("eval", step, "confusion_matrix", tf.io.decode_png(png), text)
 
     def mistakes(
         self, step: int, images: np.ndarray, metrics: Metrics, names: Sequence[str]
@@ -73,15 +75,13 @@ class Summaries:
         figure = plots.mistakes_figure(
             images, metrics.labels, metrics.predictions, metrics.confidences, names
         )
+        png = plots.figure_to_png(figure, DPI)
         text = "The mistakes that the network was surest of."
-        self._picture("eval", step, "mistakes", plots.figure_to_png(figure, DPI), text)
+        self._pixels("eval", step, "mistakes", tf.io.decode_png(png), text)
 
     def results(self, step: int, values: Mapping[str, float]) -> None:
         """The figures that TensorBoard shows beside a run's hyperparameters."""
         self.scalars("train", step, {f"result/{name}": value for name, value in values.items()})
-
-    def _picture(self, writer: str, step: int, tag: str, png: bytes, description: str) -> None:
-        self._pixels(writer, step, tag, tf.io.decode_png(png), description)
 
     def _pixels(
         self, writer: str, step: int, tag: str, pixels: np.ndarray | tf.Tensor, description: str
@@ -91,11 +91,15 @@ class Summaries:
         self._writers[writer].flush()
 
 
-def picture_grid(images: np.ndarray, gap: int = 2, scale: int = 2) -> np.ndarray:
-    """Pictures [N, H, W, 3] with values from 0 to 255, side by side, as uint8 pixels."""
+def picture_grid(images: np.ndarray) -> np.ndarray:
+    """Pictures [N, H, W, 3] with values from 0 to 255, in rows of eight and twice as large."""
     images = np.clip(np.rint(images[: GRID * GRID]), 0, 255).astype(np.uint8)
-    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    images = images.repeat(2, axis=1).repeat(2, axis=2)
     missing = -len(images) % GRID
-    images = np.pad(images, ((0, missing), (gap, gap), (gap, gap), (0, 0)), constant_values=255)
+    images = np.pad(images, ((0, missing), (GAP, GAP), (GAP, GAP), (0, 0)), constant_values=255)
     rows = images.reshape(-1, GRID, *images.shape[1:])
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
+
+
+def _shown(value: Any) -> Any:
+    return ", ".join(value) if isinstance(value, tuple) else value

@@ -377,8 +377,8 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
                     count -= 1
                 else:
                     trainer.watch_next_step()
-            progress.starting(step)
-            trainer.train_steps(batches, count, step < run.training.small_steps)
+            with progress.taking(step):
+                trainer.train_steps(batches, count, step < run.training.small_steps)
             step += count
             ending = step == last_step or stop.signal is not None
             rate = trainer.learning_rates[step - 1]
