@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
+from errors import UserError
 from metrics import Metrics
 from run_config import RunConfig
 from run_history import read_history
@@ -34,7 +35,8 @@ class Progress:
         self._summaries = Summaries(log_path)
         self._has_shown_run = False
         self._profile_steps, self._profiling = profile_steps, False
-        self._trained = (float("nan"), float("nan"))
+        # the last of what was logged: loss, accuracy, over so many steps; step, split, metrics
+        self._trained = (float("nan"), float("nan"), 0)
         self._evaluated: tuple[int, str, Metrics] | None = None
         self._started = self._logged_at = self._shown_at = time.monotonic()
         self._first_step = self._logged_step = first_step
@@ -114,8 +116,8 @@ class Progress:
     ) -> None:
         """Writes down the training's mean loss and accuracy since the last time."""
         rate = self._rate(self._logged_step, self._logged_at, step)
+        self._trained = loss, accuracy, step - self._logged_step
         self._logged_step, self._logged_at = step, time.monotonic()
-        self._trained = loss, accuracy
         left = (self._last_step - step) * self._batch_size / rate
         self.write(
             f"step {step}/{self._last_step} epoch {step / self._steps_per_epoch:.2f} "
@@ -156,7 +158,7 @@ class Progress:
         `images` are those that were evaluated.
         """
         rows = {}
-        loss, accuracy = self._trained
+        loss, accuracy, steps = self._trained
         results = {"train_loss": loss, "train_accuracy": accuracy}
         if self._evaluated:
             at, split, metrics = self._evaluated
@@ -166,8 +168,8 @@ class Progress:
             results |= {"loss": metrics.loss, "accuracy": metrics.accuracy, "best_accuracy": best}
             self._summaries.mistakes(at, images, metrics, self._run.data.class_names)
         self._summaries.results(step, results)
+        rows["training"] = f"loss {loss:.4f}, accuracy {accuracy:.4f} in the last {steps} steps"
         seconds = time.monotonic() - self._started
-        rows["training"] = f"loss {loss:.4f}, accuracy {accuracy:.4f}, step {step}"
         rows["time"] = f"{duration(seconds)} for {step - self._first_step} steps"
         rows["saved as"] = saved
         rows["curves"] = f"tensorboard --logdir {shlex.quote(self._log_path)}"
@@ -175,12 +177,13 @@ class Progress:
 
     def _best_evaluation(self, last_step: int) -> tuple[float, int]:
         """The best accuracy of the whole run, in earlier starts too, and its step."""
-        found = [
-            (row["eval_accuracy"], row["step"])
-            for row in read_history(self._log_path)
-            if "eval_accuracy" in row and row["step"] <= last_step
-        ]
-        return max(found, key=lambda each: each[0])
+        step, _, metrics = self._evaluated
+        found = [(metrics.accuracy, step)]
+        with contextlib.suppress(UserError):  # a damaged file is no reason to fail at the very end
+            for row in read_history(self._log_path):
+                if "eval_accuracy" in row and row["step"] <= last_step:
+                    found.append((row["eval_accuracy"], row["step"]))
+        return max(found)
 
     def write(self, line: str) -> None:
         """Prints a line, above the live one where there is one."""
