@@ -1,6 +1,6 @@
 # `make demo` trains and evaluates a network, `make test` runs the tests, `make bench` measures the
-# project beside others, `make savedmodels` exports the trained networks in files/pretrained. Each
-# first makes the environment it needs.
+# project beside others, `make figures` draws the pictures in files/, `make savedmodels` exports the
+# trained networks in files/pretrained. Each first makes the environment it needs.
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 PYTHON ?=
@@ -8,7 +8,7 @@ VENV := .venv
 BENCH_VENV := .venv-bench
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench savedmodels
+.PHONY: demo test lint bench figures savedmodels
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -25,6 +25,11 @@ lint: $(VENV)/ready
 
 bench: $(BENCH_VENV)/ready
 	$(BENCH_VENV)/bin/python benchmarks/compare.py
+
+figures: $(VENV)/ready
+	$(RUN) files/draw_parts.py
+	$(RUN) files/draw_network.py
+	$(RUN) files/draw_curves.py
 
 PRETRAINED := $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard files/pretrained/*/*.index)))))
 SAVEDMODELS := $(foreach layout,nhwc nchw,$(PRETRAINED:%=savedmodels/%-$(layout)))

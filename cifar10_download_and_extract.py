@@ -1,7 +1,8 @@
-"""Puts CIFAR-10 in its binary layout where the trainer looks for it: fetch, verify, unpack.
+"""Puts CIFAR-10 or CIFAR-100 where the trainer looks for it: fetch, verify, unpack.
 
     python cifar10_download_and_extract.py                      # into ./cifar-10-batches-bin
     python cifar10_download_and_extract.py --data_dir=~/data    # into ~/data/cifar-10-batches-bin
+    python cifar10_download_and_extract.py --dataset=cifar100   # into ./cifar-100-binary
     python cifar10_download_and_extract.py --synthetic          # a small stand-in, no download
 
 A broken download goes on where it stopped, and the data folder appears only once it is complete.
@@ -31,30 +32,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 import errors
+from data_layout import IMAGE_BYTES, LAYOUTS, Digest, Layout
 
-URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-
-ARCHIVE = "cifar-10-binary.tar.gz"
-FOLDER = "cifar-10-batches-bin"
-TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
-TEST_FILE = "test_batch.bin"
-META_FILE = "batches.meta.txt"
-README_FILE = "readme.html"
+README_FILE = "readme.html"  # CIFAR-10's archive has one
 MANIFEST = ".sha256"
-DATA_FILES = (*TRAIN_FILES, TEST_FILE, META_FILE)
-# The manifest comes last so that a folder being emptied never passes for one without a manifest.
-OWN_FILES = (*DATA_FILES, README_FILE, MANIFEST)
 
-RECORD_BYTES = 1 + 3 * 32 * 32
-CLASSES = 10
-CHUNK_BYTES = 256 * RECORD_BYTES  # whole records, so that every chunk starts with a label
+CHUNK_BYTES = 1 << 20
+CHUNK_RECORDS = 256
 
 MAX_ARCHIVE_BYTES = 1 << 30
 MAX_UNPACKED_BYTES = 512 << 20
-MAX_BATCH_BYTES = 64 << 20
+MAX_BATCH_BYTES = 256 << 20
 MAX_TEXT_BYTES = 64 << 10
-MAX_BATCH_IMAGES = MAX_BATCH_BYTES // RECORD_BYTES
+
+MAX_SYNTHETIC_BATCH = 20_000  # images in one file of the stand-in
 
 TRIES = 5
 RETRY_SECONDS = 1.0  # before the second try; doubled before each further one
@@ -71,7 +62,7 @@ class Refused(Exception):
 
 
 class BadData(Exception):
-    """The data is not CIFAR-10's binary layout. The text says where."""
+    """The data is not in a data set's binary layout. The text says where."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -142,12 +133,12 @@ class WebRedirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
+def digest_of(path: Path, algorithm: str) -> Digest:
+    digest = hashlib.new(algorithm, usedforsecurity=algorithm != "md5")
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
-    return digest.hexdigest()
+    return Digest(algorithm, digest.hexdigest())
 
 
 def size_of(path: Path) -> int:
@@ -283,57 +274,48 @@ def download(mirror: Mirror, part: Path) -> None:
             time.sleep(pause)
 
 
-def download_verified(mirror: Mirror, part: Path, sha256: str) -> None:
+def download_verified(mirror: Mirror, part: Path, digest: Digest) -> None:
     resumed = size_of(part) > 0
     download(mirror, part)
-    actual = sha256_of(part)
-    if actual == sha256:
+    actual = digest_of(part, digest.algorithm)
+    if actual == digest:
         return
+    refusal = Refused(
+        f"its archive has the {actual}, not the expected {digest.value} "
+        f"(give --sha256={digest_of(part, 'sha256').value} if that archive is meant)"
+    )
     part.unlink()
     if not resumed:
-        raise Refused(
-            f"its archive has the SHA-256 {actual}, not the expected {sha256} "
-            f"(give --sha256={actual} if that archive is meant)"
-        )
-    print("the resumed archive has the wrong SHA-256, so it starts from zero", flush=True)
-    download_verified(mirror, part, sha256)
+        raise refusal
+    print("the resumed archive is not the expected one, so it starts from zero", flush=True)
+    download_verified(mirror, part, digest)
 
 
-def obtain_archive(urls: Sequence[str], part: Path, sha256: str, timeout: float) -> None:
+def obtain_archive(flags: argparse.Namespace, part: Path, digest: Digest) -> None:
     """Brings the archive with this digest to `part`, from the first mirror that has it."""
-    if part.exists() and sha256_of(part) == sha256:
+    if part.exists() and digest_of(part, digest.algorithm) == digest:
         return
     problems = []
-    for url in urls:
+    for url in flags.url or [flags.layout.archive.url]:
         print(f"downloading {url}", flush=True)
         try:
-            return download_verified(Mirror(url, timeout), part, sha256)
+            return download_verified(Mirror(url, flags.timeout), part, digest)
         except Refused as problem:
             print(f"{url}: {problem}", flush=True)
             problems.append(f"{url}: {problem}")
     kept = f" (the {size_of(part)} bytes in {part} are kept)" if size_of(part) else ""
     raise errors.UserError(
-        f"cannot download CIFAR-10: {'; '.join(problems)}; check the address and the network and "
-        f"run the same command again{kept}, name a mirror with --url, or make the generated "
-        "stand-in with --synthetic."
+        f"cannot download {flags.layout.title}: {'; '.join(problems)}; check the address and the "
+        f"network and run the same command again{kept}, name a mirror with --url, or make the "
+        "generated stand-in with --synthetic."
     )
 
 
 # --- Unpack ---------------------------------------------------------------------------------------
 
 
-def size_problem(name: str, size: int) -> str | None:
-    """What is wrong with the size of one of the data files, if anything is."""
-    limit = MAX_BATCH_BYTES if name.endswith(".bin") else MAX_TEXT_BYTES
-    if not 0 < size <= limit:
-        return f"{name} has {size} bytes, where 1 to {limit} are expected"
-    if name.endswith(".bin") and size % RECORD_BYTES:
-        return f"{name} has {size} bytes, which is no whole number of {RECORD_BYTES}-byte records"
-    return None
-
-
 class BoundedReader:
-    """Reads a decompressed stream and stops one that grows beyond any CIFAR-10 archive."""
+    """Reads a decompressed stream and stops one that grows beyond any of these archives."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.left = stream, MAX_UNPACKED_BYTES
@@ -385,16 +367,20 @@ def check_member(member: tarfile.TarInfo) -> None:
         raise BadData(f"it gives {name} a size of {member.size} bytes")
 
 
-def unpack_member(member: tarfile.TarInfo, stream: BoundedReader, folder: Path) -> str | None:
-    """Writes the member if it is one of CIFAR-10's files, passes over it if not; returns which."""
+def unpack_member(
+    member: tarfile.TarInfo, stream: BoundedReader, folder: Path, layout: Layout
+) -> str | None:
+    """Writes the member if it is one of the data set's files, else skips it; returns which."""
     if member.type == tarfile.DIRTYPE:
         return None  # no bytes follow a folder's header
     place, _, name = member.name.removeprefix("./").rpartition("/")
-    wanted = member.type in TAR_FILES and place == FOLDER and name in (*DATA_FILES, README_FILE)
+    is_ours = place == layout.folder and name in (*layout.files, README_FILE)
+    wanted = is_ours and member.type in TAR_FILES
+    limit = MAX_BATCH_BYTES if name.endswith(".bin") else MAX_TEXT_BYTES
     if not wanted:
         stream.copy(member.size, None)
-    elif problem := size_problem(name, member.size):
-        raise BadData(problem)
+    elif member.size > limit:
+        raise BadData(f"{name} has {member.size} bytes, where up to {limit} are expected")
     elif (folder / name).exists():
         raise BadData(f"it holds {name} twice")
     else:
@@ -404,26 +390,26 @@ def unpack_member(member: tarfile.TarInfo, stream: BoundedReader, folder: Path) 
     return name if wanted else None
 
 
-def unpack_tar(stream: BoundedReader, folder: Path) -> None:
+def unpack_tar(stream: BoundedReader, folder: Path, layout: Layout) -> None:
     # tarfile's own reader follows long names and sparse maps, and its extractors write what the
-    # archive says. Here only the eight names above can ever be written.
+    # archive says. Here only the data set's own names can ever be written.
     unpacked = set()
     while (block := stream.read(tarfile.BLOCKSIZE)).strip(b"\0"):
         member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         check_member(member)
-        unpacked.add(unpack_member(member, stream, folder))
+        unpacked.add(unpack_member(member, stream, folder, layout))
     while rest := stream.read(CHUNK_BYTES):  # to the end, where gzip keeps its checksum
         if rest.strip(b"\0"):
             raise BadData("something follows the end of its tar")
-    if missing := [name for name in DATA_FILES if name not in unpacked]:
-        raise BadData(f"it holds no {FOLDER}/{missing[0]}")
+    if missing := [name for name in layout.files if name not in unpacked]:
+        raise BadData(f"it holds no {layout.folder}/{missing[0]}")
 
 
-def unpack(archive: Path, folder: Path) -> None:
-    """Writes CIFAR-10's files from a .tar.gz into `folder`, and nothing else anywhere."""
+def unpack(archive: Path, layout: Layout, folder: Path) -> None:
+    """Writes the data set's files from a .tar.gz into `folder`, and nothing else anywhere."""
     try:
         with gzip.open(archive) as stream:
-            unpack_tar(BoundedReader(stream), folder)
+            unpack_tar(BoundedReader(stream), folder, layout)
     except (gzip.BadGzipFile, zlib.error, EOFError, tarfile.TarError) as error:
         raise BadData(f"it is damaged or not a .tar.gz at all ({describe(error)})") from error
 
@@ -431,26 +417,32 @@ def unpack(archive: Path, folder: Path) -> None:
 # --- The data folder ------------------------------------------------------------------------------
 
 
-def check_labels(name: str, first_record: int, chunk: bytes) -> None:
-    labels = chunk[::RECORD_BYTES]
-    if (worst := max(labels)) >= CLASSES:
-        record = first_record + labels.index(worst)
-        raise BadData(f"{name} has the label {worst} in record {record}, where 0 to 9 are expected")
+def check_folder(folder: Path, layout: Layout) -> dict[str, str]:
+    """Checks each file of a data folder, its size and labels; returns their SHA-256 digests."""
+    for name in layout.files:
+        if not (folder / name).is_file():
+            raise BadData(f"{name} is missing")
+    try:
+        counts = [len(layout.read_names(str(folder), label)) for label in layout.labels]
+    except errors.UserError as error:
+        raise BadData(str(error).rstrip(".")) from error
+    return {name: check_file(folder / name, layout, counts) for name in layout.files}
 
 
-def check_file(path: Path) -> str:
-    """Checks one data file's size and labels and returns its SHA-256."""
-    if not path.is_file():
-        raise BadData(f"{path.name} is missing")
-    if problem := size_problem(path.name, path.stat().st_size):
+def check_file(path: Path, layout: Layout, class_counts: Sequence[int]) -> str:
+    has_records = path.suffix == ".bin"
+    if has_records and (problem := layout.size_problem(path.name, path.stat().st_size)):
         raise BadData(problem)
     digest, record = hashlib.sha256(), 0
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
+        # whole records, so that every chunk starts with a label
+        while chunk := file.read(CHUNK_RECORDS * layout.record_bytes):
             digest.update(chunk)
-            if path.suffix == ".bin":
-                check_labels(path.name, record, chunk)
-                record += len(chunk) // RECORD_BYTES
+            if has_records:
+                columns = [chunk[i :: layout.record_bytes] for i in range(len(class_counts))]
+                if problem := layout.label_problem(path.name, columns, class_counts, record):
+                    raise BadData(problem)
+                record += CHUNK_RECORDS
     return digest.hexdigest()
 
 
@@ -471,15 +463,19 @@ def read_manifest(folder: Path) -> tuple[str, dict[str, str]] | None:
     return source[1] if source else "", {name: digest for digest, name in entries}
 
 
-def verify(folder: Path, recorded: dict[str, str] | None) -> None:
+def verify(folder: Path, layout: Layout, recorded: dict[str, str] | None) -> None:
     """Raises BadData unless every file is whole and, where digests are recorded, unchanged."""
-    for name in DATA_FILES:
-        digest = check_file(folder / name)
+    for name, digest in check_folder(folder, layout).items():
         if recorded is not None and recorded.get(name) != digest:
             raise BadData(f"{name} differs from its SHA-256 in {MANIFEST}")
 
 
-def refuse_foreign_files(folder: Path) -> None:
+def own_files(layout: Layout) -> tuple[str, ...]:
+    # The manifest comes last: a folder being emptied never passes for one without a manifest.
+    return (*layout.files, README_FILE, MANIFEST)
+
+
+def refuse_foreign_files(folder: Path, layout: Layout) -> None:
     """Raises UserError where replacing the folder would delete something of the user's."""
     if folder.is_symlink() or not folder.is_dir():
         raise errors.UserError(
@@ -487,17 +483,17 @@ def refuse_foreign_files(folder: Path) -> None:
             "--data_dir, then run the same command again."
         )
     for entry in folder.iterdir():
-        if entry.name not in OWN_FILES or (entry.is_dir() and not entry.is_symlink()):
+        if entry.name not in own_files(layout) or (entry.is_dir() and not entry.is_symlink()):
             raise errors.UserError(
-                f"{folder} holds no complete CIFAR-10, but it holds {entry.name!r}, which is not "
-                "this program's to delete: move that folder away or give another --data_dir."
+                f"{folder} holds no complete {layout.title}, but it holds {entry.name!r}, which is "
+                "not this program's to delete: move that folder away or give another --data_dir."
             )
 
 
-def remove_folder(folder: Path) -> None:
+def remove_folder(folder: Path, layout: Layout) -> None:
     if os.path.lexists(folder):
-        refuse_foreign_files(folder)
-        for name in OWN_FILES:
+        refuse_foreign_files(folder, layout)
+        for name in own_files(layout):
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()
 
@@ -511,21 +507,21 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_folder(folder: Path, source: str, fill: Callable[[Path], None]) -> None:
+def write_folder(folder: Path, layout: Layout, source: str, fill: Callable[[Path], None]) -> None:
     """Makes the data folder with `fill`, beside its place, and moves it there once it is whole."""
-    part = folder.with_name(f"{FOLDER}.part")
-    remove_folder(part)
+    part = folder.with_name(f"{folder.name}.part")
+    remove_folder(part, layout)
     part.mkdir()
     try:
         fill(part)
-        write_manifest(part, source, {name: check_file(part / name) for name in DATA_FILES})
+        write_manifest(part, source, check_folder(part, layout))
         for path in (*part.iterdir(), part):
             sync(path)
-        remove_folder(folder)
+        remove_folder(folder, layout)
         part.rename(folder)
         sync(folder.parent)
     finally:
-        remove_folder(part)
+        remove_folder(part, layout)
 
 
 def write_synthetic(folder: Path, train_images: int, test_images: int, seed: int) -> None:
@@ -535,15 +531,17 @@ def write_synthetic(folder: Path, train_images: int, test_images: int, seed: int
 
     import synthetic_data
 
-    splits = (("train", train_images, TRAIN_FILES), ("test", test_images, (TEST_FILE,)))
-    for split, num_images, names in splits:
+    layout = LAYOUTS["cifar10"]
+    for split, num_images in (("train", train_images), ("test", test_images)):
+        names = layout.split_files(split)
         images, labels = synthetic_data.make_split(split, num_images, seed)
-        planes = images.transpose(0, 3, 1, 2).reshape(num_images, -1)
+        planes = images.transpose(0, 3, 1, 2).reshape(num_images, IMAGE_BYTES)
         records = np.concatenate([labels[:, np.newaxis], planes], axis=1)
         for name, batch in zip(names, np.split(records, len(names)), strict=True):
             (folder / name).write_bytes(batch.tobytes())
     meta = "".join(f"{name}\n" for name in synthetic_data.CLASS_NAMES)
-    (folder / META_FILE).write_bytes(f"{meta}\n".encode())  # CIFAR-10's ends in an empty line too
+    # CIFAR-10's ends in an empty line too
+    (folder / layout.labels[0].names_file).write_bytes(f"{meta}\n".encode())
 
 
 # --- The program ----------------------------------------------------------------------------------
@@ -558,10 +556,10 @@ def address(text: str) -> str:
     return text
 
 
-def hex_digest(text: str) -> str:
+def sha256(text: str) -> Digest:
     if not re.fullmatch("[0-9a-fA-F]{64}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no SHA-256, which has 64 hexadecimal digits")
-    return text.lower()
+    return Digest("sha256", text.lower())
 
 
 def seconds(text: str) -> float:
@@ -582,17 +580,20 @@ def whole_number(least: int, most: int, step: int = 1) -> Callable[[str], int]:
 
 def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Puts CIFAR-10, or a synthetic stand-in, where run_trainer.py reads it.",
+        description="Puts CIFAR-10, CIFAR-100 or a synthetic stand-in where run_trainer.py looks.",
         allow_abbrev=False,
     )
-    train = whole_number(5, 5 * MAX_BATCH_IMAGES, step=5)
-    test = whole_number(1, MAX_BATCH_IMAGES)
+    train = whole_number(5, 5 * MAX_SYNTHETIC_BATCH, step=5)
+    test = whole_number(1, MAX_SYNTHETIC_BATCH)
     seed = whole_number(0, 2**32 - 1)
+    official = {name: layout for name, layout in LAYOUTS.items() if layout.archive}
+    folders = " or ".join(layout.folder for layout in official.values())
     add = parser.add_argument
-    add("--data_dir", metavar="DIR", default=".", help=f"gets {FOLDER} (default: %(default)s)")
-    add("--url", action="append", type=address, help=f"repeat it for mirrors (default: {URL})")
-    add("--sha256", type=hex_digest, help="of the archive (default: the official archive's)")
-    add("--keep_archive", action="store_true", help=f"keep {ARCHIVE} beside the data")
+    add("--dataset", choices=official, default="cifar10", help="(default: %(default)s)")
+    add("--data_dir", metavar="DIR", default=".", help=f"gets {folders} (default: %(default)s)")
+    add("--url", action="append", type=address, help="repeat it for mirrors (default: official)")
+    add("--sha256", type=sha256, help="of the archive (default: the official digest)")
+    add("--keep_archive", action="store_true", help="keep the archive beside the data")
     add(
         "--timeout",
         metavar="S",
@@ -619,6 +620,9 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(argv)
     if flags.synthetic and (flags.url or flags.sha256 or flags.keep_archive):
         parser.error("--synthetic downloads nothing: leave out --url, --sha256 and --keep_archive")
+    if flags.synthetic and flags.dataset != "cifar10":
+        parser.error("--synthetic has ten classes and stands in for CIFAR-10: leave out --dataset")
+    flags.layout = official[flags.dataset]
     flags.data_dir = Path(flags.data_dir).expanduser()
     return flags
 
@@ -630,8 +634,8 @@ def synthetic_source(flags: argparse.Namespace) -> str:
     )
 
 
-def archive_source(sha256: str) -> str:
-    return f"archive with the SHA-256 {sha256}"
+def archive_source(digest: Digest) -> str:
+    return f"archive with the {digest}"
 
 
 def refuse_other_data(folder: Path, source: str, flags: argparse.Namespace) -> None:
@@ -654,13 +658,13 @@ def already_there(folder: Path, flags: argparse.Namespace) -> bool:
     if not os.path.lexists(folder):
         return False
     if not folder.is_dir():
-        refuse_foreign_files(folder)
+        refuse_foreign_files(folder, flags.layout)
     source, recorded = read_manifest(folder) or ("", None)
     refuse_other_data(folder, source, flags)
     try:
-        verify(folder, recorded)
+        verify(folder, flags.layout, recorded)
     except BadData as problem:
-        refuse_foreign_files(folder)
+        refuse_foreign_files(folder, flags.layout)
         print(f"{folder} is not complete ({problem}) and will be replaced", flush=True)
         return False
     how = "its structure was" if recorded is None else "its structure and digests were"
@@ -669,26 +673,28 @@ def already_there(folder: Path, flags: argparse.Namespace) -> bool:
 
 
 def fetch_and_unpack(folder: Path, flags: argparse.Namespace) -> None:
-    sha256 = flags.sha256 or SHA256
-    kept = flags.data_dir / ARCHIVE
-    part = flags.data_dir / f"{ARCHIVE}.part"
+    layout = flags.layout
+    digest = flags.sha256 or layout.archive.digest
+    kept = flags.data_dir / layout.archive.file
+    part = kept.with_name(f"{kept.name}.part")
     # An archive that was there before this run is the user's: it is read and left alone.
     archive = kept if kept.exists() else part
     if archive == part:
-        obtain_archive(flags.url or [URL], part, sha256, flags.timeout)
-    elif (actual := sha256_of(kept)) != sha256:
+        obtain_archive(flags, part, digest)
+    elif (actual := digest_of(kept, digest.algorithm)) != digest:
         raise errors.UserError(
-            f"{kept} has the SHA-256 {actual}, not the expected {sha256}: move it away to download "
-            f"the archive again, or give --sha256={actual} if that archive is meant."
+            f"{kept} has the {actual}, not the expected {digest.value}: move it away to download "
+            "the archive again, or give its own SHA-256 as --sha256 if that archive is meant."
         )
     print(f"unpacking {archive}", flush=True)
     try:
-        write_folder(folder, archive_source(sha256), functools.partial(unpack, archive))
+        fill = functools.partial(unpack, archive, layout)
+        write_folder(folder, layout, archive_source(digest), fill)
     except BadData as problem:
         part.unlink(missing_ok=True)
         raise errors.UserError(
             f"cannot unpack {archive}: {problem}; nothing of it was kept, so give the --url and "
-            "--sha256 of an archive that holds CIFAR-10's binary version."
+            f"--sha256 of an archive that holds {layout.title}'s binary version."
         ) from None
     if archive == part:
         part.replace(kept) if flags.keep_archive else part.unlink()
@@ -713,19 +719,22 @@ def only_run_in(data_dir: Path) -> Iterator[None]:
 
 
 def provide_data(flags: argparse.Namespace) -> None:
-    folder = flags.data_dir / FOLDER
+    folder = flags.data_dir / flags.layout.folder
     with only_run_in(flags.data_dir):
         if already_there(folder, flags):
             pass
         elif flags.synthetic:
             sizes = flags.synthetic_train_images, flags.synthetic_test_images, flags.seed
             write_folder(
-                folder, synthetic_source(flags), lambda part: write_synthetic(part, *sizes)
+                folder,
+                flags.layout,
+                synthetic_source(flags),
+                lambda part: write_synthetic(part, *sizes),
             )
             print(f"wrote the synthetic stand-in to {folder}")
         else:
             fetch_and_unpack(folder, flags)
-            print(f"CIFAR-10 is in {folder}")
+            print(f"{flags.layout.title} is in {folder}")
     print(f"next: python run_trainer.py --path={shlex.quote(str(folder))}", flush=True)
 
 
@@ -745,6 +754,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 143 if isinstance(stop, Terminated) else 130
+    except BrokenPipeError:
+        raise  # it says nothing of the data
     except OSError as error:
         raise errors.UserError(
             f"cannot use {error.filename or flags.data_dir}: {error.strerror or error}; mend that "

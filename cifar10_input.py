@@ -1,11 +1,10 @@
-"""CIFAR-10's binary batches as `tf.data`: reading and checking the files, the mean, the batches.
+"""Binary files of images as `tf.data`: reading and checking them, the mean, the batches.
 
 A training batch is a pure function of (seed, step): the order of each epoch, every crop and every
 flip come from stateless random functions, so a resumed run sees what an uninterrupted one would
 have seen, and starting at any step costs nothing.
 """
 
-import errno
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,20 +12,18 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+import data_layout
 import synthetic_data
+from data_layout import CHANNELS, IMAGE_BYTES, SIDE, Layout
 from errors import UserError
-from run_config import CIFAR10_NAMES, DataConfig
+from run_config import DataConfig
 
-FOLDER = "cifar-10-batches-bin"
-TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
-TEST_FILES = ("test_batch.bin",)
-NAMES_FILE = "batches.meta.txt"
-
-SIDE, CHANNELS, PAD = 32, 3, 4
-IMAGE_BYTES = SIDE * SIDE * CHANNELS
-RECORD_BYTES = 1 + IMAGE_BYTES
+PAD = 4
 SHIFTS = 2 * PAD + 1
 ALIGNMENT = 64
+
+GZIP = b"\x1f\x8b"
+DAMAGED = "it is damaged, or of another data set"
 
 # the generated stand-in, where it is made in memory
 SYNTHETIC_IMAGES = {"train": 10_000, "test": 2_000}
@@ -42,109 +39,79 @@ class ImageSet(NamedTuple):
         return ImageSet(self.images[where], self.labels[where])
 
 
-def data_folder(path: str) -> str:
-    """The folder of `.bin` files that `path` names: itself, or the one inside it."""
-    try:
-        os.stat(path)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"there is no data at {path}: get it with `python cifar10_download_and_extract.py`, "
-            "name its folder with --path, or try the programs on generated pictures with "
-            "--use_synthetic_data."
-        ) from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}.") from error
-    if not os.path.isdir(path):
-        raise UserError(
-            f"{path} is a file: --path wants the folder that holds {TRAIN_FILES[0]} … "
-            f"{TEST_FILES[0]}, or the folder above it."
-        )
-    inside = os.path.join(path, FOLDER)
-    return inside if os.path.isdir(inside) else path
-
-
-def class_names(dataset: str, path: str) -> tuple[str, ...]:
-    """The names of the classes, from the file beside the batches if there is one."""
+def describe_data(
+    path: str | None, dataset: str | None = None, coarse_labels: bool = False
+) -> DataConfig:
+    """What there is to learn from the images in `path`: which data set, and its classes."""
     if dataset == "synthetic":
-        return synthetic_data.CLASS_NAMES
-    file = os.path.join(data_folder(path), NAMES_FILE)
-    if not os.path.exists(file):
-        return CIFAR10_NAMES
-    try:
-        with open(file, encoding="utf-8") as lines:
-            names = tuple(line.strip() for line in lines if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the class names in {file}: {error}.") from error
-    if len(names) != len(CIFAR10_NAMES):
-        raise UserError(
-            f"{file} names {len(names)} classes where CIFAR-10 has {len(CIFAR10_NAMES)}: "
-            "this is another data set or a damaged file."
-        )
-    return names
+        return DataConfig(dataset, synthetic_data.CLASS_NAMES)
+    folder, layout = data_layout.find(path, dataset)
+    names = layout.class_names(folder, coarse_labels)
+    return DataConfig(layout.dataset, names, coarse_labels=coarse_labels)
 
 
-def check_files(path: str, split: str) -> list[tuple[str, int]]:
+def check_files(folder: str, layout: Layout, split: str) -> list[tuple[str, int]]:
     """The files of a split ("train" or "test") with their numbers of records; refuses bad ones."""
-    folder = data_folder(path)
-    names = {"train": TRAIN_FILES, "test": TEST_FILES}[split]
-    return [(file, _count_records(file)) for file in (os.path.join(folder, n) for n in names)]
+    files = [os.path.join(folder, name) for name in layout.split_files(split)]
+    return [(file, _count_records(file, layout)) for file in files]
 
 
-def _count_records(file: str) -> int:
+def _count_records(file: str, layout: Layout) -> int:
     if os.path.isdir(file):
-        raise UserError(f"{file} is a folder; a file of {RECORD_BYTES}-byte records was expected.")
+        raise UserError(
+            f"{file} is a folder; a file of {layout.record_bytes}-byte records was expected."
+        )
     try:
         with open(file, "rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
-    except OSError as error:
-        if error.errno == errno.ENOENT:
-            raise UserError(
-                f"{file} is missing: the folder is not a whole CIFAR-10 in binary form; "
-                "`python cifar10_download_and_extract.py` gets one."
-            ) from error
-        raise UserError(f"cannot read {file}: {error.strerror}.") from error
-    if size == 0 or size % RECORD_BYTES:
-        found = "is empty" if size == 0 else f"has {size:,} bytes"
+            size, start = os.fstat(opened.fileno()).st_size, opened.read(2)
+    except FileNotFoundError as error:
         raise UserError(
-            f"{file} {found}, which is not a whole number of {RECORD_BYTES}-byte records (a label "
-            "and 32x32x3 pixels): it is damaged or not a CIFAR-10 batch."
-        )
-    return size // RECORD_BYTES
+            f"{file} is missing: the folder does not hold the whole of {layout.title}; name "
+            "another with --path, or get it again."
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}.") from error
+    if problem := layout.size_problem(file, size):
+        packed = "it is packed with gzip, so unpack it first"
+        raise UserError(f"{problem}; {packed if start == GZIP else DAMAGED}.")
+    return size // layout.record_bytes
 
 
-def count_images(data: DataConfig, path: str, split: str) -> int:
+def count_images(data: DataConfig, path: str | None, split: str) -> int:
     """How many images the files of a split ("train" or "test") hold."""
     if data.dataset == "synthetic":
         return SYNTHETIC_IMAGES[split]
-    return sum(count for _, count in check_files(path, split))
+    return sum(count for _, count in check_files(*data_layout.find(path, data.dataset), split))
 
 
-def read_images(path: str, split: str, num_classes: int = 10) -> ImageSet:
+def read_images(
+    path: str | None, split: str, dataset: str | None = None, coarse_labels: bool = False
+) -> ImageSet:
     """Reads all images of a split ("train" or "test") into memory."""
-    counts = check_files(path, split)
+    folder, layout = data_layout.find(path, dataset)
+    counts = check_files(folder, layout, split)
     total = sum(count for _, count in counts)
     images = _aligned([total, SIDE, SIDE, CHANNELS])
-    labels = np.empty([total], np.int32)
-    records = tf.data.FixedLengthRecordDataset([file for file, _ in counts], RECORD_BYTES)
+    labels = np.empty([total, len(layout.labels)], np.uint8)
+    records = tf.data.FixedLengthRecordDataset([file for file, _ in counts], layout.record_bytes)
     done = 0
     try:
         for batch in records.batch(1000).prefetch(1):
             decoded = tf.io.decode_raw(batch, tf.uint8).numpy()
             part = slice(done, done + len(decoded))
-            labels[part] = decoded[:, 0]
-            planes = decoded[:, 1:].reshape(-1, CHANNELS, SIDE, SIDE)
+            labels[part], pixels = np.split(decoded, [len(layout.labels)], axis=1)
+            planes = pixels.reshape(-1, CHANNELS, SIDE, SIDE)
             for channel in range(CHANNELS):
                 images[part, :, :, channel] = planes[:, channel]
             done += len(decoded)
     except (tf.errors.OpError, ValueError) as error:
-        raise UserError(f"cannot read {os.path.dirname(counts[0][0])}: {error}.") from error
+        raise UserError(f"cannot read {folder}: {error}.") from error
     if done != total:
         raise UserError(
-            f"{os.path.dirname(counts[0][0])} changed while it was read: {total} records were "
-            f"there, {done} could be read."
+            f"{folder} changed while it was read: {total} records were there, {done} could be read."
         )
-    _check_labels(labels, counts, num_classes)
-    return ImageSet(images, labels)
+    _check_labels(labels, counts, folder, layout)
+    return ImageSet(images, labels[:, layout.label_column(coarse_labels)].astype(np.int32))
 
 
 def _aligned(shape: Sequence[int]) -> np.ndarray:
@@ -162,23 +129,18 @@ def _as_tensor(array: np.ndarray) -> tf.Tensor:
     return tf.constant(array)
 
 
-def _check_labels(labels: np.ndarray, counts: Sequence[tuple[str, int]], num_classes: int) -> None:
-    wrong = np.flatnonzero(labels >= num_classes)
-    if not wrong.size:
-        return
-    record = int(wrong[0])
-    label = labels[record]
+def _check_labels(
+    labels: np.ndarray, counts: Sequence[tuple[str, int]], folder: str, layout: Layout
+) -> None:
+    class_counts = layout.class_counts(folder)
     for file, count in counts:
-        if record < count:
-            raise UserError(
-                f"{file} has label {label} in record {record} (byte {record * RECORD_BYTES:,}); "
-                f"labels from 0 to {num_classes - 1} were expected: it is damaged or another data "
-                "set."
-            )
-        record -= count
+        columns = [column.tobytes() for column in labels[:count].T]
+        if problem := layout.label_problem(file, columns, class_counts):
+            raise UserError(f"{problem}; {DAMAGED}.")
+        labels = labels[count:]
 
 
-def load_training(data: DataConfig, path: str) -> tuple[ImageSet, ImageSet]:
+def load_training(data: DataConfig, path: str | None) -> tuple[ImageSet, ImageSet]:
     """The images to train on, and those held out: the last `data.holdout` training images."""
     examples = _load(data, path, "train")
     kept = len(examples.labels) - data.holdout
@@ -190,7 +152,7 @@ def load_training(data: DataConfig, path: str) -> tuple[ImageSet, ImageSet]:
     return examples.part(slice(kept)), examples.part(slice(kept, None))
 
 
-def load_split(data: DataConfig, path: str, split: str) -> ImageSet:
+def load_split(data: DataConfig, path: str | None, split: str) -> ImageSet:
     """The images of one split: "train" (without those held out), "holdout" or "test"."""
     if split == "test":
         return _load(data, path, "test")
@@ -200,11 +162,11 @@ def load_split(data: DataConfig, path: str, split: str) -> ImageSet:
     return train if split == "train" else held_out
 
 
-def _load(data: DataConfig, path: str, split: str) -> ImageSet:
+def _load(data: DataConfig, path: str | None, split: str) -> ImageSet:
     if data.dataset == "synthetic":
         images, labels = synthetic_data.make_split(split, SYNTHETIC_IMAGES[split])
         return ImageSet(images, labels.astype(np.int32))
-    return read_images(path, split, len(data.class_names))
+    return read_images(path, split, data.dataset, data.coarse_labels)
 
 
 def mean_image(images: np.ndarray) -> np.ndarray:

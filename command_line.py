@@ -8,13 +8,18 @@ from typing import Any
 from absl import flags
 
 import device
+from data_layout import LAYOUTS
 
-DEFAULT_PATH = "cifar-10-batches-bin"
+FOLDERS = [layout.folder for layout in LAYOUTS.values() if layout.folder]
 
 flags.DEFINE_string(
-    "path", DEFAULT_PATH, "Folder of CIFAR-10's binary batches, or the folder above it."
+    "path",
+    None,
+    f"Folder of the binary files, or the folder above it (default: {' or '.join(FOLDERS)}).",
 )
 flags.DEFINE_alias("data_dir", "path")
+flags.DEFINE_enum("dataset", None, list(LAYOUTS), "Data set (default: the one that --path holds).")
+flags.DEFINE_bool("coarse_labels", False, "Learn CIFAR-100's 20 coarse labels, not its 100 fine.")
 flags.DEFINE_integer(
     "num_layers",
     20,
@@ -44,7 +49,8 @@ flags.adopt_module_key_flags(device)
 flags.DEFINE_bool("quiet", False, "Print nothing but errors and the result.")
 flags.DEFINE_bool("verbose", False, "Print all settings, and TensorFlow's own messages.")
 
-# those that say which network it is, under the names of run_config.ModelConfig
+# those that say which network it is, and which data, under the names of run_config's dataclasses
+DATA_FLAGS = ("dataset", "coarse_labels")
 NETWORK_FLAGS = ("num_layers", "shortcut_connections", "bottleneck", "resnet_version")
 
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 import checkpoints
-from cifar10_input import FOLDER, ImageSet, class_names, load_split
+from cifar10_input import ImageSet, describe_data, load_split
 from errors import UserError
 from metrics import Metrics
 from resnet_model import IMAGE_SHAPE, ResNet
@@ -120,13 +120,16 @@ def score_checkpoints(
     Without a path that is the generated stand-in for a run that trained on it. Refuses `given`
     values that contradict the checkpoint.
     """
+    given = given or {}
     model = reading = None
     with ThreadPoolExecutor(1) as reader:
         for prefix in prefixes:
             run, step = checkpoints.read_run(prefix)
-            refuse_contradictions(run, given or {}, prefix)
+            refuse_contradictions(run, given, prefix)
             # The images are read while the network is built and traced.
-            reading = reading or reader.submit(_images_for, run, prefix, path, split)
+            reading = reading or reader.submit(
+                _images_for, run, prefix, path, given.get("dataset"), split
+            )
             if model is None or model.config != run.model:
                 model = ResNet(run.model, data_format, dtype)
                 evaluator = Evaluator(model, batch_size)
@@ -135,14 +138,21 @@ def score_checkpoints(
             yield Scored(prefix, step, run, split, evaluator(examples), examples.images)
 
 
-def _images_for(run: RunConfig, prefix: str, path: str | None, split: str) -> ImageSet:
+def _images_for(
+    run: RunConfig, prefix: str, path: str | None, dataset: str | None, split: str
+) -> ImageSet:
     data = run.data
     if path is not None:
-        data = dataclasses.replace(data, dataset="cifar10")
-        names = class_names(data.dataset, path)
-        if names != data.class_names:
+        # another data set will do, if its classes are those that the network knows
+        found = describe_data(path, dataset, data.coarse_labels)
+        if found.class_names != data.class_names:
             raise UserError(
-                f"{prefix} tells apart {', '.join(data.class_names)}, but the images in {path} are "
-                f"of {', '.join(names)}: name the data it was trained on with --path."
+                f"{prefix} tells apart {_listed(data.class_names)}, but the images in {path} are "
+                f"of {_listed(found.class_names)}: name the data it was trained on with --path."
             )
-    return load_split(data, path or FOLDER, split)
+        data = dataclasses.replace(found, holdout=data.holdout)
+    return load_split(data, path, split)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" … ({len(names)} classes)" if len(names) > 10 else "")

@@ -35,6 +35,8 @@ def new(path: str) -> Iterator[str]:
     try:
         yield folder
         os.replace(folder, os.path.realpath(path))
+    except BrokenPipeError:
+        raise  # of who read the output, not of the folder
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
     finally:

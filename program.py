@@ -5,6 +5,7 @@ A program defines absl flags as usual, sorts their names into groups and ends in
 """
 
 import difflib
+import inspect
 import itertools
 import re
 import shutil
@@ -63,7 +64,7 @@ class _HelpFlag(app.HelpFlag):
 
 def help_text(description: str, groups: Groups, width: int) -> str:
     """What --help prints."""
-    lines = [description.strip()]
+    lines = [inspect.cleandoc(description)]
     for title, names in groups.items():
         lines += ["", emphasised(title, sys.stdout)]
         for name in names:
@@ -117,16 +118,15 @@ def _sentence(error: flags.Error, groups: Groups) -> UserError:
         near = difflib.get_close_matches(error.flagname, _all_names(groups), 1)
         advice = f"did you mean --{near[0]}?" if near else "--help lists those there are."
         return UserError(f"there is no flag --{error.flagname}: {advice}")
-    complaint = re.fullmatch(r"flags? (.*?)=(.*?): (.*?)\.?", str(error).splitlines()[0])
+    complaint = re.fullmatch(r"flag (--(\w+))=(.*?): (.*?)\.?", str(error).splitlines()[0])
     if complaint is None:
-        return UserError(f"{error}.")
-    name, value, reason = complaint.groups()
+        # about several flags, or none of them
+        return UserError(re.sub(r"^flags .*?: |\.$", "", str(error).splitlines()[0]) + ".")
+    flag, name, value, reason = complaint.groups()
+    parser, text = FLAGS[name].parser, FLAGS[name].help
+    if reason == f"Flag {flag} must have a value other than None":
+        return UserError(f"{flag} is missing: {text[0].lower()}{text[1:]}")
     if isinstance(error.__context__, TypeError | ValueError):
-        parser = FLAGS[name.removeprefix("--")].parser
         choices = " or ".join(getattr(parser, "enum_values", []))
-        expected = choices or parser.syntactic_help or "true or false"
-        return UserError(f"{name}={value} will not do: it must be {expected}.")
-    if reason == f"Flag {name} must have a value other than None":
-        explanation = FLAGS[name.removeprefix("--")].help
-        return UserError(f"{name} is missing: {explanation[0].lower()}{explanation[1:]}")
-    return UserError(f"{reason}.")
+        reason = f"it must be {choices or parser.syntactic_help or 'true or false'}"
+    return UserError(f"{flag}={value} will not do: {reason}.")

@@ -11,12 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from data_layout import CIFAR10_NAMES, LAYOUTS
 from errors import UserError
-
-CIFAR10_NAMES = (
-    *("airplane", "automobile", "bird", "cat", "deer"),
-    *("dog", "frog", "horse", "ship", "truck"),
-)
 
 
 def units_per_block(num_layers: int, bottleneck: bool = False) -> int:
@@ -73,6 +69,11 @@ class DataConfig:
     dataset: str = "cifar10"
     class_names: tuple[str, ...] = CIFAR10_NAMES
     holdout: int = 0
+    coarse_labels: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dataset not in (*LAYOUTS, "synthetic"):
+            raise UserError(f"the data set {self.dataset!r} is unknown to this version.")
 
 
 @dataclass(frozen=True)

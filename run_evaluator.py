@@ -34,12 +34,13 @@ flags.DEFINE_integer(
 flags.DEFINE_string("output_json", None, "File to write the figures to.")
 flags.DEFINE_string("report", None, "HTML file to write the figures to, with pictures.")
 flags.DEFINE_string("plot_dir", None, "Folder to write the pictures to, as PNG files.")
-for name in command_line.NETWORK_FLAGS:
-    FLAGS.set_default(name, None)
+for name in (*command_line.DATA_FLAGS, *command_line.NETWORK_FLAGS):
+    FLAGS.set_default(name, None)  # the checkpoint tells
 flags.mark_flag_as_required("ckpt_path")
 
 FLAG_GROUPS = {
-    "What to score": ("ckpt_path", "all_checkpoints", "path", "split"),
+    "What to score": ("ckpt_path", "all_checkpoints"),
+    "On which images": ("path", *command_line.DATA_FLAGS, "split"),
     "Network, checked against the checkpoint": command_line.NETWORK_FLAGS,
     "Output": ("output_json", "report", "plot_dir", "quiet", "verbose"),
     "Computing": ("device", "data_format", "dtype", "loss_scale", "batch_size"),
@@ -75,12 +76,12 @@ def main(argv: list[str]) -> int:
     scores = []
     for scored in evaluation.score_checkpoints(
         prefixes,
-        command_line.given_flags(("path",))["path"],
+        FLAGS.path,
         FLAGS.split,
         data_format,
         FLAGS.dtype,
         FLAGS.batch_size,
-        command_line.given_network(),
+        command_line.given_network() | command_line.given_flags(command_line.DATA_FLAGS),
     ):
         if FLAGS.verbose:
             print(table(scored.run.settings()))

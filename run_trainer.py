@@ -1,4 +1,4 @@
-"""Trains a ResNet on CIFAR-10.
+"""Trains a ResNet on 32x32 images.
 
 python run_trainer.py --path=cifar-10-batches-bin --num_layers=20
 """
@@ -12,6 +12,7 @@ import sys
 from absl import flags
 
 import command_line
+import data_layout
 import folders
 import program
 from device import start_tensorflow
@@ -122,7 +123,7 @@ flags.DEFINE_string(
 flags.DEFINE_bool("clean", False, "Delete the run in --ckpt_path and start over.")
 
 FLAG_GROUPS = {
-    "Data": ("path", "use_synthetic_data", "holdout"),
+    "Data": ("path", *command_line.DATA_FLAGS, "use_synthetic_data", "holdout"),
     "Network": command_line.NETWORK_FLAGS,
     "Recipe": (
         *("recipe", "batch_size", "num_iterations", "train_epochs", "max_train_steps", "init_lr"),
@@ -142,6 +143,7 @@ FLAG_GROUPS = {
 }
 # under the names of the dataclasses in run_config
 RUN_FLAGS = (
+    *command_line.DATA_FLAGS,
     *("recipe", "batch_size", "num_iterations", "optimizer", "init_lr", "momentum", "nesterov"),
     *("weight_decay", "batch_norm_decay", "label_smoothing", "seed", "holdout"),
     *("fine_tune", "recompute_mean"),
@@ -171,17 +173,23 @@ def _exports_what_it_trains(values: dict[str, object]) -> bool:
     return values["export_dir"] is None or not values["eval_only"]
 
 
+@flags.multi_flags_validator(
+    ["use_synthetic_data", "dataset", "coarse_labels"],
+    "--use_synthetic_data is a data set of its own: leave out --dataset and --coarse_labels",
+)
+def _one_data_set(values: dict[str, object]) -> bool:
+    return not values.pop("use_synthetic_data") or not any(values.values())
+
+
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
     pretrained = FLAGS.pretrained_model_checkpoint_path
     if not pretrained:
         units_per_block(FLAGS.num_layers, FLAGS.bottleneck)  # told before TensorFlow is imported
+    dataset = _given_dataset()
     given = command_line.given_network() | command_line.given_flags(RUN_FLAGS)
-    if FLAGS.use_synthetic_data:
-        given["dataset"] = "synthetic"
-    elif command_line.given_flags(("path",))["path"] is not None:
-        given["dataset"] = "cifar10"
-    ckpt_path = FLAGS.ckpt_path or _default_ckpt_path()
+    given["dataset"] = dataset
+    ckpt_path = FLAGS.ckpt_path or _default_ckpt_path(dataset)
     log_path = FLAGS.train_log_path or os.path.join(ckpt_path, "log")
     if FLAGS.export_dir:
         folders.refuse_unwritable(FLAGS.export_dir, apart_from=[ckpt_path, log_path])
@@ -248,14 +256,24 @@ def _evaluating(run: RunConfig, checkpoint: str) -> str:
         python = next(name for name in names if shutil.which(name) == python)
     program = os.path.join(os.path.dirname(sys.argv[0]), "run_evaluator.py")
     words = [python, program, f"--ckpt_path={checkpoint}"]
-    if FLAGS["path"].present and run.data.dataset != "synthetic":
-        words.append(f"--path={FLAGS.path}")
+    if run.data.dataset != "synthetic":
+        given = command_line.given_flags(("path", "dataset"))
+        words += [f"--{name}={value}" for name, value in given.items() if value is not None]
     if run.data.holdout:
         words.append("--split=holdout")
     return shlex.join(words)
 
 
-def _default_ckpt_path() -> str:
+def _given_dataset() -> str | None:
+    """The data set that is asked for, by its name or by its files; None where nothing tells."""
+    if FLAGS.use_synthetic_data:
+        return "synthetic"
+    if FLAGS.path is None:
+        return FLAGS.dataset
+    return data_layout.find(FLAGS.path, FLAGS.dataset)[1].dataset
+
+
+def _default_ckpt_path(dataset: str | None) -> str:
     if FLAGS.pretrained_model_checkpoint_path:
         path = os.path.abspath(FLAGS.pretrained_model_checkpoint_path)
         folder = path if os.path.isdir(path) else os.path.dirname(path)
@@ -270,8 +288,9 @@ def _default_ckpt_path() -> str:
         name, kind = network.name, ""
     if FLAGS.fine_tune:
         kind = "-fine-tune"
-    data = "-synthetic" if FLAGS.use_synthetic_data else ""
-    return os.path.join("runs", name + kind + data)
+    data = "" if dataset in (None, "cifar10") else f"-{dataset}"
+    coarse = "-coarse" if FLAGS.coarse_labels else ""
+    return os.path.join("runs", name + kind + data + coarse)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import tensorflow as tf
 import checkpoints
 from cifar10_input import (
     ImageSet,
-    class_names,
     count_images,
+    describe_data,
     load_split,
     load_training,
     mean_image,
@@ -30,7 +30,6 @@ from optimizers import OPTIMIZERS
 from progress import Progress
 from resnet_model import IMAGE_SHAPE, ResNet
 from run_config import (
-    DataConfig,
     ModelConfig,
     RunConfig,
     learning_rates,
@@ -46,7 +45,7 @@ class Options:
 
     ckpt_path: str
     train_log_path: str
-    data_path: str = ""
+    data_path: str | None = None
     data_format: str = "channels_last"
     dtype: str = "fp32"
     loss_scale: float = 128.0
@@ -243,7 +242,7 @@ def shrink(images: tf.Tensor, side: int) -> tf.Tensor:
 def prepare_run(
     given: dict[str, Any],
     ckpt_path: str,
-    data_path: str,
+    data_path: str | None,
     train_epochs: float | None = None,
     pretrained: str | None = None,
 ) -> tuple[RunConfig, str | None]:
@@ -258,6 +257,7 @@ def prepare_run(
         if pretrained:
             print(f"The run in {ckpt_path} goes on; {pretrained} is not used.", flush=True)
         run, _ = checkpoints.read_run(newest)
+        refuse_contradictions(run, given, newest)
     elif passed_over:
         raise UserError(
             f"{ckpt_path} holds no intact checkpoint to go on from: {passed_over[0]} "
@@ -266,16 +266,16 @@ def prepare_run(
     else:
         run = _new_run(given, data_path, pretrained)
     examples = count_images(run.data, data_path, "train") - run.data.holdout
+    length = {}
     if train_epochs:
-        batch_size = given.get("batch_size") or run.training.batch_size
-        given = {**given, "num_iterations": math.ceil(train_epochs * examples / batch_size)}
+        length["num_iterations"] = math.ceil(train_epochs * examples / run.training.batch_size)
     if newest:
-        refuse_contradictions(run, given, newest)
+        refuse_contradictions(run, length, newest)
         return run, newest
-    return dataclasses.replace(run, training=with_given(run.training, given)), None
+    return dataclasses.replace(run, training=with_given(run.training, length)), None
 
 
-def _new_run(given: dict[str, Any], data_path: str, pretrained: str | None) -> RunConfig:
+def _new_run(given: dict[str, Any], data_path: str | None, pretrained: str | None) -> RunConfig:
     model = ModelConfig()
     if pretrained:
         pretrained = checkpoints.find(pretrained)
@@ -290,11 +290,11 @@ def _new_run(given: dict[str, Any], data_path: str, pretrained: str | None) -> R
                 f"--{name} is for a network that was trained before: name its checkpoint with "
                 "--pretrained_model_checkpoint_path."
             )
-    dataset = given.get("dataset") or "cifar10"
-    names = class_names(dataset, data_path)
+    coarse_labels = given.get("coarse_labels") or False
+    data = describe_data(data_path, given.get("dataset"), coarse_labels)
     return RunConfig(
-        with_given(dataclasses.replace(model, num_classes=len(names)), given),
-        with_given(DataConfig(dataset, names), given),
+        with_given(dataclasses.replace(model, num_classes=len(data.class_names)), given),
+        with_given(data, given),
         training_config({**given, "pretrained": pretrained}),
     )
 
@@ -441,10 +441,9 @@ def _opening(run: RunConfig, options: Options, trainer: Trainer, num_images: int
         trained = f"{_count(trainer.optimizer.variables):,} of its {parameters}"
         what = f"Fine-tuning the final layer of {run.model.name} ({trained})"
     return (
-        f"{what} on {num_images:,} "
-        f"{run.data.dataset} images, {run.training.num_iterations} steps of "
-        f"{run.training.batch_size} images, recipe {run.training.recipe}, {options.dtype}, "
-        f"{options.data_format}; checkpoints go to {options.ckpt_path}."
+        f"{what} on {num_images:,} images ({run.data.dataset}), {run.training.num_iterations} "
+        f"steps of {run.training.batch_size} images, recipe {run.training.recipe}, "
+        f"{options.dtype}, {options.data_format}; checkpoints go to {options.ckpt_path}."
     )
 
 

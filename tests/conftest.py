@@ -1,4 +1,4 @@
-"""What several test files need: CIFAR-10 folders in miniature, and losing root's privileges."""
+"""What several test files need: data folders in miniature, and losing root's privileges."""
 
 import contextlib
 import os
@@ -13,11 +13,11 @@ NOBODY = 65534
 
 
 def write_records(file: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """A batch file as its format is described: a label byte, then the red, green, blue planes."""
+    """A file as its format is described: the label bytes, then the red, green, blue planes."""
     with open(file, "wb") as opened:
         for image, label in zip(images, labels, strict=True):
             planes = (image[:, :, channel].tobytes() for channel in range(3))
-            opened.write(bytes([int(label)]) + b"".join(planes))
+            opened.write(np.uint8(label).tobytes() + b"".join(planes))
 
 
 def random_images(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -48,6 +48,39 @@ def write_cifar10(tmp_path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+def random_cifar100(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Images and their labels, coarse and fine: fine ones are not to be told from coarse ones."""
+    images, _ = random_images(count, seed)
+    rng = np.random.default_rng(seed)
+    return images, np.stack([rng.integers(0, n, count, np.uint8) for n in (20, 100)], axis=1)
+
+
+def write_cifar100(
+    folder: Path,
+    train: tuple[np.ndarray, np.ndarray] | None = None,
+    test: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Path:
+    """Writes the files of `cifar-100-binary`, whose classes are `fine 0` …, `coarse 0` …"""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_records(folder / "train.bin", *(train or random_cifar100(15, seed=1)))
+    write_records(folder / "test.bin", *(test or random_cifar100(4, seed=2)))
+    for kind, count in (("coarse", 20), ("fine", 100)):
+        names = "".join(f"{kind} {i}\n" for i in range(count))
+        (folder / f"{kind}_label_names.txt").write_text(names)
+    return folder
+
+
+def write_pictures(folder: Path, num_classes: int, train: int = 15, test: int = 4) -> Path:
+    """Writes a data folder as images_to_binary.py does, of random pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count, seed in (("train", train, 1), ("test", test, 2)):
+        images, _ = random_images(count, seed)
+        write_records(folder / f"pictures_{name}.bin", images, np.arange(count) % num_classes)
+    names = "".join(f"class {i}\n" for i in range(num_classes))
+    (folder / "class_names.txt").write_text(names)
+    return folder
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What the download promises, kept against real archives, an unkind server and real kills."""
 
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -20,6 +21,7 @@ import pytest
 
 import cifar10_download_and_extract as program
 import synthetic_data
+from data_layout import LAYOUTS, Archive, Digest
 
 SCRIPT = Path(program.__file__)
 FOLDER = "cifar-10-batches-bin"
@@ -72,6 +74,10 @@ HALF = len(GOOD) // 2
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def make_official(monkeypatch: pytest.MonkeyPatch, dataset: str, archive: Archive) -> None:
+    monkeypatch.setitem(LAYOUTS, dataset, dataclasses.replace(LAYOUTS[dataset], archive=archive))
 
 
 # --- A server on loopback, with faults ------------------------------------------------------------
@@ -228,8 +234,7 @@ def test_download_unpacks_every_file_and_names_the_next_command(get, data_dir):
 
 def test_no_flags_fill_the_folder_in_the_current_directory(site, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(program, "URL", site.url)
-    monkeypatch.setattr(program, "SHA256", sha256(GOOD))
+    make_official(monkeypatch, "cifar10", Archive(site.url, Digest("sha256", sha256(GOOD))))
     assert program.main([]) == 0
     assert_complete(tmp_path)
     assert f"--path={FOLDER}\n" in capsys.readouterr().out
@@ -238,7 +243,7 @@ def test_no_flags_fill_the_folder_in_the_current_directory(site, tmp_path, monke
 def test_without_a_digest_a_mirror_must_have_the_official_archive(run, site, data_dir):
     err = run(f"--url={site.url}", status=1)
     assert sha256(GOOD) in err
-    assert program.SHA256 in err
+    assert LAYOUTS["cifar10"].archive.digest.value in err
     assert "--sha256" in err
     assert os.listdir(data_dir) == []
 
@@ -294,6 +299,92 @@ def test_every_common_kind_of_tar_is_read(run, tmp_path, data_dir, tar_format):
     (tmp_path / "a.tar.gz").write_bytes(buffer.getvalue())
     run(f"--url={(tmp_path / 'a.tar.gz').as_uri()}", f"--sha256={sha256(buffer.getvalue())}")
     assert_complete(data_dir)
+
+
+# --- CIFAR-100 ------------------------------------------------------------------------------------
+
+
+def cifar100_files() -> dict[str, bytes]:
+    rng = np.random.default_rng(0)
+    files = {}
+    for name in ("train.bin", "test.bin"):
+        records = rng.integers(0, 256, (5, 3074), np.uint8)
+        records[:, 0], records[:, 1] = rng.integers(0, 20, 5), rng.integers(0, 100, 5)
+        files[name] = records.tobytes()
+    for kind, count in (("coarse", 20), ("fine", 100)):
+        files[f"{kind}_label_names.txt"] = "".join(f"{kind}{i}\n" for i in range(count)).encode()
+    return files
+
+
+def cifar100_archive(**changed: bytes) -> bytes:
+    files = {**cifar100_files(), **{name.replace("_bin", ".bin"): d for name, d in changed.items()}}
+    members = [member(f"cifar-100-binary/{name}", data) for name, data in files.items()]
+    return zipped(tar_of([member("cifar-100-binary/", type=tarfile.DIRTYPE), *members]))
+
+
+@pytest.fixture
+def get_100(run, site, monkeypatch) -> Callable[..., str]:
+    """Downloads CIFAR-100 from its official place, which is known by an MD5 alone."""
+    site.archive = cifar100_archive()
+    url = site.url.replace(ARCHIVE, "cifar-100-binary.tar.gz")
+    digest = Digest("md5", hashlib.md5(site.archive).hexdigest())
+    make_official(monkeypatch, "cifar100", Archive(url, digest))
+    return lambda *flags, **kw: run("--dataset=cifar100", *flags, **kw)
+
+
+def test_cifar100_has_a_folder_of_its_own_and_an_archive_verified_by_its_md5(
+    get_100, site, data_dir
+):
+    out = get_100("--keep_archive")
+    folder = data_dir / "cifar-100-binary"
+    assert f"python run_trainer.py --path={folder}\n" in out
+    assert sorted(os.listdir(data_dir)) == [folder.name, "cifar-100-binary.tar.gz"]
+    found = contents(folder)
+    manifest = found.pop(".sha256").decode()
+    assert found == cifar100_files()
+    assert f"archive with the MD5 {hashlib.md5(site.archive).hexdigest()}" in manifest
+    assert f"{sha256(found['train.bin'])}  train.bin" in manifest
+    before = tree(data_dir)
+    assert "nothing to do" in get_100()
+    assert tree(data_dir) == before
+
+
+def test_cifar10_and_cifar100_lie_side_by_side(get, get_100, site, data_dir):
+    get_100()
+    site.archive = GOOD
+    get()
+    assert_complete(data_dir, "cifar-100-binary")
+
+
+def test_another_archive_of_cifar100_is_refused_by_its_md5_unless_its_sha256_is_given(
+    get_100, site, data_dir
+):
+    site.archive = cifar100_archive(test_bin=cifar100_files()["train.bin"])
+    err = get_100(status=1)
+    for digest in (hashlib.md5(site.archive).hexdigest(), f"--sha256={sha256(site.archive)}"):
+        assert digest in err
+    assert os.listdir(data_dir) == []
+    get_100(f"--sha256={sha256(site.archive)}")
+    assert contents(data_dir / "cifar-100-binary")["test.bin"] == cifar100_files()["train.bin"]
+
+
+@pytest.mark.parametrize(
+    ("archive", "reason"),
+    [
+        (GOOD, "holds no cifar-100-binary/train.bin"),
+        (cifar100_archive(test_bin=bytes(3073)), "no whole number of 3074-byte records"),
+        (cifar100_archive(test_bin=bytes([20]) + bytes(3073)), "coarse label 20 in record 0"),
+        (cifar100_archive(test_bin=bytes([19, 100]) + bytes(3072)), "fine label 100 in record 0"),
+    ],
+    ids=["CIFAR-10", "cut off", "coarse label", "fine label"],
+)
+def test_an_archive_of_something_else_is_not_unpacked_as_cifar100(
+    run, tmp_path, data_dir, archive, reason
+):
+    (tmp_path / "a.tar.gz").write_bytes(archive)
+    flags = (f"--url={(tmp_path / 'a.tar.gz').as_uri()}", f"--sha256={sha256(archive)}")
+    assert reason in run("--dataset=cifar100", *flags, status=1)
+    assert os.listdir(data_dir) == []
 
 
 # --- A second run ---------------------------------------------------------------------------------
@@ -653,11 +744,12 @@ HOSTILE = {
     "FIFO": (with_member(f"{FOLDER}/test_batch.bin", type=tarfile.FIFOTYPE), "a FIFO"),
     "sparse file": (with_member(f"{FOLDER}/a", type=tarfile.GNUTYPE_SPARSE), "not a regular file"),
     "duplicate": (with_member(f"{FOLDER}/test_batch.bin", batch(9)), "twice"),
-    "batch too large": (with_member(f"{FOLDER}/test_batch.bin", size=3073 << 15), "has 100696064"),
+    "batch too large": (with_member(f"{FOLDER}/test_batch.bin", size=3073 << 17), "has 402784256"),
     "meta too large": (replacing("batches.meta.txt", b"a" * 65537), "has 65537 bytes"),
     "huge tar note": (with_member("a", type=tarfile.XHDTYPE, size=1 << 40), "a size of"),
     "negative size": (with_member("a", size=-512), "a size of -512"),
-    "empty batch": (replacing("test_batch.bin", b""), "has 0 bytes"),
+    "empty batch": (replacing("test_batch.bin", b""), "is empty"),
+    "names of other classes": (replacing("batches.meta.txt", b"cat\ndog\n"), "names 2 classes"),
     "half a record": (replacing("test_batch.bin", batch(6)[:-1]), "no whole number"),
     "label out of range": (replacing("data_batch_2.bin", b"\x0a" + bytes(3072)), "label 10"),
     "missing batch": (without("data_batch_4.bin"), "holds no"),
@@ -741,10 +833,10 @@ def test_stopped_download_ends_in_a_sentence_and_can_go_on(get, site, data_dir, 
 def test_stopped_unpacking_leaves_nothing_that_looks_finished(get, data_dir, monkeypatch):
     with monkeypatch.context() as patch:
 
-        def stop(path: Path) -> str:
+        def stop(*arguments: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(program, "check_file", stop)
+        patch.setattr(program, "check_folder", stop)
         get(status=130)
     assert os.listdir(data_dir) == [PART]
     get()
@@ -771,7 +863,7 @@ def test_synthetic_files_hold_the_generated_images_as_planes(run, data_dir):
     out = run(*SMALL, "--seed=3")
     assert f"python run_trainer.py --path={data_dir / FOLDER}" in out
     files = contents(data_dir / FOLDER)
-    assert sorted(files) == sorted((*program.DATA_FILES, ".sha256"))
+    assert sorted(files) == sorted([".sha256", *LAYOUTS["cifar10"].files])
     train = b"".join(files[f"data_batch_{i}.bin"] for i in range(1, 6))
     for split, count, data in (("train", 20, train), ("test", 7, files["test_batch.bin"])):
         records = np.frombuffer(data, np.uint8).reshape(count, 3073)
@@ -853,6 +945,8 @@ def test_synthetic_data_is_never_taken_for_cifar10(run, data_dir):
         ["--synthetic_test_images=21839"],
         ["--seed=-1"],
         ["--synthetic", "--keep_archive"],
+        ["--synthetic", "--dataset=cifar100"],
+        ["--dataset=pictures"],
         ["--synth"],
         ["somewhere"],
     ],
@@ -890,6 +984,15 @@ def test_error_of_the_real_program_is_one_line_and_status_1(tmp_path):
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith("cifar10_download_and_extract.py: error: ")
+
+
+def test_a_run_whose_output_nobody_reads_ends_quietly(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, SCRIPT, f"--data_dir={tmp_path}", *SMALL]
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_progress_line_says_how_far_how_fast_and_how_long():

@@ -3,18 +3,28 @@
 import gzip
 import itertools
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import TRAIN_FILES, random_images, write_records
+from conftest import (
+    TRAIN_FILES,
+    random_cifar100,
+    random_images,
+    write_cifar100,
+    write_pictures,
+    write_records,
+)
 
 import cifar10_input
+import data_layout
 import synthetic_data
-from cifar10_input import ImageSet
+from cifar10_input import ImageSet, describe_data
 from errors import UserError
-from run_config import CIFAR10_NAMES, DataConfig
+from run_config import DataConfig
 
 NO_MEAN = np.zeros([32, 32, 3], np.float32)
 
@@ -63,50 +73,61 @@ def test_path_may_be_the_folder_or_the_one_above_it(write_cifar10):
         np.testing.assert_array_equal(inside.labels, above.labels)
 
 
-def test_class_names_come_from_the_file_beside_the_batches(write_cifar10):
+@pytest.mark.parametrize(("coarse", "column"), [(False, 1), (True, 0)])
+def test_cifar100_has_a_coarse_and_a_fine_label(tmp_path, coarse, column):
+    images, labels = random_cifar100(30)
+    folder = str(write_cifar100(tmp_path, train=(images, labels)))
+    read = cifar10_input.read_images(folder, "train", coarse_labels=coarse)
+    np.testing.assert_array_equal(read.images, images)
+    np.testing.assert_array_equal(read.labels, labels[:, column])
+    assert read.labels.dtype == np.int32
+    # byte by byte, as its description has it: coarse, fine, 1024 red, 1024 green, 1024 blue
+    record = (tmp_path / "train.bin").read_bytes()[7 * 3074 : 8 * 3074]
+    assert tuple(record[:2]) == tuple(labels[7])
+    assert record[2 + 2 * 1024 + 33] == images[7, 1, 1, 2]
+
+
+def test_imported_pictures_have_as_many_classes_as_names(tmp_path):
+    folder = str(write_pictures(tmp_path, num_classes=3))
+    read = cifar10_input.read_images(folder, "train")
+    np.testing.assert_array_equal(read.images, random_images(15, seed=1)[0])
+    np.testing.assert_array_equal(read.labels, np.arange(15) % 3)
+
+
+def test_data_is_described_by_the_files_that_are_there(write_cifar10, tmp_path):
     names = tuple(f"class {c}" for c in "abcdefghij")
     folder = write_cifar10(names="\n".join(names) + "\n\n")
-    assert cifar10_input.class_names("cifar10", str(folder)) == names
-    assert cifar10_input.class_names("cifar10", str(folder.parent)) == names
-
-
-def test_class_names_are_cifar10s_where_no_file_tells(write_cifar10):
-    assert cifar10_input.class_names("cifar10", str(write_cifar10())) == CIFAR10_NAMES
-
-
-def test_class_names_of_the_generated_pictures_need_no_folder():
-    assert cifar10_input.class_names("synthetic", "/nowhere") == synthetic_data.CLASS_NAMES
+    assert describe_data(str(folder)) == describe_data(str(folder.parent))
+    assert describe_data(str(folder)) == DataConfig("cifar10", names)
+    fine, coarse = (tuple(f"{k} {i}" for i in range(n)) for k, n in (("fine", 100), ("coarse", 20)))
+    folder = str(write_cifar100(tmp_path / "100"))
+    assert (
+        describe_data(folder) == describe_data(folder, "cifar100") == DataConfig("cifar100", fine)
+    )
+    assert describe_data(folder, coarse_labels=True) == DataConfig(
+        "cifar100", coarse, coarse_labels=True
+    )
+    folder = str(write_pictures(tmp_path / "pictures", 2))
+    assert describe_data(folder) == DataConfig("pictures", ("class 0", "class 1"))
+    assert describe_data(None, "synthetic") == DataConfig("synthetic", synthetic_data.CLASS_NAMES)
 
 
 def test_images_are_counted_from_the_sizes_of_the_files(write_cifar10):
     folder = str(write_cifar10())
     assert cifar10_input.count_images(DataConfig(), folder, "train") == 15
     assert cifar10_input.count_images(DataConfig(), folder, "test") == 4
-    counts = cifar10_input.check_files(folder, "train")
+    counts = cifar10_input.check_files(*data_layout.find(folder), "train")
     assert counts == [(os.path.join(folder, name), 3) for name in TRAIN_FILES]
 
 
 # --- Files that are refused -----------------------------------------------------------------------
 
 
-def refusal(path: Path | str, split: str = "train") -> str:
+def refusal(path: Path | str, split: str = "train", dataset: str | None = None) -> str:
     with pytest.raises(UserError) as refused:
-        cifar10_input.read_images(str(path), split)
+        cifar10_input.read_images(str(path), split, dataset)
+    assert str(refused.value).endswith(".")
     return str(refused.value)
-
-
-def test_a_path_that_is_missing_is_named_with_the_command_that_gets_the_data(tmp_path):
-    text = refusal(tmp_path / "nowhere")
-    assert str(tmp_path / "nowhere") in text
-    assert "cifar10_download_and_extract.py" in text
-
-
-def test_a_path_that_is_a_file_is_told_so(tmp_path):
-    file = tmp_path / "cifar-10-binary.tar.gz"
-    file.write_bytes(b"x")
-    text = refusal(file)
-    assert f"{file} is a file" in text
-    assert "folder" in text
 
 
 @pytest.mark.parametrize("name", ["data_batch_1.bin", "data_batch_5.bin", "test_batch.bin"])
@@ -126,54 +147,101 @@ def test_a_folder_in_place_of_a_batch_is_told_so(write_cifar10):
     assert "3073-byte records" in text
 
 
+@pytest.mark.parametrize("name", ["train.bin", "fine_label_names.txt", "pictures_train.bin"])
+def test_a_missing_file_of_the_other_data_sets_is_named(tmp_path, name):
+    write_pictures(tmp_path, 3) if "pictures" in name else write_cifar100(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
+        cifar10_input.load_split(describe_data(str(tmp_path)), str(tmp_path), "train")
+
+
 def _as_gzip(batch: bytes) -> bytes:
     packed = gzip.compress(batch, mtime=0)
     assert len(packed) % 3073, "this one would pass for whole records"
+    assert len(packed) % 3074
     return packed
 
 
+@pytest.fixture
+def write_data(write_cifar10, tmp_path) -> Callable[[str], Path]:
+    """Writes three training images, or for CIFAR-10 three in each file, of any data set."""
+
+    def write(dataset: str) -> Path:
+        if dataset == "cifar10":
+            return write_cifar10()
+        if dataset == "cifar100":
+            return write_cifar100(tmp_path / "100", train=random_cifar100(3))
+        return write_pictures(tmp_path / "pictures", 12, train=3)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name", "record_bytes"),
+    [
+        ("cifar10", "data_batch_4.bin", 3073),
+        ("cifar100", "train.bin", 3074),
+        ("pictures", "pictures_train.bin", 3073),
+    ],
+)
 @pytest.mark.parametrize(
     ("damage", "found"),
     [
         (lambda batch: b"", "empty"),
-        (lambda batch: batch[:-1], "9,218"),
-        (lambda batch: batch[:100], "100"),
-        (lambda batch: batch + b"x", "9,220"),
-        (_as_gzip, "bytes"),
+        (lambda batch: batch[:-1], "at byte {two:,}, is cut off after {all_but_one:,}"),
+        (lambda batch: batch[:100], "has 100 bytes, .* at byte 0, is cut off after 100"),
+        (lambda batch: batch + b"x", "at byte {three:,}, is cut off after 1"),
+        (_as_gzip, "packed with gzip"),
     ],
     ids=["empty", "a byte short", "cut off early", "a byte too long", "gzip"],
 )
-def test_a_size_that_is_not_whole_records_is_refused(write_cifar10, damage, found):
-    file = write_cifar10() / "data_batch_4.bin"
+def test_a_size_that_is_not_whole_records_is_refused_with_the_place(
+    write_data, dataset, name, record_bytes, damage, found
+):
+    file = write_data(dataset) / name
     file.write_bytes(damage(file.read_bytes()))
     text = refusal(file.parent)
     assert str(file) in text
-    assert found in text
-    assert "3073-byte records" in text
+    places = {"two": 2, "three": 3}
+    places = {word: count * record_bytes for word, count in places.items()}
+    assert re.search(found.format(all_but_one=record_bytes - 1, **places), text)
+    assert f"{record_bytes}-byte records" in text
 
 
 @pytest.mark.parametrize(
-    ("split", "name", "record", "label"),
+    ("dataset", "split", "name", "record", "column", "label", "told"),
     [
-        ("train", "data_batch_1.bin", 0, 10),
-        ("train", "data_batch_3.bin", 2, 255),
-        ("train", "data_batch_5.bin", 1, 31),
-        ("test", "test_batch.bin", 3, 99),
+        ("cifar10", "train", "data_batch_1.bin", 0, 0, 10, "the label 10 in record 0 (byte 0)"),
+        ("cifar10", "train", "data_batch_3.bin", 2, 0, 255, "255 in record 2 (byte 6,146)"),
+        ("cifar10", "test", "test_batch.bin", 3, 0, 99, "99 in record 3 (byte 9,219)"),
+        ("cifar100", "train", "train.bin", 1, 0, 20, "coarse label 20 in record 1 (byte 3,074)"),
+        ("cifar100", "train", "train.bin", 2, 1, 100, "fine label 100 in record 2 (byte 6,149)"),
+        ("cifar100", "test", "test.bin", 0, 1, 255, "fine label 255 in record 0 (byte 1)"),
+        ("pictures", "test", "pictures_test.bin", 3, 0, 12, "12 in record 3 (byte 9,219)"),
     ],
 )
 def test_a_label_out_of_range_is_told_by_file_record_byte_and_value(
-    write_cifar10, split, name, record, label
+    write_data, dataset, split, name, record, column, label, told
 ):
-    file = write_cifar10() / name
+    file = write_data(dataset) / name
     data = bytearray(file.read_bytes())
-    data[record * 3073] = label
+    data[record * (3074 if dataset == "cifar100" else 3073) + column] = label
     file.write_bytes(data)
     text = refusal(file.parent, split)
     assert str(file) in text
-    assert f"label {label} " in text
-    assert f"record {record} " in text
-    assert f"byte {record * 3073:,})" in text
-    assert "0 to 9" in text
+    assert told in text
+    most = {"cifar10": 9, "cifar100": 99 if column else 19, "pictures": 11}[dataset]
+    assert f"0 to {most} are expected" in text
+
+
+def test_one_data_set_is_not_read_as_another(write_data, tmp_path):
+    folder = write_data("cifar100")
+    assert "holds CIFAR-100, not CIFAR-10" in refusal(folder, dataset="cifar10")
+    # nor under another's names: records of one size are no whole number of the other's
+    disguised = tmp_path / "disguised"
+    disguised.mkdir()
+    (disguised / "test_batch.bin").write_bytes((folder / "test.bin").read_bytes())
+    assert "3073-byte records (CIFAR-10)" in refusal(disguised, "test")
 
 
 def test_the_first_of_several_wrong_labels_is_the_one_told(write_cifar10):
@@ -194,26 +262,9 @@ def test_a_batch_that_may_not_be_read_is_named_with_the_reason(
     # from within, as the folders above pytest's are closed to anybody else
     monkeypatch.chdir(file.parent)
     with as_nobody(), pytest.raises(UserError) as refused:
-        cifar10_input.check_files(".", "train")
+        cifar10_input.count_images(DataConfig(), ".", "train")
     assert "data_batch_3.bin" in str(refused.value)
     assert "Permission denied" in str(refused.value)
-
-
-@pytest.mark.parametrize("count", [0, 9, 11, 100])
-def test_another_number_of_class_names_is_refused(write_cifar10, count):
-    folder = write_cifar10(names="".join(f"class{i}\n" for i in range(count)))
-    with pytest.raises(UserError) as refused:
-        cifar10_input.class_names("cifar10", str(folder))
-    assert str(folder / "batches.meta.txt") in str(refused.value)
-    assert f"{count} classes" in str(refused.value)
-    assert "10" in str(refused.value)
-
-
-def test_class_names_that_are_not_text_are_refused(write_cifar10):
-    file = write_cifar10() / "batches.meta.txt"
-    file.write_bytes(b"\xff\xfe\x00cat")
-    with pytest.raises(UserError, match=r"batches\.meta\.txt"):
-        cifar10_input.class_names("cifar10", str(file.parent))
 
 
 # --- The mean -------------------------------------------------------------------------------------

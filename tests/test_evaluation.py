@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import random_images
+from conftest import random_cifar100, random_images, write_cifar100, write_pictures
 
 import checkpoints
 import cifar10_input
@@ -295,6 +295,30 @@ def test_images_of_other_classes_than_the_run_knows_are_refused(saved, write_cif
         list(score_checkpoints(saved[:1], str(other)))
     for told in (saved[0], str(other), *names, *CIFAR10_NAMES):
         assert told in str(refused.value)
+
+
+def test_other_images_will_do_if_their_classes_are_those_that_the_run_knows(saved, tmp_path):
+    folder = write_pictures(tmp_path, 10, test=30)
+    (folder / "class_names.txt").write_text("\n".join(CIFAR10_NAMES))
+    (scored,) = score_checkpoints(saved[:1], str(folder))
+    images, _ = random_images(30, seed=2)
+    assert_figures(scored.metrics, figures_of(saved[0], images, np.arange(30) % 10))
+
+
+@pytest.mark.parametrize(("coarse", "classes"), [(False, 100), (True, 20)])
+def test_the_labels_scored_are_those_that_the_run_learns(tmp_path, coarse, classes):
+    images, labels = random_cifar100(25)
+    folder = str(write_cifar100(tmp_path / "data", test=(images, labels)))
+    run = RunConfig(
+        ModelConfig(num_layers=8, num_classes=classes),
+        cifar10_input.describe_data(folder, coarse_labels=coarse),
+    )
+    prefix = checkpoints.save(Trainer(run).checkpoint, str(tmp_path), 0)
+    (scored,) = score_checkpoints([prefix], folder)
+    learned = labels[:, 0 if coarse else 1].astype(np.int32)
+    assert_figures(scored.metrics, figures_of(prefix, images, learned))
+    with pytest.raises(UserError, match=f"coarse_labels={not coarse} "):
+        list(score_checkpoints([prefix], folder, given={"coarse_labels": not coarse}))
 
 
 def test_labels_that_the_network_has_no_class_for_are_refused(saved, write_cifar10):

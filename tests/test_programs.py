@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_cifar100
+from PIL import Image
 
 PROJECT = Path(__file__).resolve().parent.parent
 # 8 layers and small batches: a step takes a few milliseconds
@@ -115,6 +117,8 @@ def test_help_and_wrong_flags_answer_without_importing_tensorflow(program, tmp_p
     assert "num_layers" in wrong.stderr
     if program == "run_trainer.py":
         assert "20 or 26" in error_of(program, "--num_layers=21", env=environment)
+        wrong = (program, "--dataset=cifar10", f"--path={write_cifar100(tmp_path / 'data')}")
+        assert "holds CIFAR-100, not CIFAR-10" in error_of(*wrong, env=environment)
 
 
 def test_the_names_of_both_reference_programs_are_understood(data, tmp_path):
@@ -258,7 +262,7 @@ def test_wrong_data_ends_in_one_sentence_before_training(data, tmp_path, where):
     expected = {
         "missing": "cifar10_download_and_extract.py",
         "file": "is a file",
-        "empty": "data_batch_1.bin is missing",
+        "empty": "holds no data set",
         "truncated": "data_batch_3.bin has 3,072 bytes",
     }
     assert expected[where] in error
@@ -456,3 +460,38 @@ def test_a_run_whose_output_nobody_reads_any_more_ends_quietly(data, tmp_path):
     err = process.stderr.read()
     assert process.wait(timeout=240) == 128 + signal.SIGPIPE
     assert "Traceback" not in err
+
+
+def test_a_folder_of_ones_own_pictures_becomes_a_network_that_knows_them(tmp_path):
+    rng = np.random.default_rng(0)
+    colours = {"leaf": (30, 160, 40), "sea": (20, 60, 180), "sunset": (230, 120, 40)}
+    for name, colour in colours.items():
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(20):
+            image = np.array(colour) + rng.integers(-20, 21, (60 + i, 80, 3))
+            kind = ("png", "jpg", "bmp")[i % 3]
+            Image.fromarray(image.astype(np.uint8)).save(tmp_path / f"photos/{name}/{i}.{kind}")
+    made = run(
+        "images_to_binary.py", "--image_dir=photos", "--data_dir=photos-bin", cwd=tmp_path
+    ).stdout
+    command = made.splitlines()[-1].removeprefix("next: python ").split()
+    run(
+        *(*command, "--num_layers=8", "--recipe=one_cycle", "--num_iterations=20", "--holdout=9"),
+        *("--batch_norm_decay=0.5", "--epochs_between_evals=20"),  # the batch of 128 outdoes the 48
+        cwd=tmp_path,
+    )
+    scored = ("run_evaluator.py", "--path=photos-bin", "--ckpt_path=runs/resnet8-pictures")
+    tested = run(*scored, cwd=tmp_path).stdout
+    assert re.search(r"images +12\n", tested)
+    assert float(re.search(r" accuracy +(\d\.\d+)\n", tested)[1]) > 0.9
+    assert all(re.search(rf"^    {name} +\d", tested, re.M) for name in colours)
+    assert re.search(r"images +9\n", run(*scored, "--split=holdout", cwd=tmp_path).stdout)
+
+
+def test_cifar100_is_learned_by_its_coarse_labels_too(tmp_path):
+    write_cifar100(tmp_path / "cifar-100-binary")
+    command = ("run_trainer.py", "--dataset=cifar100", *SMALL, "--max_train_steps=2")
+    assert "(cifar100)" in run(*command, "--coarse_labels", cwd=tmp_path).stdout
+    scored = run("run_evaluator.py", "--ckpt_path=runs/resnet8-cifar100-coarse", cwd=tmp_path)
+    assert re.search(r"images +4\n", scored.stdout)
+    assert "coarse 19" in scored.stdout

@@ -15,6 +15,7 @@ PROGRAMS = (
     ("export_saved_model", "### The exporter's flags"),
     ("classify_images", "### The classifier's flags"),
     ("serve", "### The server's flags"),
+    ("images_to_binary", "### The importer's flags"),
 )
 
 LIST_FLAGS = """

@@ -37,7 +37,12 @@ UNUSUAL = RunConfig(
         batch_norm_decay=0.9,
         batch_norm_epsilon=1e-5,
     ),
-    DataConfig(dataset="pets", class_names=("Kätzchen", 'a "dog"', "鳥"), holdout=5000),
+    DataConfig(
+        dataset="pictures",
+        class_names=("Kätzchen", 'a "dog"', "鳥"),
+        holdout=5000,
+        coarse_labels=True,
+    ),
     TrainingConfig(
         recipe="one_cycle",
         num_iterations=1234,
@@ -202,6 +207,7 @@ def test_fields_that_an_older_version_did_not_write_take_their_defaults():
         edited("model", width=10),
         edited("training", warmup=5),
         edited("data", class_names=10),
+        edited("data", dataset="of a later version"),
     ],
 )
 def test_garbage_in_place_of_a_run_is_a_mistake_told_in_a_sentence(text):
@@ -298,7 +304,7 @@ def test_the_defaults_are_the_papers():
         seed=0,
     )
     assert ModelConfig() == ModelConfig(20, True, False, 2, 10, 0.99, 1e-3)
-    assert DataConfig() == DataConfig("cifar10", CIFAR10_NAMES, 0)
+    assert DataConfig() == DataConfig("cifar10", CIFAR10_NAMES, 0, False)
 
 
 def test_one_cycle_brings_its_own_values():
@@ -345,6 +351,8 @@ def test_flags_that_are_no_hyperparameters_are_left_to_others():
         ("bottleneck", False, True),
         ("resnet_version", 2, 1),
         ("holdout", 0, 5000),
+        ("dataset", "cifar10", "pictures"),
+        ("coarse_labels", False, True),
         ("init_lr", 0.1, 1 / 3),
         ("recipe", "paper", "one_cycle"),
         ("nesterov", False, True),
@@ -361,8 +369,9 @@ def test_a_value_that_contradicts_the_checkpoint_is_refused_with_both_values(nam
 
 
 def test_values_that_agree_with_the_checkpoint_are_no_contradiction():
-    given = {**dataclasses.asdict(UNUSUAL.model), **dataclasses.asdict(UNUSUAL.training)}
-    refuse_contradictions(UNUSUAL, {**given, "holdout": 5000}, "model-1")
+    parts = (UNUSUAL.model, UNUSUAL.data, UNUSUAL.training)
+    given = {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
+    refuse_contradictions(UNUSUAL, given, "model-1")
 
 
 def test_values_not_given_contradict_nothing():

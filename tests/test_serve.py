@@ -37,7 +37,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 NAMES = ("airplane", "automobile", "<b>bird</b>", "cat", "deer", "dog", "frog")
 API = "/v1/models/resnet"
 PREDICT = f"{API}:predict"
-TIMEOUT = 4  # seconds that the server under test waits for a request
+TIMEOUT = 4  # seconds that the frugal server waits for a request
 MIB = 2**20
 POST = b"POST /classify HTTP/1.1\r\nHost: localhost\r\n"
 
@@ -171,7 +171,7 @@ def running(saved_model: Path, log: Path, *arguments: str, **keywords) -> Iterat
 @pytest.fixture(scope="module")
 def server(saved_model, tmp_path_factory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("log") / "stderr"
-    with running(saved_model, log, f"--timeout={TIMEOUT}") as server:
+    with running(saved_model, log) as server:
         yield server
 
 
@@ -544,30 +544,6 @@ def test_the_page_needs_no_other_site_and_lets_none_in(server):
     assert server.ask("HEAD", "/")[::2] == (200, b"")
 
 
-def test_slow_requests_are_cut_off_while_others_are_answered(server):
-    starts = (
-        b"",
-        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ",
-        POST + b"Content-Length: 1000\r\n\r\n",
-        POST + b"Transfer-Encoding: chunked\r\n\r\n",
-    )
-    clients = {server.connect(): start for start in starts for _ in range(10)}
-    for client, start in clients.items():
-        client.sendall(start)
-    started = time.monotonic()
-    while clients:
-        assert time.monotonic() - started < 10 * TIMEOUT
-        for client in list(clients):
-            with contextlib.suppress(ConnectionError):
-                client.send(b"1")  # each says a little all the time, but never all
-                if not select.select([client], [], [], 0)[0] or client.recv(1000):
-                    continue
-            client.close()
-            del clients[client]
-        assert server.ask("GET", API)[0] == 200
-        time.sleep(0.2)
-
-
 def test_clients_that_go_away_leave_no_trace(server):
     upload = encoded(photo(1500, 1500))
     for sent in (10, len(upload) - 1, len(upload)):
@@ -759,30 +735,67 @@ def test_a_request_that_is_under_way_when_the_server_is_stopped_gets_its_answer(
     assert server.log.read_text() == ""
 
 
-def test_a_server_for_other_machines_with_few_connections_to_spare(saved_model, tmp_path):
+@pytest.fixture(scope="module")
+def frugal(saved_model, tmp_path_factory) -> Iterator[Server]:
+    """A server with little time and some thirty connections, for other machines too."""
+
     def allow_few_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (130, 130))
 
-    get = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    with running(
-        saved_model, tmp_path / "log", "--host=0.0.0.0", preexec_fn=allow_few_files
-    ) as server:
-        assert server.ask("GET", API, Host="192.0.2.1:80")[0] == 200
-        assert server.ask("GET", API, Host=socket.gethostname())[0] == 200
-        assert server.ask("GET", API, Host="evil.example")[0] == 421
-        clients = [server.connect() for _ in range(100)]
-        answered = 0
-        for client in clients:
+    log = tmp_path_factory.mktemp("log") / "stderr"
+    arguments = ("--host=0.0.0.0", f"--timeout={TIMEOUT}")
+    with running(saved_model, log, *arguments, preexec_fn=allow_few_files) as server:
+        yield server
+
+
+def test_a_server_for_other_machines_knows_their_names_for_it(frugal):
+    assert frugal.ask("GET", API, Host="192.0.2.1:80")[0] == 200
+    assert frugal.ask("GET", API, Host=socket.gethostname())[0] == 200
+    assert frugal.ask("GET", API, Host="evil.example")[0] == 421
+
+
+def test_connections_beyond_those_there_are_files_for_are_closed(frugal):
+    clients = [frugal.connect() for _ in range(100)]
+    answered = 0
+    for client in clients:
+        with contextlib.suppress(ConnectionError):
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answered += client.recv(15) == b"HTTP/1.1 200 OK"
+    assert 0 < answered <= 30
+    for client in clients:
+        client.close()
+    assert eventually(lambda: answers(frugal))
+
+
+def test_slow_requests_are_cut_off_while_others_are_answered(frugal):
+    starts = (
+        b"",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ",
+        POST + b"Content-Length: 1000\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\n\r\n",
+    )
+    clients = {frugal.connect(): start for start in starts for _ in range(4)}
+    for client, start in clients.items():
+        with contextlib.suppress(ConnectionError):
+            client.sendall(start)
+    started = time.monotonic()
+    while clients:
+        assert time.monotonic() - started < 10 * TIMEOUT
+        for client in list(clients):
             with contextlib.suppress(ConnectionError):
-                client.sendall(get)
-                answered += client.recv(15) == b"HTTP/1.1 200 OK"
-        assert 20 <= answered <= 30
-        for client in clients:
+                client.send(b"1")  # each says a little all the time, but never all
+                if not select.select([client], [], [], 0)[0] or client.recv(1000):
+                    continue
             client.close()
-        assert eventually(lambda: answers(server))
-        server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(timeout=60) == 128 + signal.SIGINT
-        assert (tmp_path / "log").read_text() == ""
+            del clients[client]
+        assert frugal.ask("GET", API)[0] == 200
+        time.sleep(0.2)
+
+
+def test_ctrl_c_ends_the_server_quietly(frugal):
+    frugal.process.send_signal(signal.SIGINT)
+    assert frugal.process.wait(timeout=60) == 128 + signal.SIGINT
+    assert frugal.log.read_text() == ""
 
 
 def answers(server: Server) -> bool:

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import write_cifar100, write_pictures
 
 import checkpoints
 import training
@@ -318,3 +319,47 @@ def test_epochs_become_the_steps_that_see_every_image_that_often(small_synthetic
     assert resume_from is None
     assert run.training.num_iterations == 7  # 3 * 70 / 32, rounded up
     assert run.data.class_names == CLASS_NAMES
+
+
+def prepare(given: dict, folder, path=None, **keywords) -> RunConfig:
+    return training.prepare_run(given, str(folder), path and str(path), **keywords)[0]
+
+
+def test_a_new_run_learns_the_classes_that_its_files_have(tmp_path):
+    hundred = write_cifar100(tmp_path / "hundred")
+    pictures = write_pictures(tmp_path / "pictures", 3)
+    for given, path, dataset, classes in (
+        ({}, hundred, "cifar100", 100),
+        ({"dataset": "cifar100", "coarse_labels": True}, hundred, "cifar100", 20),
+        ({"dataset": None, "coarse_labels": None}, pictures, "pictures", 3),
+    ):
+        run = prepare(given, tmp_path / "new", path)
+        assert (run.data.dataset, run.model.num_classes) == (dataset, classes)
+        assert len(run.data.class_names) == classes
+        assert run.data.coarse_labels == bool(given.get("coarse_labels"))
+
+
+def test_a_resumed_run_knows_its_data_set_and_where_that_lies_by_default(tmp_path, monkeypatch):
+    write_cifar100(tmp_path / "cifar-100-binary")
+    monkeypatch.chdir(tmp_path)
+    run = prepare({"dataset": "cifar100", "coarse_labels": True}, "run")
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, num_layers=8))
+    checkpoints.save(training.Trainer(run).checkpoint, "run", 0)
+    assert prepare({}, "run") == prepare({"dataset": "cifar100"}, "run") == run
+    for given, reason in (
+        ({"dataset": "cifar10"}, "dataset=cifar10 .* dataset=cifar100"),
+        ({"coarse_labels": False}, "coarse_labels=False .* coarse_labels=True"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            prepare(given, "run")
+    with pytest.raises(UserError, match="holds a set of imported pictures, not CIFAR-100"):
+        prepare({}, "run", write_pictures(tmp_path / "pictures", 20))
+
+
+def test_a_batch_larger_than_a_small_set_of_two_classes_is_trained_on_and_evaluated(tmp_path):
+    path = str(write_pictures(tmp_path / "pictures", 2, train=9, test=5))
+    given = {"batch_size": 32, "num_iterations": 4, "num_layers": 8, "holdout": 3}
+    run, _ = training.prepare_run(given, str(tmp_path), path)
+    outcome = training.train(run, options(tmp_path, data_path=path, epochs_between_evals=1))
+    assert (outcome.step, outcome.metrics.num_images) == (4, 3)
+    assert outcome.metrics.confusion_matrix.shape == (2, 2)

@@ -28,7 +28,7 @@ ORIGIN = RunConfig(
         **{"resnet_version": 1, "num_classes": 3},
         **{"batch_norm_decay": 0.9, "batch_norm_epsilon": 1e-2},
     ),
-    DataConfig("pets", ("cat", "dog", "eel")),
+    DataConfig("pictures", ("cat", "dog", "eel")),
     TrainingConfig(batch_size=4, num_iterations=50, seed=3),
 )
 PLAIN_WORDS = {"dataset": "synthetic", "batch_size": 8, "num_iterations": 12, "init_lr": 1.0}

@@ -1,0 +1,250 @@
+"""What lies in a data folder: each data set's files, records, class names and official archive.
+
+Everything that is known of these formats is here, and it takes Python alone: neither `--help` nor
+the download script waits for TensorFlow.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from errors import UserError
+
+SIDE, CHANNELS = 32, 3
+IMAGE_BYTES = SIDE * SIDE * CHANNELS  # the red, the green and the blue plane, each row by row
+MAX_CLASSES = 256  # a label is a byte
+
+CIFAR10_NAMES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
+ALGORITHMS = {"sha256": "SHA-256", "md5": "MD5"}
+
+
+class Digest(NamedTuple):
+    """What a file's bytes must come to, under `hashlib`'s name of the algorithm."""
+
+    algorithm: str
+    value: str
+
+    def __str__(self) -> str:
+        return f"{ALGORITHMS[self.algorithm]} {self.value}"
+
+
+class Archive(NamedTuple):
+    """Where a data set comes from."""
+
+    url: str
+    digest: Digest
+
+    @property
+    def file(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+class Label(NamedTuple):
+    """One of the bytes that a record begins with, and the file that names its classes."""
+
+    kind: str
+    names_file: str
+    num_classes: int | None = None  # None: as many as the file names
+    names: tuple[str, ...] = ()  # where the file is missing
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The binary form of a data set: records of label bytes and pixels, in these files."""
+
+    dataset: str
+    title: str
+    train_files: tuple[str, ...]
+    test_files: tuple[str, ...]
+    labels: tuple[Label, ...]  # the last is the one to learn, unless coarse labels are asked for
+    folder: str = ""  # inside the archive, and where the data lies by default
+    archive: Archive | None = None
+
+    @property
+    def record_bytes(self) -> int:
+        return len(self.labels) + IMAGE_BYTES
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All that make up a whole data folder."""
+        return (*self.train_files, *self.test_files, *(label.names_file for label in self.labels))
+
+    def split_files(self, split: str) -> tuple[str, ...]:
+        """The files of "train" or "test"."""
+        return {"train": self.train_files, "test": self.test_files}[split]
+
+    def label_column(self, coarse: bool) -> int:
+        """Which of a record's label bytes to learn."""
+        if coarse and len(self.labels) == 1:
+            raise UserError(
+                "--coarse_labels is for CIFAR-100, whose images have two labels each: leave it out."
+            )
+        return 0 if coarse else len(self.labels) - 1
+
+    def class_names(self, folder: str, coarse: bool = False) -> tuple[str, ...]:
+        """The names of the classes, from the file beside the records."""
+        return self.read_names(folder, self.labels[self.label_column(coarse)])
+
+    def read_names(self, folder: str, label: Label) -> tuple[str, ...]:
+        """The names of the classes that one of the label bytes tells apart."""
+        file = os.path.join(folder, label.names_file)
+        if label.names and not os.path.exists(file):
+            return label.names
+        try:
+            with open(file, encoding="utf-8") as lines:
+                names = tuple(line.strip() for line in lines if line.strip())
+        except OSError as error:
+            raise UserError(f"cannot read the class names in {file}: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"cannot read the class names in {file}: it is not UTF-8 text."
+            ) from error
+        least, most = label.num_classes or 2, label.num_classes or MAX_CLASSES
+        if not least <= len(names) <= most:
+            expected = most if least == most else f"{least} to {most}"
+            raise UserError(
+                f"{file} names {len(names)} classes where {self.title} has {expected}: this is "
+                "another data set or a damaged file."
+            )
+        return names
+
+    def class_counts(self, folder: str) -> list[int]:
+        """How many classes each of the label bytes tells apart."""
+        return [label.num_classes or len(self.read_names(folder, label)) for label in self.labels]
+
+    def size_problem(self, file: str, size: int) -> str | None:
+        """What is wrong with a file of so many bytes, if it should hold records."""
+        if size == 0:
+            return f"{file} is empty, where {self.record_bytes}-byte records were expected"
+        whole, rest = divmod(size, self.record_bytes)
+        if not rest:
+            return None
+        return (
+            f"{file} has {size:,} bytes, which is no whole number of {self.record_bytes}-byte "
+            f"records ({self.title}): the last one, at byte {whole * self.record_bytes:,}, is cut "
+            f"off after {rest:,}"
+        )
+
+    def label_problem(
+        self, file: str, columns: Sequence[bytes], counts: Sequence[int], first_record: int = 0
+    ) -> str | None:
+        """What is wrong with the labels of successive records, a column for each label byte."""
+        for column, (label, values, count) in enumerate(
+            zip(self.labels, columns, counts, strict=True)
+        ):
+            if max(values, default=0) >= count:
+                place, value = next((i, v) for i, v in enumerate(values) if v >= count)
+                record = first_record + place
+                return (
+                    f"{file} has the {label.kind} {value} in record {record} (byte "
+                    f"{record * self.record_bytes + column:,}), where 0 to {count - 1} are expected"
+                )
+        return None
+
+
+LAYOUTS = {
+    layout.dataset: layout
+    for layout in (
+        Layout(
+            dataset="cifar10",
+            title="CIFAR-10",
+            train_files=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+            test_files=("test_batch.bin",),
+            labels=(Label("label", "batches.meta.txt", 10, CIFAR10_NAMES),),
+            folder="cifar-10-batches-bin",
+            archive=Archive(
+                "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+                Digest(
+                    "sha256", "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+                ),
+            ),
+        ),
+        Layout(
+            dataset="cifar100",
+            title="CIFAR-100",
+            train_files=("train.bin",),
+            test_files=("test.bin",),
+            labels=(
+                Label("coarse label", "coarse_label_names.txt", 20),
+                Label("fine label", "fine_label_names.txt", 100),
+            ),
+            folder="cifar-100-binary",
+            archive=Archive(
+                "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+                Digest("md5", "03b5dce01913d631647c71ecec9e9cb8"),
+            ),
+        ),
+        # what images_to_binary.py makes; no file has the name of one of the above, so that a folder
+        # tells by its files what it holds
+        Layout(
+            dataset="pictures",
+            title="a set of imported pictures",
+            train_files=("pictures_train.bin",),
+            test_files=("pictures_test.bin",),
+            labels=(Label("label", "class_names.txt"),),
+        ),
+    )
+}
+
+
+def find(path: str | None, dataset: str | None = None) -> tuple[str, Layout]:
+    """The data folder that `path` names, itself or the one inside it, and the layout of its files.
+
+    Without a path, that is the folder that the download script makes. Refuses one that does not
+    hold the `dataset`, or where that is not given, not exactly one.
+    """
+    if path is None:
+        layout = LAYOUTS[dataset or "cifar10"]
+        path = layout.folder
+        if not path:
+            raise UserError(f"{layout.title} has no default folder: name its own with --path.")
+    found: dict[str, str] = {}
+    for folder in (path, *_folders_inside(path)):
+        files = _list(folder, dataset)
+        for layout in LAYOUTS.values():
+            if files.intersection((*layout.train_files, *layout.test_files)):
+                found.setdefault(layout.dataset, folder)
+    if dataset is None and len(found) == 1:
+        (dataset,) = found
+    if dataset in found:
+        return found[dataset], LAYOUTS[dataset]
+    titles = " and ".join(LAYOUTS[name].title for name in found)
+    if not found:
+        raise UserError(
+            f"{path} holds no data set ({LAYOUTS['cifar10'].train_files[0]} and so on): name the "
+            "right folder with --path, get one with `python cifar10_download_and_extract.py`, or "
+            "make one of your own pictures with `python images_to_binary.py`."
+        )
+    if dataset is None:
+        raise UserError(f"{path} holds {titles}: choose one with --dataset.")
+    raise UserError(
+        f"{path} holds {titles}, not {LAYOUTS[dataset].title}: name another --path or --dataset."
+    )
+
+
+def _folders_inside(path: str) -> list[str]:
+    inside = [os.path.join(path, layout.folder) for layout in LAYOUTS.values() if layout.folder]
+    return [folder for folder in inside if os.path.isdir(folder)]
+
+
+def _list(folder: str, dataset: str | None) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except FileNotFoundError as error:
+        which = " --dataset=cifar100" if dataset == "cifar100" else ""
+        raise UserError(
+            f"there is no data at {folder}: get it with "
+            f"`python cifar10_download_and_extract.py{which}`, name its folder with --path, or try "
+            "the programs on generated pictures with --use_synthetic_data."
+        ) from error
+    except NotADirectoryError as error:
+        raise UserError(
+            f"{folder} is a file: --path wants the folder that holds "
+            f"{LAYOUTS['cifar10'].train_files[0]} and so on, or the folder above it."
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}.") from error

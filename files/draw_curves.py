@@ -1,0 +1,238 @@
+"""Draws how the runs recorded in files/results learned, leaving out those that are not there.
+
+python files/draw_curves.py --results_dir=files/results --output_dir=files
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from absl import app, flags
+from matplotlib.axes import Axes
+from matplotlib.transforms import offset_copy
+
+from errors import UserError, exits_with_a_sentence
+from plot_style import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, SKY, SMALL, picture
+
+FOLDER = Path(__file__).resolve().parent
+FLAGS = flags.FLAGS
+flags.DEFINE_string("results_dir", str(FOLDER / "results"), "Folder of the runs' CSV files.")
+flags.DEFINE_string("output_dir", str(FOLDER), "Folder to draw into.")
+
+COLUMNS = (
+    *("step", "epoch", "train_loss", "train_accuracy"),
+    *("test_accuracy", "learning_rate", "seconds"),
+)
+HIGHEST_ERROR, LOWEST_ACCURACY = 30, 60  # shown, in percent, unless a run ends beyond
+PAPERS_ACCURACY = 91.25  # of ResNet-20, in the first paper's table 6
+
+
+class Look(NamedTuple):
+    """How a run is drawn: apart from others by colour, by lightness and by marker."""
+
+    label: str
+    colour: str
+    marker: str
+
+
+LAYERS_20, LAYERS_56, LAYERS_110 = (
+    Look("20 layers", ORANGE, "o"),
+    Look("56 layers", BLUE, "s"),
+    Look("110 layers", INK, "^"),
+)
+RESIDUAL = {
+    "resnet20-fast-seed0": LAYERS_20,
+    "resnet56-fast": LAYERS_56,
+    "resnet110-fast": LAYERS_110,
+}
+PLAIN = {"plain20-fast": LAYERS_20, "plain56-fast": LAYERS_56, "plain110-fast": LAYERS_110}
+SPEED = {
+    "resnet20-paper": Look("paper's schedule", INK, "o"),
+    "resnet20-fast-seed0": Look("fast recipe, seed 0", BLUE, "s"),
+    "resnet20-fast-seed1": Look("fast recipe, seed 1", GREEN, "^"),
+    "resnet20-fast-seed2": Look("fast recipe, seed 2", SKY, "D"),
+}
+
+Curve = tuple[np.ndarray, np.ndarray]
+
+
+@exits_with_a_sentence
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    results, output = Path(FLAGS.results_dir), Path(FLAGS.output_dir)
+    for title, looks, file in (
+        ("Residual networks", RESIDUAL, "resnet.png"),
+        ("Plain networks", PLAIN, "plain.png"),
+    ):
+        draw_errors(read_runs(results, looks, "step"), title, output / file)
+    draw_speed(read_runs(results, SPEED, "minutes"), output / "speed.png")
+    return 0
+
+
+class Run(NamedTuple):
+    """A run's columns, with `nan` where nothing was measured, and how to draw it."""
+
+    look: Look
+    columns: dict[str, np.ndarray]
+
+    def curve(self, x: str, y: str) -> Curve:
+        """Two columns, where both were measured."""
+        both = np.stack([self.columns[x], self.columns[y]])
+        return tuple(both[:, np.isfinite(both).all(axis=0)])
+
+
+def read_runs(folder: Path, looks: dict[str, Look], x: str) -> list[Run]:
+    """Those of the runs that are there and have test accuracies to be drawn against x."""
+    runs = []
+    for name, look in looks.items():
+        file = folder / f"{name}.csv"
+        if not file.exists():
+            print(f"left out: {file} is not there")
+            continue
+        run = Run(look, read_columns(file))
+        if len(run.curve(x, "test_accuracy")[0]):
+            runs.append(run)
+        else:
+            print(f"left out: {file} has no test accuracy")
+    return runs
+
+
+def read_columns(file: Path) -> dict[str, np.ndarray]:
+    """Reads a run's CSV file; an empty cell becomes `nan`."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file}: {error}.") from error
+    numbered = [(n, line) for n, line in enumerate(lines, 1) if not line.startswith("#")]
+    if not numbered or tuple(numbered[0][1].split(",")) != COLUMNS:
+        raise UserError(f"{file} does not begin with the columns {','.join(COLUMNS)}.")
+    rows = [_read_row(line, f"{file}, line {number},") for number, line in numbered[1:]]
+    table = np.array(rows).reshape(-1, len(COLUMNS))
+    columns = dict(zip(COLUMNS, table.T, strict=True))
+    if not (np.diff(columns["step"]) >= 0).all():
+        raise UserError(f"{file} has lines whose steps are not in order.")
+    return columns | {"minutes": columns["seconds"] / 60}
+
+
+def _read_row(line: str, where: str) -> list[float]:
+    cells = line.split(",")
+    if len(cells) != len(COLUMNS):
+        raise UserError(f"{where} has {len(cells)} cells where there are {len(COLUMNS)} columns.")
+    try:
+        row = [float(cell) if cell.strip() else np.nan for cell in cells]
+    except ValueError as error:
+        raise UserError(f"{where} has a cell that is not a number: {error}.") from error
+    for name, value in zip(COLUMNS, row, strict=True):
+        if name.endswith("accuracy") and not (np.isnan(value) or 0 <= value <= 1):
+            raise UserError(f"{where} has the {name} {value:g}, which is not between 0 and 1.")
+    return row
+
+
+def draw_errors(runs: Sequence[Run], title: str, file: Path) -> None:
+    """Errors on training and test images against iterations, as in the paper's figure."""
+    if not runs:
+        print(f"not drawn, for want of runs: {file}")
+        return
+    subtitle = "Error in percent over iterations: thick on test images, dashed on training batches"
+    with picture(file, height=440, title=title, subtitle=subtitle) as figure:
+        axes = figure.add_subplot()
+        for run in runs:
+            steps, accuracy = run.curve("step", "train_accuracy")
+            axes.plot(steps, 100 * (1 - accuracy), color=run.look.colour, lw=0.9, ls=(0, (4, 2)))
+        text = "{}: {:.1f} %"
+        ends = [
+            draw_thick(axes, run, "step", lambda accuracy: 100 * (1 - accuracy), text)
+            for run in runs
+        ]
+        highest = max(HIGHEST_ERROR, *(1.15 * end.y for end in ends))
+        axes.set(xlabel="iteration", ylim=(0, min(highest, 100)))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        label_ends(axes, ends)
+
+
+def draw_speed(runs: Sequence[Run], file: Path) -> None:
+    """Test accuracy against time."""
+    if not runs:
+        print(f"not drawn, for want of runs: {file}")
+        return
+    title = "How soon ResNet-20 is how accurate"
+    subtitle = "Test accuracy in percent over minutes of training"
+    with picture(file, height=440, title=title, subtitle=subtitle) as figure:
+        axes = figure.add_subplot()
+        text = "{}: {:.1f} %, {:,.0f} min"
+        ends = [
+            draw_thick(axes, run, "minutes", lambda accuracy: 100 * accuracy, text) for run in runs
+        ]
+        lowest = min(LOWEST_ACCURACY, *(end.y - 5 for end in ends))
+        axes.set(xlabel="minutes", ylim=(lowest, max(95, *(end.y + 2 for end in ends))))
+        paper = Look(f"ResNet-20 in the paper: {PAPERS_ACCURACY} %", MUTED, "_")
+        axes.axhline(PAPERS_ACCURACY, color=paper.colour, lw=0.9, ls=(0, (1, 2)))
+        label_ends(axes, [*ends, End(paper, 0, PAPERS_ACCURACY, paper.label)])
+
+
+class End(NamedTuple):
+    """Where a line ends, and what is written about it."""
+
+    look: Look
+    x: float
+    y: float
+    text: str
+
+
+def draw_thick(
+    axes: Axes, run: Run, x: str, y_of: Callable[[np.ndarray], np.ndarray], text: str
+) -> End:
+    """Draws a run's test accuracy, or what is made of it, as a thick line with markers."""
+    x, accuracy = run.curve(x, "test_accuracy")
+    y = y_of(accuracy)
+    marks = [*range(0, len(x) - 1, max(1, len(x) // 8)), len(x) - 1]
+    axes.plot(x, y, lw=1.8, markevery=marks, **marker(run.look))
+    return End(run.look, x[-1], y[-1], text.format(run.look.label, y[-1], x[-1]))
+
+
+def marker(look: Look) -> dict[str, Any]:
+    edge = {} if look.marker == "_" else {"mec": PAPER, "mew": 0.8}
+    return {"color": look.colour, "marker": look.marker, "ms": 5.5, **edge}
+
+
+def label_ends(axes: Axes, ends: Sequence[End]) -> None:
+    """Writes the texts on the right, as high as the lines end, or nearly where two are level."""
+    right = max(end.x for end in ends)
+    axes.set_xlim(0, 1.01 * right)
+    bottom, top = axes.get_ylim()
+    beside = offset_copy(axes.transData, axes.figure, 14, units="points")
+    for end, y in zip(ends, spread([end.y for end in ends], (top - bottom) / 21), strict=True):
+        axes.plot(right, y, transform=beside, clip_on=False, **marker(end.look))
+        axes.annotate(
+            end.text,
+            (right, y),
+            (20, 0),
+            textcoords="offset points",
+            va="center_baseline",
+            fontsize=SMALL,
+        )
+
+
+def spread(values: Sequence[float], gap: float) -> list[float]:
+    """Places near values, in their order, with at least a gap between any two."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    # Moved down by what stands below it, each value may stay as long as it is no lower than the one
+    # before; those that are share their mean.
+    together: list[list[float]] = []
+    for below, i in enumerate(order):
+        together.append([values[i] - gap * below])
+        while len(together) > 1 and mean(together[-2]) > mean(together[-1]):
+            together[-2:] = [together[-2] + together[-1]]
+    moved = [mean(group) for group in together for _ in group]
+    places = {i: moved[below] + gap * below for below, i in enumerate(order)}
+    return [places[i] for i in range(len(values))]
+
+
+if __name__ == "__main__":
+    app.run(main)

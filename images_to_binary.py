@@ -1,0 +1,221 @@
+"""Turns a folder of pictures, one sub-folder a class, into binary files that the trainer reads.
+
+    python images_to_binary.py --image_dir=photos --data_dir=photos-bin
+    python run_trainer.py --path=photos-bin
+
+The classes have the names of the sub-folders. Each picture's middle square is resized to 32x32. A
+share of every class becomes the test images. The data folder appears only once it is complete.
+"""
+
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+import folders
+import program
+from data_layout import LAYOUTS, MAX_CLASSES
+from errors import UserError, exits_with_a_sentence
+from pictures import read_picture_file
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("image_dir", None, "Folder with a sub-folder of pictures for each class.")
+flags.DEFINE_string("data_dir", None, "New folder for the binary files.")
+flags.DEFINE_float("test_share", 0.2, "Share of each class that becomes test images.")
+flags.DEFINE_integer("seed", 0, "Of the split and the order.", lower_bound=0)
+flags.mark_flags_as_required(["image_dir", "data_dir"])
+flags.register_validator("test_share", lambda share: 0 < share < 1, "it is between 0 and 1")
+
+FLAG_GROUPS = {"Where from and where to": ("image_dir", "data_dir"), "How": ("test_share", "seed")}
+LAYOUT = LAYOUTS["pictures"]
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
+THREADS = min(8, os.cpu_count() or 1)
+AHEAD = 256  # pictures under way at a time: what bounds the memory, however many there are
+
+
+# --- Finding the pictures -------------------------------------------------------------------------
+
+
+def find_classes(image_dir: Path) -> dict[str, list[str]]:
+    """The files of each class, in the order of their names."""
+    try:
+        entries = sorted(visible(image_dir))
+        classes = {entry.name: files_below(entry) for entry in entries if entry.is_dir()}
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}.") from error
+    refuse_no_classes(image_dir, list(classes))
+    for entry in entries:
+        if entry.name not in classes:
+            print(f"skipped: {printable(str(entry))} is in no class's folder.")
+    return classes
+
+
+def visible(folder: Path) -> Iterator[Path]:
+    return (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def files_below(folder: Path) -> list[str]:
+    """All files of a class, those in deeper folders too; hidden ones are not meant."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    for place, inside, files in os.walk(folder, onerror=fail):
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        found += [os.path.join(place, name) for name in files if not name.startswith(".")]
+    return sorted(found)
+
+
+def refuse_no_classes(image_dir: Path, names: Sequence[str]) -> None:
+    if len(names) < 2:
+        raise UserError(
+            f"{image_dir} holds too few classes ({len(names)}): each sub-folder is one, with its "
+            "pictures in it, and two at least are needed."
+        )
+    if len(names) > MAX_CLASSES:
+        raise UserError(
+            f"{image_dir} has {len(names)} sub-folders, each a class; up to {MAX_CLASSES} fit the "
+            "label, which is one byte."
+        )
+    if SPLITS.issuperset(name.lower() for name in names):
+        raise UserError(
+            f"the sub-folders of {image_dir} ({', '.join(names)}) are no classes: give the folder "
+            "of the classes itself; training and test images are parted here."
+        )
+    for name in names:
+        if name != name.strip() or not name.isprintable():
+            raise UserError(
+                f"the sub-folder {name!a} of {image_dir} cannot name a class, which takes one "
+                "line of text: rename it."
+            )
+
+
+def refuse_small_classes(counts: Mapping[str, int], what: str) -> None:
+    small = [f"{name} ({count})" for name, count in counts.items() if count < 2]
+    if small:
+        raise UserError(
+            f"too few {what} to be in both the training and the test images: {', '.join(small)}; "
+            "give each class two at least, or move its folder away."
+        )
+
+
+# --- Reading and writing --------------------------------------------------------------------------
+
+
+def read_all(files: Sequence[str]) -> Iterator[np.ndarray | str]:
+    """Each file's picture, or the sentence that refuses it: in order, but read in parallel."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        for start in range(0, len(files), AHEAD):
+            yield from pool.map(read_or_refuse, files[start : start + AHEAD])
+
+
+def read_or_refuse(file: str) -> np.ndarray | str:
+    if not os.path.isfile(file):
+        return f"{file} is not a file."
+    try:
+        return read_picture_file(file)
+    except UserError as error:
+        return str(error)
+
+
+def write_records(classes: Mapping[str, Sequence[str]], records: BinaryIO) -> np.ndarray:
+    """Writes a record for each picture that can be read, class by class; returns their labels."""
+    expected = [label for label, files in enumerate(classes.values()) for _ in files]
+    labels = bytearray()
+    pictures = read_all([file for files in classes.values() for file in files])
+    tenth = max(1, len(expected) // 10)
+    with tqdm(
+        total=len(expected), disable=not sys.stdout.isatty(), file=sys.stdout, unit=" files"
+    ) as bar:
+        for done, (label, picture) in enumerate(zip(expected, pictures, strict=True), 1):
+            if isinstance(picture, str):
+                bar.write(f"skipped: {printable(picture)}", file=sys.stdout)
+            else:
+                records.write(bytes([label]) + picture.transpose(2, 0, 1).tobytes())
+                labels.append(label)
+            bar.update()
+            if bar.disable and done % tenth == 0:
+                print(f"read {done} of {len(expected)} files", flush=True)
+    records.flush()
+    print(f"{len(labels)} of {len(expected)} files are pictures that can be read")
+    return np.frombuffer(labels, np.uint8)
+
+
+def printable(text: str) -> str:
+    """A file's name may hold line breaks, a terminal's commands, or bytes that are no text."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def split(labels: np.ndarray, test_share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The places of the training and of the test images: a share of each class, in random order."""
+    rng = np.random.default_rng(seed)
+    train, test = [], []
+    for label in np.unique(labels):
+        places = rng.permutation(np.flatnonzero(labels == label))
+        count = min(max(round(len(places) * test_share), 1), len(places) - 1)
+        test.append(places[:count])
+        train.append(places[count:])
+    return rng.permutation(np.concatenate(train)), rng.permutation(np.concatenate(test))
+
+
+def write_files(
+    folder: str, classes: Mapping[str, Sequence[str]], test_share: float, seed: int
+) -> None:
+    """Writes the data folder's files, and says what is in them."""
+    train_file, test_file, names_file = (os.path.join(folder, name) for name in LAYOUT.files)
+    with tempfile.TemporaryFile(dir=folder) as scratch:
+        labels = write_records(classes, scratch)
+        counts = np.bincount(labels, minlength=len(classes))
+        refuse_small_classes(dict(zip(classes, counts, strict=True)), "pictures that can be read")
+        records = np.memmap(scratch, np.uint8, "r", shape=(len(labels), LAYOUT.record_bytes))
+        train, test = split(labels, test_share, seed)
+        for file, places in ((train_file, train), (test_file, test)):
+            with open(file, "wb") as out:
+                for start in range(0, len(places), AHEAD):
+                    out.write(records[places[start : start + AHEAD]].tobytes())
+    with open(names_file, "w", encoding="utf-8") as out:
+        out.writelines(f"{name}\n" for name in classes)
+    show_counts(list(classes), np.bincount(labels[train]), np.bincount(labels[test]))
+
+
+def show_counts(names: Sequence[str], train: np.ndarray, test: np.ndarray) -> None:
+    width = max(map(len, names)) + 2
+    print(f"{'':<{width}}{'training':>8}{'test':>8}")
+    rows = [*zip(names, train, test, strict=True), ("all", train.sum(), test.sum())]
+    for name, train_count, test_count in rows:
+        print(f"{name:<{width}}{train_count:>8}{test_count:>8}")
+
+
+def import_pictures(image_dir: str, data_dir: str, test_share: float = 0.2, seed: int = 0) -> None:
+    """Makes the data folder `data_dir` of the pictures in `image_dir`."""
+    if Path(data_dir).resolve().is_relative_to(Path(image_dir).resolve()):
+        raise UserError(
+            f"{data_dir} is inside {image_dir}, whose folders are classes: name a --data_dir "
+            "elsewhere."
+        )
+    classes = find_classes(Path(image_dir))
+    refuse_small_classes({name: len(files) for name, files in classes.items()}, "files")
+    folders.refuse_unwritable(data_dir)
+    with folders.new(data_dir) as folder:
+        write_files(folder, classes, test_share, seed)
+    print(f"next: python run_trainer.py --path={shlex.quote(data_dir)}", flush=True)
+
+
+@exits_with_a_sentence
+def main(argv: list[str]) -> int:
+    import_pictures(FLAGS.image_dir, FLAGS.data_dir, FLAGS.test_share, FLAGS.seed)
+    return 0
+
+
+if __name__ == "__main__":
+    program.run(main, FLAG_GROUPS)

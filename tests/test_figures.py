@@ -1,0 +1,308 @@
+"""The pictures: they show the networks and the runs as they are, in the same bytes each time."""
+
+import errno
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+import draw_curves
+import plot_style
+from errors import UserError
+from network_trace import trace
+from resnet_model import ResNet
+from run_config import ModelConfig
+
+PROJECT = Path(__file__).resolve().parent.parent
+FILES = PROJECT / "files"
+HEADER = "step,epoch,train_loss,train_accuracy,test_accuracy,learning_rate,seconds"
+
+
+# Every kind of row: all units, or equal ones together; short, long and with more layers in a unit.
+DRAW_NETWORKS = """
+import sys
+import draw_network  # which puts the project on the path
+from network_trace import trace
+from resnet_model import ResNet
+from run_config import ModelConfig
+
+for config in (
+    *(ModelConfig(layers) for layers in (8, 20, 32, 56)),
+    *(ModelConfig(layers, bottleneck=True) for layers in (11, 29, 164)),
+    ModelConfig(110, shortcut_connections=False),
+    ModelConfig(20, resnet_version=1),
+):
+    network = trace(ResNet(config))
+    rows = draw_network.rows_of(network)
+    assert draw_network.room_for_convolutions(rows) >= draw_network.NARROWEST, config.name
+    draw_network.draw(network, [f"{sys.argv[1]}/{config.name}.png"])
+"""
+
+
+def words(picture: Path) -> list[str]:
+    """The words in a PNG that the project drew."""
+    with Image.open(picture) as image:
+        return image.info["Description"].split(" | ")
+
+
+def run(script: str, *arguments: object, status: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [sys.executable, str(FILES / script), *map(str, arguments)],
+        cwd="/",  # the scripts find the project from anywhere
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Callable[[str], Counter[str]]:
+    """The words in a drawing of each of the networks."""
+    folder = tmp_path_factory.mktemp("drawn")
+    subprocess.run([sys.executable, "-c", DRAW_NETWORKS, folder], cwd=FILES, check=True)
+    return lambda name: Counter(words(folder / f"{name}.png"))
+
+
+def shapes(counted: Counter[str]) -> dict[str, int]:
+    return {text: n for text, n in counted.items() if re.fullmatch(r"\d+×\d+×\d+", text)}
+
+
+def test_the_drawing_of_20_layers_has_the_sizes_counted_by_hand(drawn):
+    counted = drawn("resnet20")
+    # below each convolution, and once beside each block and the picture
+    assert shapes(counted) == {"32×32×3": 1, "32×32×16": 8, "16×16×32": 7, "8×8×64": 7}
+    assert counted["3×3 conv"] == counted["BN, ReLU"] == 19
+    assert counted["stride 2"] == counted["10"] == 2
+    assert counted["64"] == counted["10 classes"] == counted["ResNet-20"] == 1
+    assert counted["2×2 avg pool, 8 + 8 zeros"] == counted["2×2 avg pool, 16 + 16 zeros"] == 1
+    assert any("= 20 layers, 269,722 parameters" in text for text in counted)
+
+
+def test_the_drawing_of_56_layers_counts_equal_units(drawn):
+    counted = drawn("resnet56")
+    assert shapes(counted) == {"32×32×3": 1, "32×32×16": 6, "16×16×32": 5, "8×8×64": 5}
+    assert counted["× 8"] == 3
+    subtitle = (
+        "1 convolution + 3 blocks × 9 units × 2 convolutions + 1 projection = 56 layers, "
+        "853,018 parameters"
+    )
+    assert counted[subtitle] == 1
+
+
+def test_the_drawing_of_164_bottleneck_layers_has_the_sizes_counted_by_hand(drawn):
+    counted = drawn("resnet164-bottleneck")
+    assert shapes(counted) == {
+        "32×32×3": 1,
+        "32×32×16": 1 + 2 + 2,
+        "32×32×64": 1 + 1 + 1,
+        "32×32×32": 1,  # the first unit of block 2 halves the picture in its second convolution
+        "16×16×32": 1 + 2,
+        "16×16×128": 1 + 1 + 1,
+        "16×16×64": 1,
+        "8×8×64": 1 + 2,
+        "8×8×256": 1 + 1 + 1,
+    }
+    assert counted["× 17"] == 3
+    assert counted["256"] == counted["24 + 24 zeros"] == 1
+    assert counted["2×2 avg pool, 32 + 32 zeros"] == counted["2×2 avg pool, 64 + 64 zeros"] == 1
+    assert any("= 164 layers, 1,661,274 parameters" in text for text in counted)
+
+
+def test_the_drawing_of_a_plain_network_has_no_shortcuts(drawn):
+    counted = drawn("plain110")
+    assert counted["Plain-110"] == counted["× 18"] == 1
+    assert counted["× 17"] == 2
+    assert not any("zeros" in text for text in counted)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_trace_tells_where_each_shortcut_starts_and_what_is_on_it(version):
+    network = trace(ResNet(ModelConfig(14, resnet_version=version)))
+    units = [unit for block in network.blocks for unit in block]
+    # after BN and ReLU in the first unit of version 2, else from the input
+    assert [unit.shortcut_after for unit in units] == [2 if version == 2 else 0, 0, 0, 0, 0, 0]
+    kinds = [[layer.kind for layer in unit.shortcut] for unit in units]
+    assert kinds == [[], [], ["pool", "pad"], [], ["pool", "pad"], []]
+    pool, pad = units[4].shortcut
+    assert (pool.size, pool.stride, pool.shape) == (2, 2, (8, 8, 32))
+    assert (pad.zeros, pad.shape) == ((16, 16), (8, 8, 64))
+
+
+def test_the_pictures_in_the_folder_show_the_networks_as_they_are(tmp_path):
+    run("draw_network.py", f"--output={tmp_path / 'ResNet20_CIFAR10.png'}")
+    run("draw_parts.py", f"--output_dir={tmp_path}")
+    run("draw_curves.py", f"--output_dir={tmp_path}")
+    pictures = {file.name for file in tmp_path.iterdir()}
+    assert pictures >= {"init_conv.png", "unit.png", "shortcut.png", "final.png"}
+    for name in pictures:
+        assert words(tmp_path / name) == words(FILES / name), f"`make figures` draws {name} anew"
+        with Image.open(FILES / name) as image:
+            assert image.width == 2 * plot_style.WIDTH
+
+
+def test_a_network_is_drawn_in_the_same_bytes_each_time(tmp_path):
+    for folder in (tmp_path / "once", tmp_path / "again"):
+        folder.mkdir()
+        files = [folder / "plain8.png", folder / "plain8.pdf"]
+        run(
+            *("draw_network.py", "--resnet_size=8", "--noshortcut_connections"),
+            f"--output={files[0]},{files[1]}",
+        )
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "once" / file.name).read_bytes()
+
+
+def test_the_scripts_refuse_in_a_sentence():
+    refused = run("draw_network.py", "--num_layers=18", status=1).stderr
+    assert "--num_layers=18 is not a depth" in refused
+    assert "must end in .png or .pdf" in run("draw_network.py", "--output=a.jpg", status=1).stderr
+
+
+def write_run(file: Path, *lines: str, header: str = HEADER) -> Path:
+    text = "\n".join(
+        ["# python run_trainer.py --num_layers=20", "# TensorFlow 2.21", header, *lines]
+    )
+    file.write_text(text + "\n")
+    return file
+
+
+def test_a_run_is_read_with_gaps_where_nothing_was_measured(tmp_path):
+    columns = draw_curves.read_columns(
+        write_run(
+            tmp_path / "run.csv",
+            "200,0.5,1.25,0.5,,0.1,30",
+            "390,1,,,0.625,0.1,60",
+            "400,1.02,1.0,0.75,,0.1,66",
+        )
+    )
+    np.testing.assert_array_equal(columns["step"], [200, 390, 400])
+    np.testing.assert_array_equal(columns["train_accuracy"], [0.5, np.nan, 0.75])
+    np.testing.assert_array_equal(columns["minutes"], [0.5, 1, 1.1])
+    run = draw_curves.Run(draw_curves.LAYERS_20, columns)
+    np.testing.assert_array_equal(run.curve("step", "train_accuracy"), [[200, 400], [0.5, 0.75]])
+    np.testing.assert_array_equal(run.curve("minutes", "test_accuracy"), [[1], [0.625]])
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (["200,0.5,1,0.5,,0.1"], "line 4, has 6 cells where there are 7 columns"),
+        (["200,0.5,1,half,,0.1,30"], "line 4, has a cell that is not a number"),
+        (["200,0.5,1,0.5,91.2,0.1,30"], "line 4, has the test_accuracy 91.2, which is not between"),
+        (["200,,,,,,", "100,,,,,,"], "has lines whose steps are not in order"),
+    ],
+)
+def test_a_damaged_run_is_refused_where_it_is_damaged(lines, told, tmp_path):
+    file = write_run(tmp_path / "run.csv", *lines)
+    with pytest.raises(UserError, match=re.escape(told)) as refusal:
+        draw_curves.read_columns(file)
+    assert str(refusal.value).startswith(str(file))
+
+
+@pytest.mark.parametrize("text", ["", "# a comment alone\n", "step,accuracy\n1,2\n"])
+def test_another_file_is_not_taken_for_a_run(text, tmp_path):
+    file = tmp_path / "run.csv"
+    file.write_text(text)
+    with pytest.raises(UserError, match="does not begin with the columns step,epoch"):
+        draw_curves.read_columns(file)
+
+
+def learning(file: Path, final: float) -> None:
+    """A run that ends with an accuracy on the test images."""
+    tests = final + 0.01 - 0.2 / np.arange(1, 21)
+    lines = (f"{100 * s},{s},1,{t - 0.1:.5f},{t:.5f},0.1,{60 * s}" for s, t in enumerate(tests, 1))
+    write_run(file, *lines)
+
+
+def test_curves_show_the_runs_that_are_there_and_no_others(tmp_path):
+    results, output = tmp_path / "results", tmp_path / "drawn"
+    results.mkdir()
+    output.mkdir()
+    said = run("draw_curves.py", f"--results_dir={results}", f"--output_dir={output}").stdout
+    assert said.count("not drawn, for want of runs") == 3
+    assert not list(output.iterdir())
+
+    learning(results / "resnet20-fast-seed0.csv", 0.912)
+    learning(results / "resnet110-fast.csv", 0.935)
+    write_run(results / "resnet56-fast.csv", "200,0.5,1,0.5,,0.1,30")  # not tested yet
+    learning(results / "plain110-fast.csv", 0.40)
+    said = run("draw_curves.py", f"--results_dir={results}", f"--output_dir={output}").stdout
+    assert f"left out: {results / 'resnet56-fast.csv'} has no test accuracy" in said
+    assert f"left out: {results / 'plain20-fast.csv'} is not there" in said
+
+    def labels(name: str) -> list[str]:
+        return [text for text in words(output / name) if re.match(r".*: [\d.]+ %", text)]
+
+    assert labels("resnet.png") == ["20 layers: 8.8 %", "110 layers: 6.5 %"]
+    assert labels("plain.png") == ["110 layers: 60.0 %"]
+    assert labels("speed.png") == [
+        "fast recipe, seed 0: 91.2 %, 20 min",
+        "ResNet-20 in the paper: 91.25 %",
+    ]
+
+    again = tmp_path / "again"
+    shutil.copytree(output, again)
+    run("draw_curves.py", f"--results_dir={results}", f"--output_dir={output}")
+    for file in output.iterdir():
+        assert file.read_bytes() == (again / file.name).read_bytes()
+
+
+def test_labels_keep_their_order_and_a_gap_and_move_no_further_than_they_must():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        values = list(rng.uniform(0, 10, rng.integers(1, 6)))
+        places = draw_curves.spread(values, 1.0)
+        order = np.argsort(values)
+        assert (np.diff(np.array(places)[order]) >= 1 - 1e-9).all()
+        assert np.mean(places) == pytest.approx(np.mean(values))
+    assert draw_curves.spread([5, 1, 9], 1) == [5, 1, 9]
+    assert draw_curves.spread([2, 2.5], 1) == [1.75, 2.75]
+
+
+def test_the_colours_of_curves_in_one_picture_differ_in_grey_too():
+    def luminance(colour: str) -> float:
+        linear = [
+            v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4
+            for v in plot_style.to_rgb(colour)
+        ]
+        return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+    for looks in (draw_curves.RESIDUAL, draw_curves.PLAIN, draw_curves.SPEED):
+        greys = sorted(luminance(look.colour) ** (1 / 3) for look in looks.values())
+        assert min(np.diff(greys)) > 0.04
+        assert len({look.marker for look in looks.values()}) == len(looks)
+
+
+def test_a_picture_that_cannot_be_written_is_told_of_in_a_sentence(tmp_path):
+    file = tmp_path / "missing" / "picture.png"
+    told = re.escape(f"cannot write {file}: No such file or directory.")
+    with pytest.raises(UserError, match=told), plot_style.picture(file, height=100, title=""):
+        pass
+
+
+def test_a_picture_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    def fill_the_disk(figure: Figure, file: Path, **options: object) -> None:
+        file.write_bytes(b"half a picture")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    file = tmp_path / "picture.png"
+    file.write_bytes(b"the old one")
+    monkeypatch.setattr(Figure, "savefig", fill_the_disk)
+    with (
+        pytest.raises(UserError, match="No space left"),
+        plot_style.picture(file, height=100, title=""),
+    ):
+        pass
+    assert file.read_bytes() == b"the old one"
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
