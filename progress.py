@@ -47,6 +47,8 @@ class Progress:
             disable=not sys.stdout.isatty(),
             file=sys.stdout,
             dynamic_ncols=True,
+            mininterval=0,
+            miniters=1,
             leave=False,
             unit="step",
             bar_format="{percentage:3.0f}%|{bar}| {n}/{total}, left {remaining}{postfix}",

@@ -110,7 +110,7 @@ def test_a_newcomers_commands_work_one_after_the_other(tmp_path):
 def test_help_and_wrong_flags_answer_without_importing_tensorflow(program, tmp_path):
     (tmp_path / "tensorflow.py").write_text("raise SystemExit('tensorflow was imported')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    shown = run(program, "--help", status=1, env=environment).stdout
+    shown = run(program, "--help", env=environment).stdout
     for flag in ("path", "ckpt_path", "num_layers", "data_format", "dtype", "device"):
         assert f"--{flag}" in shown or f"--[no]{flag}" in shown
     wrong = run(program, "--num_layer=20", "--ckpt_path=x", status=1, env=environment)
@@ -165,7 +165,7 @@ def test_an_interrupted_run_saves_says_where_and_goes_on_from_there(
             break
     out, err = process.communicate(timeout=240)
     assert process.returncode == status, out + err
-    saved = re.search(r"saved as (\S+/model\.ckpt-(\d+))", out)
+    saved = re.search(r"saved as +(\S+/model\.ckpt-(\d+))", out)
     assert 10 <= int(saved[2]) < 60
     again = run(*command)
     assert f"Going on from {saved[1]}" in again.stdout
