@@ -42,8 +42,8 @@ class Summaries:
 
     def run(self, step: int, run: RunConfig, graph: tf.Graph, images: np.ndarray) -> None:
         """What there is to show once of a run: `images` are such as the network learns from."""
-        # slow to import, and nothing that a first step should wait for
-        from tensorboard.plugins.hparams import api as hp
+        # not its `api`, which wants Keras, and not before the first step, which need not wait
+        from tensorboard.plugins.hparams import summary_v2 as hp
 
         settings = run.settings()
         rows = "\n".join(f"| {name} | {_shown(value)} |" for name, value in settings.items())
