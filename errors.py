@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Wraps a program's `main`: a UserError ends it in one sentence, a bug in its traceback."""
+    """Wraps a program's `main`: a UserError or Ctrl-C ends it in a sentence, a bug does not."""
 
     @functools.wraps(main)
     def guarded(*args, **kwargs):

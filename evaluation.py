@@ -99,7 +99,7 @@ class Scored:
             "accuracy": self.metrics.accuracy,
             "accuracy_interval": self.metrics.accuracy_interval,
             "top_5_accuracy": self.metrics.top_5_accuracy,
-            "calibration_error": self.metrics.calibration.error,
+            "expected_calibration_error": self.metrics.calibration.error,
             "per_class_accuracy": self.metrics.per_class_accuracy,
             "confusion_matrix": self.metrics.confusion_matrix.tolist(),
             "description": dataclasses.asdict(self.run),

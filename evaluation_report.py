@@ -13,7 +13,7 @@ import numpy as np
 from evaluation import Scored
 from metrics import NUM_BINS, wilson_interval
 
-TEMPLATE = Path(__file__).resolve().parent / "files" / "report.html"
+TEMPLATE = Path(__file__).resolve().parent / "files" / "evaluation_report" / "page.html"
 
 # the columns of the table of classes, and how their cells look
 CLASS_CELLS = (

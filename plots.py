@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 import matplotlib.style
@@ -247,7 +247,7 @@ def _curve(
 
 def _looks() -> Iterator[dict[str, Any]]:
     """How runs are drawn: apart by colour and, from the seventh on, by marker too."""
-    for marker, colour in product("os^Dv*", (BLUE, ORANGE, GREEN, PURPLE, INK, SKY)):
+    for marker, colour in cycle(product("os^Dv*", (BLUE, ORANGE, GREEN, PURPLE, INK, SKY))):
         yield {"color": colour, "lw": 1.6, "marker": marker, "ms": 5, "mec": PAPER, "mew": 0.6}
 
 

@@ -438,7 +438,7 @@ def test_a_pretrained_network_learns_other_classes_under_a_name_of_its_own(unint
     )
     assert "Fine-tuning the final layer of resnet8 (650 of its " in tuned.stdout
     assert f"{uninterrupted}/model.ckpt-60: restored all of the network but" in tuned.stdout
-    folder = tmp_path / "runs/resnet8-synthetic-fine-tune"
+    folder = tmp_path / f"runs/{uninterrupted.name}-fine-tune-synthetic"
     resumed = run("run_trainer.py", *SMALL, f"--ckpt_path={folder}", "--use_synthetic_data")
     assert "Fine-tuning" in resumed.stdout
     assert "step 9/9" in resumed.stdout
@@ -458,7 +458,7 @@ def test_what_cannot_be_transferred_ends_in_one_sentence(data, uninterrupted, tm
     assert "num_layers=8" in error
     # in a folder apart from that of a run from scratch
     nothing = error_of(*command, "--eval_only", cwd=tmp_path)
-    assert "no checkpoint in runs/resnet8-transfer " in nothing
+    assert f"no checkpoint in runs/{uninterrupted.name}-transfer " in nothing
     spared = error_of(*command, f"--ckpt_path={uninterrupted}", "--clean")
     assert f"--clean would delete {uninterrupted}" in spared
     assert (uninterrupted / "model.ckpt-60.index").exists()

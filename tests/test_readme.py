@@ -1,6 +1,9 @@
-"""The README's tables name every flag there is, with its default, and no other."""
+"""The README is true: its tables name every flag with its default, its commands and code run."""
 
+import functools
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +19,7 @@ PROGRAMS = (
     ("classify_images", "### The classifier's flags"),
     ("serve", "### The server's flags"),
     ("images_to_binary", "### The importer's flags"),
+    ("plot_runs", "### The curves' flags"),
 )
 
 LIST_FLAGS = """
@@ -82,3 +86,79 @@ def test_the_download_scripts_table_lists_every_flag():
     ).stdout
     flags = set(re.findall(r"--(\w+)", shown.split("options:")[1])) - {"help"}
     assert set(table_below("### The download script's flags")) == flags
+
+
+# --- What is between fences -----------------------------------------------------------------------
+
+
+def blocks(language: str, marked: bool = False) -> list[str]:
+    """The README's blocks in a language; those alone that are marked to be run, if so asked."""
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    mark = "<!-- run -->\n" if marked else ""
+    return re.findall(rf"^{mark}```{language}\n(.*?)^```", text, flags=re.M | re.S)
+
+
+def commands() -> list[list[str]]:
+    """The commands that start one of the project's programs: program and arguments of each."""
+    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line[1:] for line in words if line[:1] == ["python"] and line[1] != "-m"]
+
+
+@functools.cache
+def flags_in_help(program: str) -> set[str]:
+    shown = subprocess.run(
+        [sys.executable, program, "--help"], cwd=PROJECT, capture_output=True, text=True
+    ).stdout
+    return set(re.findall(r"--(?:\[no\])?(\w+)", shown))
+
+
+@pytest.mark.parametrize("program", sorted({command[0] for command in commands()}))
+def test_the_commands_have_flags_that_there_are(program):
+    given = [word for command in commands() if command[0] == program for word in command[1:]]
+    flags = {re.match(r"--(\w+)", word)[1] for word in given if word.startswith("--")}
+    assert flags <= flags_in_help(program)
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A folder with the project's files in it, where what runs leaves its traces."""
+    for path in PROJECT.iterdir():
+        if path.suffix == ".py" or path.name in ("files", "examples"):
+            (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+def test_the_marked_commands_run(checkout):
+    script = "\n".join(blocks("sh", marked=True))
+    done = subprocess.run(
+        ["sh", "-e", "-c", script],
+        cwd=checkout,
+        env={**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for told in ("saved as runs/look/model.ckpt-", "wrote report.html", "drew curves.png"):
+        assert told in done.stdout
+    assert (checkout / "report.html").stat().st_size > 100_000
+
+
+def test_the_marked_code_runs(checkout, write_cifar10):
+    import checkpoints
+    from run_config import ModelConfig, RunConfig
+    from training import Trainer
+
+    write_cifar10()
+    checkpoint = Trainer(RunConfig(ModelConfig(num_layers=20))).checkpoint
+    checkpoints.save(checkpoint, str(checkout / "runs" / "resnet20"), 7)
+    (checkout / "readme.py").write_text("\n".join(blocks("python", marked=True)))
+    done = subprocess.run(
+        [sys.executable, "readme.py"], cwd=checkout, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("(1, 10)\n")
+    assert re.search(r"^loss \d\.\d{3}, accuracy [01]\.\d{3}$", done.stdout, flags=re.M)
+    _, step = checkpoints.read_run(checkpoints.find(str(checkout / "runs" / "ten-steps")))
+    assert step == 10

@@ -27,8 +27,7 @@ def run_all(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PRETRAINED", tmp_path / "pretrained")
     monkeypatch.setattr(module, "PAPER_ERROR", {8: 12.345})
     monkeypatch.setattr(module, "REPRODUCTION_ERROR", {8: 11.0})
-    yield module
-    module.FLAGS.remove_flag_values(["path", "runs_dir", "only", "table"])
+    return module
 
 
 def fake_csv(run_all, run, accuracy: float) -> None:

@@ -7,6 +7,7 @@ several seeds the one in the middle, its weights in `files/pretrained/`. What is
 left as it is; Ctrl-C saves, and the same command goes on from there. `--table` prints the table.
 """
 
+import argparse
 import csv
 import json
 import os
@@ -24,12 +25,9 @@ TOP = RESULTS.parents[1]
 PRETRAINED = RESULTS.parent / "pretrained"
 sys.path.insert(0, str(TOP))
 
-from absl import app, flags  # noqa: E402
-
-from errors import UserError, exits_with_a_sentence  # noqa: E402
+from errors import exits_with_a_sentence  # noqa: E402
 from run_config import RunConfig  # noqa: E402
 
-FLAGS = flags.FLAGS
 # the columns of a CSV, and what they are called in a run's event files
 COLUMNS = {
     "step": "step",
@@ -239,29 +237,35 @@ def ship(runs: Sequence[Run], runs_dir: str) -> None:
     checkpoints.save_network(prefix, str(folder))
 
 
-flags.DEFINE_string("path", "cifar-10-batches-bin", "Folder of CIFAR-10's binary batches.")
-flags.DEFINE_string("runs_dir", "runs/results", "Folder for the runs' checkpoints.")
-flags.DEFINE_multi_enum("only", None, [run.name for run in RUNS], "Only this run; repeatable.")
-flags.DEFINE_bool("table", False, "Train nothing: print the table of what is finished.")
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--path", default="cifar-10-batches-bin", help="folder of CIFAR-10")
+    parser.add_argument("--runs_dir", default="runs/results", help="folder for the checkpoints")
+    parser.add_argument(
+        "--only", action="append", choices=[run.name for run in RUNS], help="only this; repeatable"
+    )
+    parser.add_argument("--table", action="store_true", help="train nothing: print the table")
+    return parser.parse_args()
 
 
 @exits_with_a_sentence
-def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise UserError(f"unknown argument {argv[1]!r}: there are only flags.")
-    if FLAGS.table:
+def main() -> int:
+    flags = parse_flags()
+    if flags.table:
         print(table([result for run in RUNS if (result := read_result(run))]))
         return 0
     for run in RUNS:
-        if FLAGS.only and run.name not in FLAGS.only:
+        if flags.only and run.name not in flags.only:
             continue
         if not read_result(run):
             print(f"== {run.name}", flush=True)
-            train(run, FLAGS.path, FLAGS.runs_dir)
+            train(run, flags.path, flags.runs_dir)
             if run.recipe == "fast":
-                ship(run.seeds, FLAGS.runs_dir)
+                ship(run.seeds, flags.runs_dir)
     return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""The pictures: what they say is what was found, and it can be read whatever there is to show."""
+
+import io
+import itertools
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+from PIL import Image
+
+import plots
+from errors import UserError
+from plot_style import BLUE, VERMILLION
+
+LONG_NAMES = [f"large_man-made_outdoor_thing_{i}" for i in range(100)]
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def random_evaluation(classes: int, count: int = 400) -> tuple[np.ndarray, ...]:
+    """Labels, predictions, confidences and the confusion matrix of a network that often errs."""
+    rng = np.random.default_rng(classes)
+    labels = rng.integers(0, classes, count)
+    predictions = np.where(rng.random(count) < 0.7, labels, rng.integers(0, classes, count))
+    matrix = np.zeros((classes, classes), int)
+    np.add.at(matrix, (labels, predictions), 1)
+    return labels, predictions, rng.uniform(1 / classes, 1, count), matrix
+
+
+def figures(classes: int) -> dict[str, Figure]:
+    labels, predictions, confidences, matrix = random_evaluation(classes)
+    images = np.random.default_rng(0).integers(0, 256, (len(labels), 32, 32, 3), np.uint8)
+    names = LONG_NAMES[:classes]
+    return {
+        "confusion": plots.confusion_matrix_figure(matrix, names),
+        "classes": plots.class_accuracy_figure(matrix, names),
+        "reliability": plots.reliability_figure(confidences, labels == predictions),
+        "mistakes": plots.mistakes_figure(images, labels, predictions, confidences, names),
+    }
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_every_word_is_within_the_picture_and_apart_from_the_others(classes, monkeypatch):
+    drawn, draw = {}, Text.draw
+
+    def record(text, renderer):
+        if text.get_visible() and text.get_text().strip():
+            drawn[text] = text.get_window_extent(renderer)
+        draw(text, renderer)
+
+    monkeypatch.setattr(Text, "draw", record)
+    for name, figure in figures(classes).items():
+        drawn.clear()
+        with Image.open(io.BytesIO(plots.figure_to_png(figure, dpi=100))) as picture:
+            assert picture.size == (900, round(100 * figure.get_figheight()))
+            whole = Bbox.from_extents(0, 0, *picture.size).padded(1)
+        assert len(drawn) > 10
+        inked = []
+        for text, box in drawn.items():
+            assert Bbox.intersection(whole, box).bounds == box.bounds, (name, text)
+            # letters fill about two thirds of a line's height, so lines may touch
+            upright = box.height > 2 * box.width
+            inked.append((text, box.shrunk(0.7, 0.98) if upright else box.shrunk(0.98, 0.7)))
+        for (text, one), (other, two) in itertools.combinations(inked, 2):
+            assert not one.overlaps(two), (name, text, other)
+
+
+def test_a_picture_has_the_size_and_the_bytes_of_its_figure():
+    matrix = random_evaluation(3)[3]
+    png = plots.figure_to_png(plots.class_accuracy_figure(matrix, ["a", "b", "c"]))
+    with Image.open(io.BytesIO(png)) as picture:
+        assert (picture.format, picture.width) == ("PNG", 1800)
+    assert png == plots.figure_to_png(plots.class_accuracy_figure(matrix, ["a", "b", "c"]))
+
+
+def test_the_confusion_matrix_shows_counts_and_shades_them_by_their_share():
+    matrix = np.array([[1200, 0, 0], [25, 75, 0], [0, 0, 0]])
+    figure = plots.confusion_matrix_figure(matrix, ["cat", "dog", "eel"])
+    assert sorted(set(texts(figure)) & {"1,200", "25", "75", "0"}) == ["1,200", "25", "75"]
+    shades = 1 - np.asarray(figure.axes[0].images[0].get_array())
+    np.testing.assert_allclose(shades[0, 0], 1 - np.array(to_rgb(BLUE)))
+    np.testing.assert_allclose(shades[1, 0], 0.5 * (1 - np.array(to_rgb(VERMILLION))))
+    np.testing.assert_allclose(shades[1, 1], np.sqrt(0.75) * (1 - np.array(to_rgb(BLUE))))
+    assert not shades[2].any()
+    assert not shades[0, 1:].any()
+
+
+def test_the_classes_come_from_the_best_to_the_worst_with_their_shares():
+    matrix = np.array([[3, 1, 0], [0, 0, 0], [0, 0, 8]])
+    figure = plots.class_accuracy_figure(matrix, ["cat", "dog", "eel"])
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["eel", "cat", "dog"]
+    assert [bar.get_width() for bar in axes.patches] == [1, 0.75, 0]
+    beside = [text.get_text() for text in axes.texts]
+    assert beside == ["100.0 % of 8", "75.0 % of 4", "no images"]
+    assert any("91.7 %" in text for text in texts(figure)), "11 of 12"
+
+
+def test_the_reliability_shows_each_bin():
+    confidences = np.array([0.70, 0.71, 0.72, 0.73, 0.99, 0.99])
+    figure = plots.reliability_figure(confidences, np.array([1, 1, 1, 0, 1, 1], bool))
+    left, right = figure.axes
+    heights = [bar.get_height() for bar in left.patches]
+    assert (len(heights), heights[10], heights[14], sum(heights)) == (15, 0.75, 1, 1.75)
+    assert [bar.get_height() for bar in right.patches if bar.get_height()] == [4, 2]
+    assert {"4", "2"} <= set(texts(figure))
+    # (4 * |0.75 - 0.715| + 2 * |1 - 0.99|) / 6
+    assert any("error 0.0267" in text for text in texts(figure))
+
+
+def test_the_surest_mistakes_are_shown_first_and_no_more_than_fit():
+    labels = np.arange(60) % 3
+    predictions = np.where(np.arange(60) < 30, (labels + 1) % 3, labels)
+    confidences = np.linspace(0.4, 0.99, 60)
+    images = np.stack([np.full((32, 32, 3), i, np.uint8) for i in range(60)])
+    names = ["cat", "dog", "eel"]
+    figure = plots.mistakes_figure(images, labels, predictions, confidences, names)
+    shown = [int(axes.images[0].get_array()[0, 0, 0]) for axes in figure.axes]
+    assert shown == list(range(29, 5, -1))
+    first = figure.axes[0]
+    assert first.get_title(loc="center") == "cat\n69 %"
+    assert first.get_xlabel() == "eel"
+    assert any("30 of 60 images, the 24 surest" in text for text in texts(figure))
+
+
+def test_without_mistakes_the_picture_says_so():
+    labels = np.zeros(5, int)
+    images = np.zeros((5, 32, 32, 3), np.uint8)
+    figure = plots.mistakes_figure(images, labels, labels, np.ones(5), ["cat"])
+    assert "All 5 images were recognised" in texts(figure)
+    assert plots.figure_to_png(figure)
+
+
+def test_a_name_is_no_formula():
+    figure = plots.class_accuracy_figure(np.eye(2, dtype=int), ["$x_1$", r"a $\frac$ b$"])
+    plots.figure_to_png(figure)
+    boxes = [label.get_window_extent().width for label in figure.axes[0].get_yticklabels()]
+    plain = plots.class_accuracy_figure(np.eye(2, dtype=int), ["Sx_1S", r"a S\fracS bS"])
+    plots.figure_to_png(plain)
+    others = [label.get_window_extent().width for label in plain.axes[0].get_yticklabels()]
+    np.testing.assert_allclose(boxes, others, atol=2)
+
+
+# --- Learning curves ------------------------------------------------------------------------------
+
+HISTORY = [
+    {"step": 100, "train_loss": 2.0, "train_accuracy": 0.25, "train_epoch": 0.5},
+    {"step": 150, "eval_loss": 1.5, "eval_accuracy": 0.5},
+    {"step": 200, "train_loss": 1.0, "train_accuracy": 0.75, "train_epoch": 1.0},
+    {"step": 300, "eval_loss": 0.5, "eval_accuracy": 0.875},
+]
+
+
+def lines(figure: Figure) -> list[list[list[list[float]]]]:
+    return [[line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes]
+
+
+def test_curves_are_those_of_the_event_files():
+    figure = plots.curves_figure({"mine": HISTORY}, ["loss", "error"])
+    assert lines(figure) == [
+        [[[100, 2.0], [200, 1.0]], [[150, 1.5], [300, 0.5]]],
+        [[[100, 75], [200, 25]], [[150, 50], [300, 12.5]]],
+    ]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["loss", "error"]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["mine"]
+
+
+def test_epochs_go_with_the_steps_where_none_was_written():
+    figure = plots.curves_figure({"mine": HISTORY}, ["accuracy"], "epoch")
+    assert lines(figure) == [[[[0.5, 25], [1, 75]], [[0.75, 50], [1.5, 87.5]]]]
+
+
+def test_forty_runs_look_different():
+    figure = plots.curves_figure({f"run{i}": HISTORY for i in range(40)}, ["loss"])
+    looks = {(line.get_color(), line.get_marker()) for line in figure.axes[0].lines[1::2]}
+    assert len(looks) >= 36
+    assert len(figure.legends[0].texts) == 40
+    plots.figure_to_png(figure)
+
+
+def test_what_no_run_measured_is_refused():
+    with pytest.raises(UserError, match="nothing of learning_rate"):
+        plots.curves_figure({"mine": HISTORY}, ["loss", "learning_rate"])
+    with pytest.raises(UserError, match="nothing of loss over epochs"):
+        plots.curves_figure({"mine": [{"step": 1, "eval_loss": 2.0}]}, ["loss"], "epoch")
+    with pytest.raises(UserError, match="nothing of loss"):
+        plots.curves_figure({"mine": [{"step": 1, "train_loss": np.nan}]}, ["loss"])
+
+
+def test_an_svg_is_the_same_each_time():
+    pictures = {
+        plots.encode(plots.curves_figure({"a": HISTORY, "b": HISTORY}, ["loss"]), "svg")
+        for _ in range(2)
+    }
+    assert len(pictures) == 1
+    assert b"<svg" in pictures.pop()
