@@ -13,7 +13,6 @@ from tqdm import tqdm
 from errors import UserError
 from metrics import Metrics
 from run_config import RunConfig
-from run_history import read_history
 from summaries import Summaries
 
 
@@ -179,6 +178,8 @@ class Progress:
 
     def _best_evaluation(self, last_step: int) -> tuple[float, int]:
         """The best accuracy of the whole run, in earlier starts too, and its step."""
+        from run_history import read_history  # which the first step need not wait for
+
         step, _, metrics = self._evaluated
         found = [(metrics.accuracy, step)]
         with contextlib.suppress(UserError):  # a damaged file is no reason to fail at the very end

@@ -254,8 +254,8 @@ def _evaluating(run: RunConfig, checkpoint: str) -> str:
     python = sys.executable
     if python in map(shutil.which, names := ("python", "python3")):
         python = next(name for name in names if shutil.which(name) == python)
-    program = os.path.join(os.path.dirname(sys.argv[0]), "run_evaluator.py")
-    words = [python, program, f"--ckpt_path={checkpoint}"]
+    script = os.path.join(os.path.dirname(sys.argv[0]), "run_evaluator.py")
+    words = [python, script, f"--ckpt_path={checkpoint}"]
     if run.data.dataset != "synthetic":
         given = command_line.given_flags(("path", "dataset"))
         words += [f"--{name}={value}" for name, value in given.items() if value is not None]

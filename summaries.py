@@ -13,7 +13,6 @@ import tensorflow as tf
 
 from metrics import Metrics
 from run_config import RunConfig
-from run_history import WRITERS
 
 GRID, GAP = 8, 2  # pictures a side, and pixels around each
 DPI = 100  # half of what files get
@@ -27,7 +26,8 @@ class Summaries:
     def __init__(self, log_path: str):
         self._log_path = log_path
         self._writers = {
-            name: tf.summary.create_file_writer(os.path.join(log_path, name)) for name in WRITERS
+            name: tf.summary.create_file_writer(os.path.join(log_path, name))
+            for name in ("train", "eval")
         }
 
     def close(self) -> None:
