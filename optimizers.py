@@ -8,7 +8,7 @@ from run_config import TrainingConfig
 
 # How far Muon turns a kernel at a learning rate of 1. So one --init_lr serves the kernels that Muon
 # moves and the variables that it does not.
-MUON_STEP = 0.25
+MUON_STEP = 0.1
 
 
 class Momentum:

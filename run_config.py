@@ -134,7 +134,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "nesterov": True,
         "weight_decay": 5e-4,
         "alternate_flips": True,
-        "small_share": 0.4,
+        "small_share": 0.3,
     },
 }
 

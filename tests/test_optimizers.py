@@ -60,7 +60,7 @@ def test_two_steps_of_muon_are_those_of_its_definition(nesterov):
             if turned:
                 channels = change.shape[-1]
                 change = newton_schulz(change.reshape(-1, channels)).reshape(change.shape)
-                weights[i] = weights[i] - rate * 0.25 * change
+                weights[i] = weights[i] - rate * 0.1 * change
                 weights[i] *= np.sqrt(channels) / np.linalg.norm(weights[i])
             else:
                 weights[i] = weights[i] - rate * change
