@@ -22,6 +22,7 @@ from resnet_model import ResNet
 from run_config import RunConfig
 
 NAME = "model.ckpt"
+EVENTS = "events.out.tfevents.*"
 DESCRIPTION_KEY = "description/.ATTRIBUTES/VARIABLE_VALUE"
 STEP_KEY = "step/.ATTRIBUTES/VARIABLE_VALUE"
 # In the order in which they move into place: a checkpoint is there once its index is.
@@ -258,10 +259,8 @@ def clean(directory: str, log_path: str, needed: str | None = None) -> None:
             _remove(os.path.join(directory, "checkpoint"))
         for _, prefix in list_checkpoints(directory, ".sha256"):
             delete(prefix)
-        for part in ("train", "eval"):
-            for file in glob.glob(
-                os.path.join(glob.escape(log_path), part, "events.out.tfevents.*")
-            ):
+        for files in ("train/" + EVENTS, "eval/" + EVENTS, "plugins/profile/*/*.xplane.pb"):
+            for file in glob.glob(os.path.join(glob.escape(log_path), files)):
                 os.remove(file)
     except OSError as error:
         raise UserError(f"cannot clean {directory}: {error.strerror}.") from error

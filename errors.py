@@ -6,6 +6,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from terminal import RED, emphasised
+
 
 class UserError(Exception):
     """Something the user can mend. Its text says what is wrong, where, and what to do next."""
@@ -36,4 +38,5 @@ def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int 
 
 def tell(error: UserError) -> None:
     """Writes an error's sentence to stderr."""
-    print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+    label = emphasised("error:", sys.stderr, RED)
+    print(f"{os.path.basename(sys.argv[0])}: {label} {error}", file=sys.stderr)

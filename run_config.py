@@ -174,6 +174,11 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
+    def settings(self) -> dict[str, Any]:
+        """All of it under the fields' own names, no two of which are alike."""
+        parts = (self.model, self.data, self.training)
+        return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
@@ -209,11 +214,7 @@ def refuse_contradictions(
     run: RunConfig, given: dict[str, Any], prefix: str, named_by: str = "--ckpt_path"
 ) -> None:
     """Refuses given values (None is not given) that are not those of the checkpoint's run."""
-    fixed = {
-        name: value
-        for part in (run.model, run.data, run.training)
-        for name, value in dataclasses.asdict(part).items()
-    }
+    fixed = run.settings()
     for name, value in given.items():
         if value is not None and value != fixed[name]:
             raise UserError(

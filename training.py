@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import math
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,16 +57,21 @@ class Options:
     epochs_between_evals: int = 0
     stop_threshold: float | None = None
     max_train_steps: int | None = None
+    profile_steps: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training ended: where it is saved, and the signal that stopped it if one did."""
+    """How a training ended: where it is saved, and the signal that stopped it if one did.
+
+    `summary` holds the rows of a table for people.
+    """
 
     step: int
     checkpoint: str
     metrics: Metrics | None = None
     stopped_by: int | None = None
+    summary: dict[str, str] = field(default_factory=dict)
 
 
 class Trainer:
@@ -103,6 +109,7 @@ class Trainer:
         # the time.
         self.train_step = tf.function(self._train_step, autograph=False, jit_compile=jit_compile)
         self._means_since = 0
+        self._watched: tuple[int, list] | None = None
 
     def train_steps(self, batches: Iterator, count: int, small: bool = False) -> None:
         """So many steps, in one call: a GPU need not wait for Python between them."""
@@ -134,7 +141,8 @@ class Trainer:
         gradients = tape.gradient(scaled_loss, self.optimizer.variables)
         if self._loss_scale != 1.0:
             gradients = [gradient / self._loss_scale for gradient in gradients]
-        self.optimizer.apply(gradients, tf.gather(self._rates, self.step))
+        with tf.name_scope("optimizer"):
+            self.optimizer.apply(gradients, tf.gather(self._rates, self.step))
         self.step.assign_add(1)
 
         right = tf.equal(tf.argmax(logits, axis=1, output_type=labels.dtype), labels)
@@ -143,12 +151,12 @@ class Trainer:
         is_first_bad = ~tf.math.is_finite(loss) & (self._first_bad_step < 0)
         self._first_bad_step.assign(tf.where(is_first_bad, self.step, self._first_bad_step))
 
-    def trace(self, small: bool = False) -> None:
+    def trace(self, small: bool = False) -> tf.Graph:
         """Does now what the first step would begin with: turning `train_step` into a graph."""
         size = self.run.training.batch_size
-        self.train_step.get_concrete_function(
+        return self.train_step.get_concrete_function(
             tf.TensorSpec([size, *IMAGE_SHAPE], tf.float32), tf.TensorSpec([size], tf.int32), small
-        )
+        ).graph
 
     def _cross_entropy(self, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
         smoothing = self.run.training.label_smoothing
@@ -172,6 +180,20 @@ class Trainer:
             self._means_since = step
         return loss, accuracy
 
+    def watch_next_step(self) -> None:
+        """Has `norms` tell of the gradients of the step that comes next."""
+        self._watched = int(self.step) + 1, self.optimizer.snapshot()
+
+    def norms(self) -> dict[str, float]:
+        """The norms of each block's weights, and of its gradients if the last step was watched."""
+        weights = {v.name: v.numpy() for v in self.model.trainable_variables}
+        norms = _block_norms("weight_norm", weights)
+        if self._watched and self._watched[0] == int(self.step):
+            gradients = self.optimizer.gradients_since(self._watched[1])
+            norms |= _block_norms("gradient_norm", gradients)
+        self._watched = None
+        return norms
+
     def restore(self, prefix: str) -> None:
         checkpoints.restore(self.checkpoint, prefix)
         self._means_since = int(self.step)
@@ -193,6 +215,15 @@ class Trainer:
             f"--init_lr (it was {self.run.training.init_lr:g}) or --dtype=fp32 usually helps, in "
             "another --ckpt_path or with --clean."
         )
+
+
+def _block_norms(kind: str, values: dict[str, np.ndarray]) -> dict[str, float]:
+    """The Euclidean norms of arrays taken together by the first part of their names."""
+    squares: dict[str, float] = {}
+    for name, value in values.items():
+        tag = f"{kind}/{name.split('/')[0]}"
+        squares[tag] = squares.get(tag, 0.0) + float(np.square(value, dtype=np.float64).sum())
+    return {tag: math.sqrt(square) for tag, square in squares.items()}
 
 
 def shrink(images: tf.Tensor, side: int) -> tf.Tensor:
@@ -222,7 +253,7 @@ def prepare_run(
     newest, passed_over = checkpoints.newest_intact(ckpt_path)
     if newest:
         for reason in passed_over:
-            print(f"Passed over: {reason}", flush=True)
+            print(f"Passed over: {reason}", file=sys.stderr, flush=True)
         if pretrained:
             print(f"The run in {ckpt_path} goes on; {pretrained} is not used.", flush=True)
         run, _ = checkpoints.read_run(newest)
@@ -315,29 +346,39 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
     with (
         StopSignals() as stop,
         Progress(
-            first_step, last_step, steps_per_epoch, run.training.batch_size, options.train_log_path
+            run,
+            first_step,
+            last_step,
+            steps_per_epoch,
+            options.train_log_path,
+            options.profile_steps,
         ) as progress,
     ):
-        batches = iter(
-            training_batches(
-                data.train_set,
-                trainer.model.image_mean.numpy(),
-                run.training.batch_size,
-                run.training.seed,
-                first_step,
-                last_step - first_step,
-                run.training.alternate_flips,
-            )
+        dataset = training_batches(
+            data.train_set,
+            trainer.model.image_mean.numpy(),
+            run.training.batch_size,
+            run.training.seed,
+            first_step,
+            last_step - first_step,
+            run.training.alternate_flips,
         )
+        batches = iter(dataset)
         pauses = [options.log_per_iterations, options.save_per_iterations]
         pauses += [steps_between_evals] if evaluate else []
+        stations = [last_step, run.training.small_steps, *progress.stations]
         while True:
-            ahead = [every - step % every for every in pauses] + [last_step - step]
-            small = step < run.training.small_steps
-            if small:
-                ahead.append(run.training.small_steps - step)
+            ahead = [every - step % every for every in pauses]
+            ahead += [station - step for station in stations if station > step]
             count = min(options.steps_per_call, *ahead)
-            trainer.train_steps(batches, count, small)
+            if (step + count) % options.log_per_iterations == 0:
+                # the last step before a log is taken alone, and its gradients are watched
+                if count > 1:
+                    count -= 1
+                else:
+                    trainer.watch_next_step()
+            with progress.taking(step):
+                trainer.train_steps(batches, count, step < run.training.small_steps)
             step += count
             ending = step == last_step or stop.signal is not None
             rate = trainer.learning_rates[step - 1]
@@ -349,7 +390,12 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
             if logging or saving or evaluating:
                 trainer.check_finite(options.ckpt_path)
             if logging:
-                progress.log_training(step, *trainer.means(reset=True), rate)
+                progress.log_training(step, *trainer.means(reset=True), rate, trainer.norms())
+                progress.show_once(
+                    step,
+                    lambda: trainer.trace(first_step < run.training.small_steps),
+                    lambda: next(iter(dataset))[0] + trainer.model.image_mean,
+                )
             if evaluating:
                 metrics = evaluate(data.evaluation)
                 progress.log_evaluation(step, data.evaluation_split, metrics)
@@ -362,8 +408,11 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
                 )
             if ending:
                 break
-        progress.write(f"{step - first_step} steps in {progress.elapsed()}; saved as {saved}.")
-    return Outcome(step, saved, metrics, stop.signal)
+        summary = progress.finish(step, saved, data.evaluation and data.evaluation.images)
+        if stop.signal:
+            name = signal.Signals(stop.signal).name
+            summary["stopped"] = f"by {name}; the same command goes on from there"
+    return Outcome(step, saved, metrics, stop.signal, summary)
 
 
 class _Data(NamedTuple):
