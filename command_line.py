@@ -1,5 +1,6 @@
 """The flags that the trainer's and the evaluator's command lines share."""
 
+import math
 from typing import Any
 
 from absl import flags
@@ -43,6 +44,17 @@ flags.DEFINE_float(
     "loss_scale", 128, "With fp16, the loss is multiplied by this against underflow.", lower_bound=1
 )
 flags.adopt_module_key_flags(device)
+
+
+def refuse_infinite(*names: str) -> None:
+    """Refuses "nan", which lies within all bounds, and "inf", within those without an upper one."""
+    for name in names:
+        flags.register_validator(
+            name, lambda value: value is None or math.isfinite(value), "must be a finite number"
+        )
+
+
+refuse_infinite("loss_scale")
 
 # those that say which network it is, and which data, under the names of run_config's dataclasses
 DATA_FLAGS = ("dataset", "coarse_labels")

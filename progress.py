@@ -1,12 +1,15 @@
 """What a training shows: a live line on a terminal, plain lines elsewhere, TensorBoard."""
 
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 
 import tensorflow as tf
 from tqdm import tqdm
 
+from errors import UserError, reason_of
 from evaluation import Metrics
 
 WRITERS = ("train", "eval")
@@ -25,9 +28,12 @@ class Progress:
     ):
         self._last_step = last_step
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
-        self._writers = {
-            name: tf.summary.create_file_writer(os.path.join(log_path, name)) for name in WRITERS
-        }
+        self._log_path = log_path
+        with self._writing():
+            self._writers = {
+                name: tf.summary.create_file_writer(os.path.join(log_path, name))
+                for name in WRITERS
+            }
         self._started = self._logged_at = self._shown_at = time.monotonic()
         self._first_step = self._logged_step = first_step
         # A pipe or a file gets lines that grep can read; only a terminal gets the moving one.
@@ -38,7 +44,7 @@ class Progress:
             file=sys.stdout,
             dynamic_ncols=True,
             unit="step",
-            bar_format="{percentage:3.0f}%|{bar:20}| {n}/{total}{postfix}, left {remaining}",
+            bar_format="{percentage:3.0f}%|{bar:20}| {n}/{total}{postfix}",
         )
 
     def __enter__(self) -> "Progress":
@@ -46,8 +52,9 @@ class Progress:
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
-        for writer in self._writers.values():
-            writer.close()
+        with self._writing():
+            for writer in self._writers.values():
+                writer.close()
 
     def wants_update(self) -> bool:
         """Whether the live line is due: asked every step, so that the step itself never waits."""
@@ -59,20 +66,22 @@ class Progress:
         rate = self._rate(self._first_step, self._started, step)
         self._bar.set_postfix_str(
             f"epoch {step / self._steps_per_epoch:.2f}, loss {loss:.4f}, accuracy {accuracy:.4f}, "
-            f"lr {learning_rate:.4g}, {rate:,.0f} images/s",
+            f"lr {learning_rate:.4g}, {rate:,.0f} images/s, left {self._left(step, rate)}",
             refresh=False,
         )
-        self._bar.update(step - self._bar.n)
+        # Not tqdm's own `update` and `remaining`: they go by the clock on the wall, and stand still
+        # for an hour where that is put back by one.
+        self._bar.n = step
+        self._bar.refresh()
 
     def log_training(self, step: int, loss: float, accuracy: float, learning_rate: float) -> None:
         """Writes down the training's mean loss and accuracy since the last time."""
         rate = self._rate(self._logged_step, self._logged_at, step)
         self._logged_step, self._logged_at = step, time.monotonic()
-        left = (self._last_step - step) * self._batch_size / rate
         self.write(
             f"step {step}/{self._last_step} epoch {step / self._steps_per_epoch:.2f} "
             f"loss {loss:.4f} accuracy {accuracy:.4f} lr {learning_rate:.5g} "
-            f"images/s {rate:.0f} left {duration(left)}"
+            f"images/s {rate:.0f} left {self._left(step, rate)}"
         )
         values = {
             "loss": loss,
@@ -102,11 +111,26 @@ class Progress:
     def _rate(self, since_step: int, since: float, step: int) -> float:
         return (step - since_step) * self._batch_size / max(time.monotonic() - since, 1e-9)
 
+    def _left(self, step: int, rate: float) -> str:
+        return duration((self._last_step - step) * self._batch_size / rate)
+
     def _summarise(self, name: str, step: int, values: dict[str, float]) -> None:
-        with self._writers[name].as_default(step=step):
-            for tag, value in values.items():
-                tf.summary.scalar(tag, value)
-        self._writers[name].flush()
+        with self._writing():
+            with self._writers[name].as_default(step=step):
+                for tag, value in values.items():
+                    tf.summary.scalar(tag, value)
+            self._writers[name].flush()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except tf.errors.OpError as error:
+            raise UserError(
+                f"cannot write the summaries in {self._log_path}: {reason_of(error)}; the "
+                "checkpoints are as they were: make room or mend that folder, or name another with "
+                "--train_log_path, and start the same command again."
+            ) from error
 
 
 def read_history(log_path: str) -> list[dict[str, float]]:

@@ -1,5 +1,6 @@
 """Scores checkpoints of a ResNet. `python run_evaluator.py --help` lists the flags."""
 
+import contextlib
 import json
 import os
 
@@ -41,6 +42,8 @@ def main(argv: list[str]) -> int:
     prefixes = [newest]
     if FLAGS.all_checkpoints:
         prefixes = [prefix for _, prefix in checkpoints.list_checkpoints(os.path.dirname(newest))]
+        for prefix in prefixes:
+            checkpoints.verify(prefix)
     scores = []
     for scored in evaluation.score_checkpoints(
         prefixes,
@@ -65,6 +68,8 @@ def _write_json(file: str, value: object) -> None:
             new.write("\n")
         os.replace(file + ".new", file)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(file + ".new")
         raise UserError(f"cannot write {file}: {error.strerror}.") from error
 
 

@@ -9,7 +9,7 @@ import data_layout
 import folders
 from device import start_tensorflow
 from errors import UserError, exits_with_a_sentence
-from run_config import OPTIMIZERS, RECIPES, ModelConfig, units_per_block
+from run_config import MAX_SEED, OPTIMIZERS, RECIPES, ModelConfig, units_per_block
 
 FLAGS = flags.FLAGS
 
@@ -62,7 +62,11 @@ flags.DEFINE_float(
     upper_bound=1,
 )
 flags.DEFINE_integer(
-    "seed", 0, "Of the weights, the order, the crops and the flips.", lower_bound=0
+    "seed",
+    0,
+    "Of the weights, the order, the crops and the flips.",
+    lower_bound=0,
+    upper_bound=MAX_SEED,
 )
 flags.DEFINE_integer(
     "holdout", 0, "Keep the last N training images out of training.", lower_bound=0
@@ -93,6 +97,11 @@ flags.DEFINE_string(
     "export_dir", None, "New folder for a SavedModel of the last checkpoint, written at the end."
 )
 flags.DEFINE_bool("clean", False, "Delete the run in --ckpt_path and start over.")
+
+command_line.refuse_infinite(
+    *("train_epochs", "init_lr", "momentum", "weight_decay", "batch_norm_decay"),
+    *("label_smoothing", "stop_threshold"),
+)
 
 # under the names of the dataclasses in run_config
 RUN_FLAGS = (
