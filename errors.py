@@ -57,5 +57,6 @@ def reason_of(error: Exception) -> str:
 
 
 def tell(error: UserError) -> None:
-    """Writes an error's sentence to stderr."""
-    print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+    """Writes an error's sentence to stderr, in one line, whatever a file put into it."""
+    sentence = "".join(char if char.isprintable() else "?" for char in str(error))
+    print(f"{os.path.basename(sys.argv[0])}: error: {sentence}", file=sys.stderr)

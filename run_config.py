@@ -197,7 +197,7 @@ class RunConfig:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(
                 "the checkpoint's description is not one that this version of the project can "
-                f"read ({error})."
+                f"read ({error!s:.200})."
             ) from error
 
 
