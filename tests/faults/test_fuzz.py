@@ -1,6 +1,6 @@
 """Hypothesis looks for bytes, flags and descriptions that end in anything but a sentence.
 
-In the suite, some seconds each; `make fuzz` goes on for minutes, with other examples each time.
+In the suite, the same few examples each time; `make fuzz` tries new ones for some ten minutes.
 """
 
 import contextlib
