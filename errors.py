@@ -33,11 +33,11 @@ def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int 
             _silence_stdout()
             return 128 + signal.SIGPIPE
         except OSError as error:
-            # What a program writes to is told of by itself; what is left is its output.
+            # What a program writes to it tells of by itself; what is left is its output.
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
             _silence_stdout()
-            tell(UserError(f"cannot write the output: {error.strerror}."))
+            tell(UserError(f"cannot write {error.filename or 'the output'}: {error.strerror}."))
             return 1
 
     return guarded

@@ -238,7 +238,7 @@ def prepare_run(
     length = {}
     if train_epochs:
         steps = train_epochs * examples / run.training.batch_size
-        length["num_iterations"] = math.ceil(min(steps, MAX_ITERATIONS + 1))
+        length["num_iterations"] = math.ceil(min(max(steps, 1), MAX_ITERATIONS + 1))
     if newest:
         refuse_contradictions(run, length, newest)
         return run, newest
