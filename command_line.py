@@ -1,6 +1,7 @@
 """The flags that the trainer's and the evaluator's command lines share."""
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -48,6 +49,17 @@ flags.DEFINE_float(
 flags.adopt_module_key_flags(device)
 flags.DEFINE_bool("quiet", False, "Print nothing but errors and the result.")
 flags.DEFINE_bool("verbose", False, "Print all settings, and TensorFlow's own messages.")
+
+
+def refuse_infinite(*names: str) -> None:
+    """Refuses "nan", which lies within all bounds, and "inf", within those without an upper one."""
+    for name in names:
+        flags.register_validator(
+            name, lambda value: value is None or math.isfinite(value), "must be a finite number"
+        )
+
+
+refuse_infinite("loss_scale")
 
 # those that say which network it is, and which data, under the names of run_config's dataclasses
 DATA_FLAGS = ("dataset", "coarse_labels")

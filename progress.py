@@ -46,11 +46,9 @@ class Progress:
             disable=not sys.stdout.isatty(),
             file=sys.stdout,
             dynamic_ncols=True,
-            mininterval=0,
-            miniters=1,
             leave=False,
             unit="step",
-            bar_format="{percentage:3.0f}%|{bar}| {n}/{total}, left {remaining}{postfix}",
+            bar_format="{percentage:3.0f}%|{bar}| {n}/{total}{postfix}",
         )
 
     def __enter__(self) -> "Progress":
@@ -94,18 +92,22 @@ class Progress:
         rate = self._rate(self._first_step, self._started, step)
         # the most important first, for narrow terminals
         parts = [
+            f"left {self._left(step, rate)}",
             f"loss {loss:.3f}",
             f"acc {accuracy:.3f}",
             f"{rate:,.0f} images/s",
             f"epoch {step / self._steps_per_epoch:.2f}",
             f"lr {learning_rate:.4g}",
         ]
-        rest = f"100%|....| {step}/{self._last_step}, left 0:00:00, "
+        rest = f"100%|....| {step}/{self._last_step}, "
         room = (self._bar.format_dict["ncols"] or 80) - len(rest)
         while len(", ".join(parts)) > room and len(parts) > 1:
             parts.pop()
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
-        self._bar.update(step - self._bar.n)
+        # Not tqdm's own `update` and `remaining`: they go by the clock on the wall, and stand still
+        # for an hour where that is put back by one.
+        self._bar.n = step
+        self._bar.refresh()
 
     def log_training(
         self,
@@ -119,11 +121,10 @@ class Progress:
         rate = self._rate(self._logged_step, self._logged_at, step)
         self._trained = loss, accuracy, step - self._logged_step
         self._logged_step, self._logged_at = step, time.monotonic()
-        left = (self._last_step - step) * self._batch_size / rate
         self.write(
             f"step {step}/{self._last_step} epoch {step / self._steps_per_epoch:.2f} "
             f"loss {loss:.4f} accuracy {accuracy:.4f} lr {learning_rate:.5g} "
-            f"images/s {rate:.0f} left {duration(left)}"
+            f"images/s {rate:.0f} left {self._left(step, rate)}"
         )
         values = {
             "loss": loss,
@@ -195,6 +196,9 @@ class Progress:
 
     def _rate(self, since_step: int, since: float, step: int) -> float:
         return (step - since_step) * self._batch_size / max(time.monotonic() - since, 1e-9)
+
+    def _left(self, step: int, rate: float) -> str:
+        return duration((self._last_step - step) * self._batch_size / rate)
 
 
 def duration(seconds: float) -> str:

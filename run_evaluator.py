@@ -72,6 +72,8 @@ def main(argv: list[str]) -> int:
     prefixes = [newest]
     if FLAGS.all_checkpoints:
         prefixes = [prefix for _, prefix in checkpoints.list_checkpoints(os.path.dirname(newest))]
+        for prefix in prefixes:
+            checkpoints.verify(prefix)
     data_format = resolve_data_format(FLAGS.data_format, FLAGS.dtype, device)
     scores = []
     for scored in evaluation.score_checkpoints(

@@ -17,7 +17,7 @@ import folders
 import program
 from device import start_tensorflow
 from errors import UserError, exits_with_a_sentence
-from run_config import OPTIMIZERS, RECIPES, ModelConfig, RunConfig, units_per_block
+from run_config import MAX_SEED, OPTIMIZERS, RECIPES, ModelConfig, RunConfig, units_per_block
 from terminal import emphasised, table
 
 FLAGS = flags.FLAGS
@@ -84,7 +84,11 @@ flags.DEFINE_float(
     upper_bound=1,
 )
 flags.DEFINE_integer(
-    "seed", 0, "Of the weights, the order, the crops and the flips.", lower_bound=0
+    "seed",
+    0,
+    "Of the weights, the order, the crops and the flips.",
+    lower_bound=0,
+    upper_bound=MAX_SEED,
 )
 flags.DEFINE_integer(
     "holdout", 0, "Keep the last N training images out of training.", lower_bound=0
@@ -121,6 +125,11 @@ flags.DEFINE_string(
     "export_dir", None, "New folder for a SavedModel of the last checkpoint, written at the end."
 )
 flags.DEFINE_bool("clean", False, "Delete the run in --ckpt_path and start over.")
+
+command_line.refuse_infinite(
+    *("train_epochs", "init_lr", "momentum", "weight_decay", "batch_norm_decay"),
+    *("label_smoothing", "stop_threshold"),
+)
 
 FLAG_GROUPS = {
     "Data": ("path", *command_line.DATA_FLAGS, "use_synthetic_data", "holdout"),

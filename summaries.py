@@ -4,13 +4,15 @@ Two writers in the run's log folder, `train` and `eval`, use the same tags for t
 so that their curves share charts.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from errors import UserError, reason_of
 from metrics import Metrics
 from run_config import RunConfig
 
@@ -25,20 +27,21 @@ class Summaries:
 
     def __init__(self, log_path: str):
         self._log_path = log_path
-        self._writers = {
-            name: tf.summary.create_file_writer(os.path.join(log_path, name))
-            for name in ("train", "eval")
-        }
+        with self._telling():
+            self._writers = {
+                name: tf.summary.create_file_writer(os.path.join(log_path, name))
+                for name in ("train", "eval")
+            }
 
     def close(self) -> None:
-        for writer in self._writers.values():
-            writer.close()
+        with self._telling():
+            for writer in self._writers.values():
+                writer.close()
 
     def scalars(self, writer: str, step: int, values: Mapping[str, float]) -> None:
-        with self._writers[writer].as_default(step):
+        with self._writing(writer, step):
             for tag, value in values.items():
                 tf.summary.scalar(tag, value)
-        self._writers[writer].flush()
 
     def run(self, step: int, run: RunConfig, graph: tf.Graph, images: np.ndarray) -> None:
         """What there is to show once of a run: `images` are such as the network learns from."""
@@ -48,7 +51,7 @@ class Summaries:
         settings = run.settings()
         rows = "\n".join(f"| {name} | {_shown(value)} |" for name, value in settings.items())
         single = {k: v for k, v in settings.items() if isinstance(v, bool | int | float | str)}
-        with self._writers["train"].as_default(step):
+        with self._writing("train", step):
             tf.summary.text("run", f"| setting | value |\n| --- | --- |\n{rows}")
             tf.summary.graph(graph)
             hp.hparams_config(
@@ -86,9 +89,26 @@ class Summaries:
     def _pixels(
         self, writer: str, step: int, tag: str, pixels: np.ndarray | tf.Tensor, description: str
     ) -> None:
-        with self._writers[writer].as_default(step):
+        with self._writing(writer, step):
             tf.summary.image(tag, pixels[None], description=description)
-        self._writers[writer].flush()
+
+    @contextlib.contextmanager
+    def _writing(self, writer: str, step: int) -> Iterator[None]:
+        """While entered, what `tf.summary` is given is this writer's; it is on the disk after."""
+        with self._telling(), self._writers[writer].as_default(step):
+            yield
+            self._writers[writer].flush()
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except tf.errors.OpError as error:
+            raise UserError(
+                f"cannot write the summaries in {self._log_path}: {reason_of(error)}; the "
+                "checkpoints are as they were: make room or mend that folder, or name another with "
+                "--train_log_path, and start the same command again."
+            ) from error
 
 
 def picture_grid(images: np.ndarray) -> np.ndarray:

@@ -30,6 +30,7 @@ from optimizers import OPTIMIZERS
 from progress import Progress
 from resnet_model import IMAGE_SHAPE, ResNet
 from run_config import (
+    MAX_ITERATIONS,
     ModelConfig,
     RunConfig,
     learning_rates,
@@ -268,7 +269,8 @@ def prepare_run(
     examples = count_images(run.data, data_path, "train") - run.data.holdout
     length = {}
     if train_epochs:
-        length["num_iterations"] = math.ceil(train_epochs * examples / run.training.batch_size)
+        steps = train_epochs * examples / run.training.batch_size
+        length["num_iterations"] = math.ceil(min(max(steps, 1), MAX_ITERATIONS + 1))
     if newest:
         refuse_contradictions(run, length, newest)
         return run, newest
