@@ -25,7 +25,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 
 drill: $(VENV)/ready
-	$(RUN) tests/faults/drill.py
+	TF_CPP_MIN_LOG_LEVEL=2 $(RUN) tests/faults/drill.py
 
 fuzz: $(VENV)/ready
 	FUZZ_EXAMPLES=30000 $(RUN) -m pytest tests/faults/test_fuzz.py

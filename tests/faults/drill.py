@@ -24,7 +24,6 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT))
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import checkpoints  # noqa: E402
 

@@ -43,7 +43,7 @@ def assert_is_passed_over(folder: Path, capsys) -> None:
     run, prefix = training.prepare_run({}, str(folder), None)
     assert prefix.endswith("/model.ckpt-20")
     assert run == RUN
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("Passed over: ")
     assert "/model.ckpt-30" in line
     with pytest.raises(UserError, match=r"model\.ckpt-30"):

@@ -15,8 +15,7 @@ from test_programs import PROJECT, SMALL, error_of, run
 import checkpoints
 import cifar10_download_and_extract
 import export
-import images_to_binary
-import run_evaluator
+import output_files
 from errors import UserError
 from progress import Progress
 from run_config import ModelConfig, RunConfig, TrainingConfig
@@ -132,14 +131,14 @@ def test_summaries_that_do_not_fit_stop_the_training_in_a_sentence(make_disk):
     disk = make_disk("256k")
     disk.fill()
     with pytest.raises(UserError, match=rf"cannot write the summaries in .*{FULL}"):
-        Progress(0, 10, 5.0, 8, str(disk.path / "log"))
+        Progress(RunConfig(), 0, 10, 400, str(disk.path / "log"))
     os.remove(disk.path / "ballast")
 
     def train() -> None:
-        with Progress(0, 10_000, 5.0, 8, str(disk.path / "log")) as progress:
+        with Progress(RunConfig(), 0, 10_000, 400, str(disk.path / "log")) as progress:
             disk.fill(4096)
             for step in range(1, 2000):
-                progress.log_training(step, 1.0, 0.5, 0.1)
+                progress.log_training(step, 1.0, 0.5, 0.1, {})
 
     with pytest.raises(UserError, match=FULL):
         train()
@@ -163,11 +162,11 @@ def test_an_output_that_does_not_fit_ends_in_a_sentence():
 def test_figures_that_do_not_fit_leave_the_earlier_ones(make_disk):
     disk = make_disk()
     file = str(disk.path / "scores.json")
-    run_evaluator._write_json(file, {"accuracy": 0.5})
+    output_files.write(file, b"{}")
     before = contents(disk.path)
     disk.fill()
     with pytest.raises(UserError, match=rf"cannot write \S+scores\.json: {FULL}"):
-        run_evaluator._write_json(file, [0.5] * 100_000)
+        output_files.write(file, bytes(400_000))
     assert contents(disk.path) == before
 
 
@@ -191,7 +190,7 @@ def one_line(capsys) -> str:
 
 
 @pytest.mark.parametrize("spare", [0, 4096, 40_000])
-def test_pictures_that_do_not_fit_leave_nothing(make_disk, tmp_path, spare, capsys):
+def test_pictures_that_do_not_fit_leave_nothing(make_disk, tmp_path, spare):
     rng = np.random.default_rng(0)
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -201,11 +200,10 @@ def test_pictures_that_do_not_fit_leave_nothing(make_disk, tmp_path, spare, caps
     disk = make_disk()
     flags = [f"--image_dir={tmp_path / 'photos'}", f"--data_dir={disk.path / 'photos-bin'}"]
     disk.fill(spare)
-    assert images_to_binary.main(flags) == 1
-    assert FULL in one_line(capsys)
+    assert FULL in error_of("images_to_binary.py", *flags)
     assert os.listdir(disk.path) == ["ballast"]
     os.remove(disk.path / "ballast")
-    assert images_to_binary.main(flags) == 0
+    run("images_to_binary.py", *flags)
 
 
 @pytest.mark.parametrize("spare", [0, 100_000])

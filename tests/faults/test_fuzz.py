@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import data_folder
 import numpy as np
 import pytest
 from absl import flags
@@ -131,7 +130,7 @@ def parse(monkeypatch, tmp_path, write_cifar10) -> Callable[[list[str]], None]:
     write_cifar10()
     monkeypatch.chdir(tmp_path)
 
-    def reached(device: str) -> None:
+    def reached(device: str, verbose: bool) -> None:
         given = run_trainer.command_line.given_flags(tuple(NAMES))
         raise Reached(given, training_config(given))
 
@@ -243,10 +242,10 @@ def test_an_archive_is_refused_or_unpacked_into_its_own_files_alone(archive):
         folder.mkdir(parents=True)
         (Path(top) / "a.tar.gz").write_bytes(archive)
         # BadData becomes a sentence in the program
-        with contextlib.suppress(data_folder.BadData):
+        with contextlib.suppress(cifar10_download_and_extract.BadData):
             cifar10_download_and_extract.unpack(Path(top) / "a.tar.gz", LAYOUT, folder)
             assert {*LAYOUT.files} <= {*os.listdir(folder)}
-        assert {*os.listdir(folder)} <= {*LAYOUT.files, data_folder.README_FILE}
+        assert {*os.listdir(folder)} <= {*LAYOUT.files, cifar10_download_and_extract.README_FILE}
         assert all(path.is_file() and not path.is_symlink() for path in folder.iterdir())
         assert sorted(os.listdir(top)) == ["a.tar.gz", "in"]
         assert os.listdir(folder.parent) == ["data"]

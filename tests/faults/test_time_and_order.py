@@ -10,6 +10,7 @@ from test_programs import SMALL, start
 
 import checkpoints
 from progress import Progress
+from run_config import RunConfig
 
 
 class Terminal(io.StringIO):
@@ -21,13 +22,13 @@ def test_the_live_line_and_the_time_left_do_not_heed_the_clock_on_the_wall(tmp_p
     clock = time.time
     monkeypatch.setattr(sys, "stdout", Terminal())
     steps = []
-    with Progress(0, 100, 5.0, 8, str(tmp_path)) as progress:
+    with Progress(RunConfig(), 0, 100, 400, str(tmp_path)) as progress:
         for step, jump in enumerate((0, -3600, 86_400, -(10**9), 0), 1):
             monkeypatch.setattr(time, "time", lambda jump=jump: clock() + jump)
             progress.update(step, 1.0, 0.5, 0.1)
-            progress.log_training(step, 1.0, 0.5, 0.1)
+            progress.log_training(step, 1.0, 0.5, 0.1, {})
         shown = sys.stdout.getvalue()
-    steps = re.findall(r"(\d+)/100, epoch", shown)
+    steps = re.findall(r"(\d+)/100, left", shown)
     assert [int(step) for step in dict.fromkeys(steps)] == [1, 2, 3, 4, 5]
     left = re.findall(r"left (-?\d+):(\d\d):(\d\d)", shown)
     assert len(left) >= 10
