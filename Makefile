@@ -1,6 +1,7 @@
 # `make demo` trains and evaluates a network, `make test` runs the tests, `make bench` measures the
 # project beside others, `make figures` draws the pictures in files/, `make savedmodels` exports the
-# trained networks in files/pretrained. Each first makes the environment it needs.
+# trained networks in files/pretrained. `make drill`, `make fuzz` and `make load` are the long forms
+# of the tests in tests/faults. Each first makes the environment it needs.
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 PYTHON ?=
@@ -8,7 +9,7 @@ VENV := .venv
 BENCH_VENV := .venv-bench
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench figures savedmodels
+.PHONY: demo test lint bench figures savedmodels drill fuzz load
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -22,6 +23,15 @@ test: lint
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+drill: $(VENV)/ready
+	TF_CPP_MIN_LOG_LEVEL=2 $(RUN) tests/faults/drill.py
+
+fuzz: $(VENV)/ready
+	FUZZ_EXAMPLES=30000 $(RUN) -m pytest tests/faults/test_fuzz.py
+
+load: $(VENV)/ready
+	$(RUN) tests/faults/load.py
 
 bench: $(BENCH_VENV)/ready
 	$(BENCH_VENV)/bin/python benchmarks/compare.py

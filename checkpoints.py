@@ -17,13 +17,17 @@ from collections.abc import Iterator
 import tensorflow as tf
 
 import folders
-from errors import UserError
+from errors import UserError, reason_of
 from resnet_model import ResNet
 from run_config import RunConfig
 
 NAME = "model.ckpt"
+EVENTS = "events.out.tfevents.*"
 DESCRIPTION_KEY = "description/.ATTRIBUTES/VARIABLE_VALUE"
 STEP_KEY = "step/.ATTRIBUTES/VARIABLE_VALUE"
+LOCK = ".lock"
+# What TensorFlow's reader raises over damaged files, beside errors of its own.
+UNREADABLE = (tf.errors.OpError, ValueError, RuntimeError, IndexError, AttributeError)
 # In the order in which they move into place: a checkpoint is there once its index is.
 SUFFIXES = (".sha256", ".data-00000-of-00001", ".index")
 
@@ -49,6 +53,7 @@ def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep
             for suffix in SUFFIXES:
                 os.replace(written + suffix, prefix + suffix)
             _flush(directory)
+        _delete_remains(directory)
         kept = []
         for saved_step, saved in list_checkpoints(directory):
             if saved_step > step:
@@ -60,10 +65,9 @@ def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep
         for old in kept[:surplus]:
             delete(old)
     except (OSError, tf.errors.OpError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error.message
         raise UserError(
-            f"cannot save {prefix}: {reason}. The checkpoints before it are as they were; make "
-            "room or mend the folder and start the same command again."
+            f"cannot save {prefix}: {reason_of(error)}. The checkpoints before it are as they "
+            "were; make room or mend the folder and start the same command again."
         ) from error
     return prefix
 
@@ -81,7 +85,10 @@ def list_checkpoints(directory: str, suffix: str = ".index") -> list[tuple[int, 
 def newest_intact(directory: str) -> tuple[str | None, list[str]]:
     """The newest checkpoint that verifies, or None; and what is wrong with each newer one."""
     passed_over = []
-    for _, prefix in reversed(list_checkpoints(directory)):
+    with_index, with_digests = list_checkpoints(directory), list_checkpoints(directory, ".sha256")
+    if not with_index:  # at most the remains of a first save that was killed
+        return None, passed_over
+    for _, prefix in sorted({*with_index, *with_digests}, reverse=True):
         try:
             verify(prefix)
             return prefix, passed_over
@@ -118,7 +125,7 @@ def verify(prefix: str) -> None:
         if not os.path.exists(prefix + suffix):
             raise UserError(
                 f"{prefix} is not a whole checkpoint: {os.path.basename(prefix + suffix)} is "
-                "missing, so it was copied in part or damaged; copy it again or use another."
+                "missing, so it was saved or copied in part, or damaged; use another checkpoint."
             )
     try:
         with open(prefix + ".sha256", encoding="utf-8") as digests:
@@ -126,7 +133,7 @@ def verify(prefix: str) -> None:
             # by what they end in, so that a copy under another name verifies too
             expected = {name[name.index(".", len(NAME)) :]: digest for digest, name in lines}
     except FileNotFoundError:
-        return  # TensorFlow's own checksums of each tensor still stand
+        return _verify_tensors(prefix)
     except (OSError, ValueError) as error:
         raise UserError(f"{prefix} is damaged: {prefix}.sha256 cannot be read.") from error
     for suffix in SUFFIXES[1:]:
@@ -140,6 +147,19 @@ def verify(prefix: str) -> None:
                 f"{prefix} is damaged: {os.path.basename(file)} is not what was written (its "
                 "SHA-256 differs); use another checkpoint."
             )
+
+
+def _verify_tensors(prefix: str) -> None:
+    """Reads all that is there, whereby TensorFlow compares a checksum of its own of each tensor."""
+    try:
+        reader = tf.train.load_checkpoint(prefix)
+        for name in reader.get_variable_to_shape_map():
+            reader.get_tensor(name)
+    except UNREADABLE as error:
+        raise UserError(
+            f"{prefix} is damaged, or still being copied: {reason_of(error)}; use another "
+            "checkpoint."
+        ) from error
 
 
 def read_run(prefix: str) -> tuple[RunConfig, int]:
@@ -156,8 +176,8 @@ def read_run(prefix: str) -> tuple[RunConfig, int]:
         return RunConfig.from_json(text), step
     except UserError as error:
         raise UserError(f"{prefix} cannot be used: {error}") from error
-    except (tf.errors.OpError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{prefix} cannot be read as a checkpoint: {_first_line(error)}") from error
+    except UNREADABLE as error:
+        raise UserError(f"{prefix} cannot be read as a checkpoint: {reason_of(error)}") from error
 
 
 def restore(checkpoint: tf.train.Checkpoint, prefix: str) -> None:
@@ -187,8 +207,8 @@ def restore_pretrained(model: ResNet, prefix: str) -> None:
 def _restoring(prefix: str) -> Iterator[None]:
     try:
         yield
-    except (tf.errors.OpError, ValueError, AssertionError) as error:
-        raise UserError(f"{prefix} cannot be restored: {_first_line(error)}") from error
+    except (*UNREADABLE, AssertionError) as error:
+        raise UserError(f"{prefix} cannot be restored: {reason_of(error)}") from error
 
 
 def save_network(prefix: str, directory: str) -> str:
@@ -219,7 +239,7 @@ def lock(directory: str) -> Iterator[None]:
     folders.refuse_patterns(directory)
     try:
         os.makedirs(directory, exist_ok=True)
-        file = open(os.path.join(directory, ".lock"), "w")  # noqa: SIM115
+        file = open(os.path.join(directory, LOCK), "w")  # noqa: SIM115
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror}.") from error
     with file:
@@ -232,15 +252,21 @@ def lock(directory: str) -> Iterator[None]:
             ) from error
         except OSError as error:
             raise UserError(f"cannot lock {directory}: {error.strerror}.") from error
-        # left behind by a process that was killed while it saved
-        shutil.rmtree(os.path.join(directory, ".saving"), ignore_errors=True)
+        try:
+            # Clears what a process that was killed while it saved has left behind, and shows that
+            # this one may save: the lock alone may be writable in a folder that is not.
+            with _saving_folder(directory):
+                pass
+        except OSError as error:
+            raise UserError(f"cannot write to {directory}: {error.strerror}.") from error
         yield
 
 
 def clean(directory: str, log_path: str, needed: str | None = None) -> None:
     """Deletes a run's checkpoints and summaries, and nothing that this project did not write.
 
-    Refuses to where the checkpoint that `needed` names is among them, or is none.
+    Refuses to where the checkpoint that `needed` names is among them, or is none; and where there
+    are files, but none of a run.
     """
     if needed and os.path.realpath(os.path.dirname(find(needed))) == os.path.realpath(directory):
         raise UserError(
@@ -253,16 +279,25 @@ def clean(directory: str, log_path: str, needed: str | None = None) -> None:
                 f"--clean leaves {directory} alone: {os.path.basename(prefix)} there was not "
                 "written by this project."
             )
+    saved = list_checkpoints(directory, ".sha256")
+    summaries = [
+        file
+        for files in ("train/" + EVENTS, "eval/" + EVENTS, "plugins/profile/*/*.xplane.pb")
+        for file in glob.glob(os.path.join(glob.escape(log_path), files))
+    ]
+    others = set(os.listdir(directory)) - {LOCK} if os.path.isdir(directory) else set()
+    if others and not saved and not summaries:
+        raise UserError(
+            f"--clean leaves {directory} alone: nothing in it is of a run of this project; name "
+            "another --ckpt_path, or leave out --clean."
+        )
     try:
         if _is_own_state(os.path.join(directory, "checkpoint")):
             _remove(os.path.join(directory, "checkpoint"))
-        for _, prefix in list_checkpoints(directory, ".sha256"):
+        for _, prefix in saved:
             delete(prefix)
-        for part in ("train", "eval"):
-            for file in glob.glob(
-                os.path.join(glob.escape(log_path), part, "events.out.tfevents.*")
-            ):
-                os.remove(file)
+        for file in summaries:
+            os.remove(file)
     except OSError as error:
         raise UserError(f"cannot clean {directory}: {error.strerror}.") from error
 
@@ -306,6 +341,13 @@ def delete(prefix: str) -> None:
         _remove(prefix + suffix)
 
 
+def _delete_remains(directory: str) -> None:
+    """Deletes what is left of checkpoints of which a kill cut the saving or the deleting short."""
+    for _, prefix in list_checkpoints(directory, ".sha256"):
+        if not os.path.exists(prefix + ".index"):
+            delete(prefix)
+
+
 def _remove(file: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.remove(file)
@@ -326,7 +368,3 @@ def _sha256(file: str) -> str:
         while chunk := opened.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -49,6 +49,7 @@ MAX_SYNTHETIC_BATCH = 20_000  # images in one file of the stand-in
 
 TRIES = 5
 RETRY_SECONDS = 1.0  # before the second try; doubled before each further one
+SLOWEST = 1000  # bytes a second over a --timeout; below it, a try is given up as if silent
 # A try that gets this much further is progress: a long download may break more often than TRIES.
 PROGRESS_BYTES = 1 << 20
 
@@ -181,7 +182,7 @@ class Mirror:
             if total and total > MAX_ARCHIVE_BYTES:
                 raise Refused(f"it announces {total} bytes, more than {MAX_ARCHIVE_BYTES}")
             self.version = version_of(response)
-            copy_body(response, part, have, end, total)
+            copy_body(response, part, have, end, total, self.timeout)
         if total and size_of(part) < total:
             raise TryAgain(f"the connection ended after {size_of(part)} of {total} bytes")
 
@@ -233,9 +234,12 @@ def version_of(response) -> str:
     return etag if etag and not weak else response.headers.get("Last-Modified", "")
 
 
-def copy_body(response, part: Path, have: int, end: int | None, total: int | None) -> None:
+def copy_body(
+    response, part: Path, have: int, end: int | None, total: int | None, timeout: float
+) -> None:
     """Appends the body to `part`, never past `end`, and leaves on disk what came before a break."""
     progress = Progress(have, total)
+    due, least = time.monotonic() + timeout, have + SLOWEST * timeout
     try:
         with open(part, "ab" if have else "wb") as file:
             while end is None or have < end:
@@ -249,6 +253,10 @@ def copy_body(response, part: Path, have: int, end: int | None, total: int | Non
                 file.write(chunk)
                 file.flush()
                 have += len(chunk)
+                if time.monotonic() >= due:
+                    if have < least:
+                        raise TryAgain(f"fewer than {SLOWEST} bytes arrive in a second")
+                    due, least = time.monotonic() + timeout, have + SLOWEST * timeout
                 if have > MAX_ARCHIVE_BYTES:
                     part.unlink()
                     raise Refused(f"it sends more than {MAX_ARCHIVE_BYTES} bytes")

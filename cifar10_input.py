@@ -7,7 +7,7 @@ have seen, and starting at any step costs nothing.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from run_config import DataConfig
 PAD = 4
 SHIFTS = 2 * PAD + 1
 ALIGNMENT = 64
+CHUNK_RECORDS = 1000
 
 GZIP = b"\x1f\x8b"
 DAMAGED = "it is damaged, or of another data set"
@@ -98,25 +99,35 @@ def read_images(
     total = sum(count for _, count in counts)
     images = _aligned([total, SIDE, SIDE, CHANNELS])
     labels = np.empty([total, len(layout.labels)], np.uint8)
-    records = tf.data.FixedLengthRecordDataset([file for file, _ in counts], layout.record_bytes)
     done = 0
-    try:
-        for batch in records.batch(1000).prefetch(1):
-            decoded = tf.io.decode_raw(batch, tf.uint8).numpy()
-            part = slice(done, done + len(decoded))
-            labels[part], pixels = np.split(decoded, [len(layout.labels)], axis=1)
+    for file, count in counts:
+        for records in _read_records(file, count, layout.record_bytes):
+            part = slice(done, done + len(records))
+            labels[part], pixels = np.split(records, [len(layout.labels)], axis=1)
             planes = pixels.reshape(-1, CHANNELS, SIDE, SIDE)
             for channel in range(CHANNELS):
                 images[part, :, :, channel] = planes[:, channel]
-            done += len(decoded)
-    except (tf.errors.OpError, ValueError) as error:
-        raise UserError(f"cannot read {folder}: {error}.") from error
-    if done != total:
-        raise UserError(
-            f"{folder} changed while it was read: {total} records were there, {done} could be read."
-        )
+            done += len(records)
     _check_labels(labels, counts, folder, layout)
     return ImageSet(images, labels[:, layout.label_column(coarse_labels)].astype(np.int32))
+
+
+def _read_records(file: str, count: int, record_bytes: int) -> Iterator[np.ndarray]:
+    """The records of a file, as many as it had when it was checked, some at a time."""
+    read, end = 0, count * record_bytes
+    try:
+        with open(file, "rb") as opened:
+            while read < end:
+                chunk = opened.read(min(CHUNK_RECORDS * record_bytes, end - read))
+                read += len(chunk)
+                if len(chunk) % record_bytes or not chunk:
+                    raise UserError(
+                        f"{file} changed while it was read: it had {end:,} bytes and now ends at "
+                        f"byte {read:,}; start again once it is whole."
+                    )
+                yield np.frombuffer(chunk, np.uint8).reshape(-1, record_bytes)
+    except OSError as error:
+        raise UserError(f"cannot read {file} from byte {read:,} on: {error.strerror}.") from error
 
 
 def _aligned(shape: Sequence[int]) -> np.ndarray:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import device
+import program
 from errors import UserError, exits_with_a_sentence, tell
 from pictures import EXTENSIONS, read_picture_file
 
@@ -29,11 +30,16 @@ flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 flags.mark_flags_as_mutual_exclusive(["ckpt_path", "saved_model"], required=True)
 FLAGS.set_gnu_getopt()  # pictures and flags may come in any order
 
+FLAG_GROUPS = {
+    "The network": ("ckpt_path", "saved_model", "device"),
+    "Output": ("top", "json"),
+}
+
 
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
     if len(argv) == 1:
-        raise app.UsageError("name the picture files to classify, or folders of them")
+        raise UserError("name the picture files to classify, or folders of them.")
     folder = FLAGS.saved_model
     if folder is not None and not os.path.isfile(os.path.join(folder, "saved_model.pb")):
         raise UserError(f"{folder} is not a SavedModel: name the folder that holds saved_model.pb.")
@@ -122,4 +128,4 @@ def _table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main, FLAG_GROUPS, takes_arguments=True)

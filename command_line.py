@@ -1,5 +1,9 @@
 """The flags that the trainer's and the evaluator's command lines share."""
 
+import contextlib
+import math
+import os
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
@@ -43,10 +47,38 @@ flags.DEFINE_float(
     "loss_scale", 128, "With fp16, the loss is multiplied by this against underflow.", lower_bound=1
 )
 flags.adopt_module_key_flags(device)
+flags.DEFINE_bool("quiet", False, "Print nothing but errors and the result.")
+flags.DEFINE_bool("verbose", False, "Print all settings, and TensorFlow's own messages.")
+
+
+def refuse_infinite(*names: str) -> None:
+    """Refuses "nan", which lies within all bounds, and "inf", within those without an upper one."""
+    for name in names:
+        flags.register_validator(
+            name, lambda value: value is None or math.isfinite(value), "must be a finite number"
+        )
+
+
+refuse_infinite("loss_scale")
 
 # those that say which network it is, and which data, under the names of run_config's dataclasses
 DATA_FLAGS = ("dataset", "coarse_labels")
 NETWORK_FLAGS = ("num_layers", "shortcut_connections", "bottleneck", "resnet_version")
+
+
+@flags.multi_flags_validator(["quiet", "verbose"], "give --quiet or --verbose, not both")
+def _one_loudness(values: dict[str, bool]) -> bool:
+    return not all(values.values())
+
+
+@contextlib.contextmanager
+def quiet_work() -> Iterator[None]:
+    """While entered, what goes to stdout is dropped if --quiet is given."""
+    if not flags.FLAGS.quiet:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def given_flags(names: tuple[str, ...]) -> dict[str, Any]:

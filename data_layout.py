@@ -103,6 +103,10 @@ class Layout:
             raise UserError(
                 f"cannot read the class names in {file}: it is not UTF-8 text."
             ) from error
+        if odd := [name for name in names if not name.isprintable()]:
+            raise UserError(
+                f"{file} names a class {odd[0]!a:.60}, which cannot be printed: rename it."
+            )
         least, most = label.num_classes or 2, label.num_classes or MAX_CLASSES
         if not least <= len(names) <= most:
             expected = most if least == most else f"{least} to {most}"

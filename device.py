@@ -21,10 +21,13 @@ IDLE_PASSES = (
 )
 
 
-def start_tensorflow(device: str, num_gpus: int | None = None) -> str:
+def start_tensorflow(device: str, verbose: bool = False, num_gpus: int | None = None) -> str:
     """Imports TensorFlow, quietly, and settles the device: returns "cpu" or "gpu"."""
+    if verbose:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")
     with _quiet_start():
-        import tensorflow as tf
+        with _without_keras():
+            import tensorflow as tf
 
         gpus = tf.config.get_visible_devices("GPU")
         found = len(gpus)
@@ -33,7 +36,7 @@ def start_tensorflow(device: str, num_gpus: int | None = None) -> str:
         has_gpu = bool(gpus)
         if not has_gpu:
             tf.config.optimizer.set_experimental_options(dict.fromkeys(IDLE_PASSES, False))
-    if not flags.FLAGS["verbosity"].present:
+    if not verbose and not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     if num_gpus is not None and num_gpus > found:
         raise UserError(f"--num_gpus={num_gpus} was asked for, but TensorFlow sees {found} GPUs.")
@@ -44,6 +47,22 @@ def start_tensorflow(device: str, num_gpus: int | None = None) -> str:
             "--device=cpu."
         )
     return "gpu" if has_gpu else "cpu"
+
+
+@contextlib.contextmanager
+def _without_keras() -> Iterator[None]:
+    """Keeps TensorFlow from importing Keras, and that Matplotlib: a quarter of its start.
+
+    Nothing here uses it. Whoever does finds `tf.keras` as ever.
+    """
+    if "keras" in sys.modules:
+        yield
+        return
+    sys.modules["keras"] = None  # whoever imports it is told that it is not there
+    try:
+        yield
+    finally:
+        del sys.modules["keras"]
 
 
 @contextlib.contextmanager

@@ -1,10 +1,14 @@
 """How the programs tell of a mistake: one sentence on stderr, exit status 1, no traceback."""
 
+import errno
 import functools
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
+
+from terminal import RED, emphasised
 
 
 class UserError(Exception):
@@ -28,12 +32,34 @@ def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int 
             return 128 + signal.SIGINT
         except BrokenPipeError:
             # whoever read the output has gone, as in `… | head`: end as quietly as other programs
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _silence_stdout()
             return 128 + signal.SIGPIPE
+        except OSError as error:
+            # What a program writes to it tells of by itself; what is left is its output.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+            _silence_stdout()
+            tell(UserError(f"cannot write {error.filename or 'the output'}: {error.strerror}."))
+            return 1
 
     return guarded
 
 
+def _silence_stdout() -> None:
+    """Lets Python's last flush go nowhere: it would fail as the one before it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def reason_of(error: Exception) -> str:
+    """Why something failed, in one line; of TensorFlow's errors without the names of its parts."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = re.sub(r"^\{\{.*?\}\} |\s*\[Op:\w+\].*$", "", str(error).strip(), flags=re.DOTALL)
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+
+
 def tell(error: UserError) -> None:
-    """Writes an error's sentence to stderr."""
-    print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+    """Writes an error's sentence to stderr, in one line, whatever a file put into it."""
+    label = emphasised("error:", sys.stderr, RED)
+    sentence = "".join(char if char.isprintable() else "?" for char in str(error))
+    print(f"{os.path.basename(sys.argv[0])}: {label} {sentence}", file=sys.stderr)

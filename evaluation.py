@@ -1,6 +1,7 @@
 """A model and images in, metrics out."""
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tqdm import tqdm
 
 import checkpoints
 from cifar10_input import ImageSet, describe_data, load_split
@@ -31,7 +33,10 @@ class Evaluator:
         """Scores every image exactly once."""
         loss, top_5, predictions, confidences = 0.0, 0, [], []
         count = len(examples.labels)
-        for start in range(0, count, self.batch_size):
+        starts = range(0, count, self.batch_size)
+        # shown on a terminal, where it takes longer than a moment
+        bar = {"file": sys.stdout, "disable": None, "delay": 1, "leave": False}
+        for start in tqdm(starts, "evaluating", unit="batch", **bar):
             images, labels = examples.part(slice(start, start + self.batch_size))
             scores = self._score(tf.constant(images), tf.constant(labels))
             batch_loss, batch_top_5, predicted, confidence = (score.numpy() for score in scores)
@@ -70,6 +75,13 @@ class Scored:
     split: str
     metrics: Metrics
     images: np.ndarray = field(repr=False)
+
+    def line(self) -> str:
+        """The essence in a line."""
+        return (
+            f"{self.checkpoint} on {self.split} images: accuracy {self.metrics.accuracy:.4f}, "
+            f"loss {self.metrics.loss:.4f}"
+        )
 
     def report(self) -> str:
         """All of it as lines for people."""

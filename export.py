@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import checkpoints
 import folders
-from errors import UserError
+from errors import UserError, reason_of
 from resnet_model import IMAGE_SHAPE, ResNet
 from saved_network import SavedNetwork
 
@@ -135,7 +135,7 @@ def _save(classifier: Classifier, folder: str, signatures: Sequence[str]) -> Non
     try:
         tf.saved_model.save(classifier, folder, traced)
     except tf.errors.OpError as error:
-        raise UserError(f"cannot write {folder}: {error.message}.") from error
+        raise UserError(f"cannot write {folder}: {reason_of(error)}.") from error
 
 
 def _difference(lite: bytes, saved_model: str) -> float:

@@ -1,8 +1,12 @@
-"""Exports a trained network. `python export_saved_model.py --help` lists the flags."""
+"""Exports a trained network.
 
-from absl import app, flags
+python export_saved_model.py --ckpt_path=runs/resnet20 --export_dir=savedmodels/resnet20
+"""
+
+from absl import flags
 
 import folders
+import program
 from device import start_tensorflow
 from errors import exits_with_a_sentence
 
@@ -23,6 +27,11 @@ flags.DEFINE_enum(
 flags.DEFINE_enum("dtype", "fp32", ["fp32", "bf16", "fp16"], "What the network computes in.")
 flags.mark_flags_as_required(["ckpt_path", "export_dir"])
 
+FLAG_GROUPS = {
+    "What to export, and where to": ("ckpt_path", "export_dir"),
+    "How": ("format", "data_format", "dtype"),
+}
+
 
 @flags.multi_flags_validator(
     ["format", "data_format", "dtype"], "--format=tflite is channels_last and fp32 alone"
@@ -35,8 +44,6 @@ def _lite_is_one(values: dict[str, object]) -> bool:
 
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
     folders.refuse_unwritable(FLAGS.export_dir)
 
     start_tensorflow("cpu")  # whatever the export is for, nothing large is computed here
@@ -52,4 +59,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main, FLAG_GROUPS)

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 import folders
+import program
 from data_layout import LAYOUTS, MAX_CLASSES
 from errors import UserError, exits_with_a_sentence
 from pictures import read_picture_file
@@ -34,6 +35,7 @@ flags.DEFINE_integer("seed", 0, "Of the split and the order.", lower_bound=0)
 flags.mark_flags_as_required(["image_dir", "data_dir"])
 flags.register_validator("test_share", lambda share: 0 < share < 1, "it is between 0 and 1")
 
+FLAG_GROUPS = {"Where from and where to": ("image_dir", "data_dir"), "How": ("test_share", "seed")}
 LAYOUT = LAYOUTS["pictures"]
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 THREADS = min(8, os.cpu_count() or 1)
@@ -211,11 +213,9 @@ def import_pictures(image_dir: str, data_dir: str, test_share: float = 0.2, seed
 
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
     import_pictures(FLAGS.image_dir, FLAGS.data_dir, FLAGS.test_share, FLAGS.seed)
     return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main, FLAG_GROUPS)

@@ -1,6 +1,6 @@
 """Starts several workers on this machine, to try out what a cluster does.
 
-`python launch_local.py --workers=2 -- run_trainer.py --use_synthetic_data`; --help lists its flags.
+python launch_local.py --workers=2 -- run_trainer.py --use_synthetic_data
 """
 
 import contextlib
@@ -12,15 +12,17 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 import cluster
-from errors import exits_with_a_sentence
+import program
+from errors import UserError, exits_with_a_sentence
 
 FLAGS = flags.FLAGS
 
 flags.DEFINE_integer("workers", 2, "Processes to start.", lower_bound=1)
 
+FLAG_GROUPS = {"Workers": ("workers",)}
 # Seconds that workers have to end of themselves once one of them has failed.
 PATIENCE = 20
 
@@ -28,16 +30,16 @@ PATIENCE = 20
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
     if len(argv) < 2:
-        raise app.UsageError("name the program to start: launch_local.py -- run_trainer.py …")
+        raise UserError("name the program to start: launch_local.py -- run_trainer.py …")
     return launch(argv[1:], FLAGS.workers)
 
 
-def launch(program: Sequence[str], count: int) -> int:
+def launch(command: Sequence[str], count: int) -> int:
     """Runs a Python program as so many workers; its status is that of the first one to fail."""
     addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
     workers = [
         subprocess.Popen(
-            [sys.executable, *program],
+            [sys.executable, *command],
             env=os.environ | {"TF_CONFIG": cluster.to_tf_config(addresses, index)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -115,4 +117,4 @@ def free_ports(count: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main, FLAG_GROUPS, takes_arguments=True)

@@ -1,5 +1,6 @@
 """What turns gradients into steps: SGD with momentum, and Muon on top of it."""
 
+import numpy as np
 import tensorflow as tf
 
 from resnet_model import ResNet, assign
@@ -26,6 +27,25 @@ class Momentum:
         slots = self.slots.values()
         for variable, slot, gradient in zip(self.variables, slots, gradients, strict=True):
             self._move(variable, slot, gradient, learning_rate)
+
+    def snapshot(self) -> list[tuple[tf.Tensor, tf.Tensor]]:
+        """The variables and their momenta as they are now: no copies, until they change."""
+        pairs = zip(self.variables, self.slots.values(), strict=True)
+        return [(variable.read_value(), slot.read_value()) for variable, slot in pairs]
+
+    def gradients_since(self, before: list[tuple[tf.Tensor, tf.Tensor]]) -> dict[str, np.ndarray]:
+        """The gradients of the one step taken since a snapshot, by variable, without L2 penalty.
+
+        They are what the momenta gained; so that watching a step cannot change what it computes.
+        """
+        gradients = {}
+        pairs = zip(self.variables, self.slots.values(), strict=True)
+        for (variable, slot), (old_value, old_slot) in zip(pairs, before, strict=True):
+            gained = slot - self._training.momentum * old_slot
+            if variable.ref() in self._decayed:
+                gained -= self._training.weight_decay * old_value
+            gradients[variable.name] = gained.numpy()
+        return gradients
 
     def _move(
         self, variable: tf.Variable, slot: tf.Variable, gradient: tf.Tensor, rate: tf.Tensor
@@ -56,6 +76,7 @@ class Muon(Momentum):
     def __init__(self, model: ResNet, training: TrainingConfig):
         super().__init__(model, training)
         in_units = {conv.kernel.ref() for unit in model.units for conv in unit.convs}
+        self._decayed -= in_units
         self._groups: dict[tuple[int, ...], list[int]] = {}
         for i, variable in enumerate(self.variables):
             if variable.ref() in in_units:

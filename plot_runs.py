@@ -1,14 +1,15 @@
 """Draws the learning curves of runs into one picture.
 
-`python plot_runs.py --run=runs/resnet20 --run=runs/plain20`; `--help` lists the flags.
+python plot_runs.py --run=runs/resnet20 --run=runs/plain20
 """
 
 import itertools
 import os
 
-from absl import app, flags
+from absl import flags
 
 import output_files
+import program
 import run_history
 from errors import UserError, exits_with_a_sentence
 
@@ -22,11 +23,11 @@ flags.DEFINE_multi_enum("tag", ["loss", "error"], TAGS, "What to draw; repeatabl
 flags.DEFINE_enum("x", "step", ["step", "epoch"], "What to draw it over.")
 flags.mark_flag_as_required("run")
 
+FLAG_GROUPS = {"What to draw": ("run", "tag", "x"), "Where to": ("output",)}
+
 
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
     kind = os.path.splitext(FLAGS.output)[1][1:].lower()
     if kind not in KINDS:
         raise UserError(f"--output={FLAGS.output} must end in .png or .svg.")
@@ -66,4 +67,4 @@ def _history(run: str) -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main, FLAG_GROUPS)

@@ -1,47 +1,54 @@
-"""What a training shows: a live line on a terminal, plain lines elsewhere, TensorBoard."""
+"""What a training shows: a live line on a terminal, plain lines elsewhere, and TensorBoard."""
 
-import os
+import contextlib
+import shlex
 import sys
 import time
+from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
+from errors import UserError
 from metrics import Metrics
+from run_config import RunConfig
+from summaries import Summaries
 
 
 class Progress:
-    """Shows a training from `first_step` on. A context manager: it leaves the terminal tidy.
-
-    Without a log path it shows nothing: where several workers train together, one tells of all.
-    """
+    """Shows a training from `first_step` on. A context manager: it leaves the terminal tidy."""
 
     def __init__(
         self,
+        run: RunConfig,
         first_step: int,
         last_step: int,
         steps_per_epoch: float,
-        batch_size: int,
-        log_path: str | None,
+        log_path: str,
+        profile_steps: tuple[int, int] | None = None,
     ):
+        self._run, self._log_path = run, log_path
         self._last_step = last_step
-        self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
-        self._quiet = log_path is None
-        self._writers = {
-            name: tf.summary.create_file_writer(os.path.join(log_path, name))
-            for name in (() if self._quiet else ("train", "eval"))
-        }
+        self._steps_per_epoch, self._batch_size = steps_per_epoch, run.training.batch_size
+        self._summaries = Summaries(log_path)
+        self._has_shown_run = False
+        self._profile_steps, self._profiling = profile_steps, False
+        # the last of what was logged: loss, accuracy, over so many steps; step, split, metrics
+        self._trained = (float("nan"), float("nan"), 0)
+        self._evaluated: tuple[int, str, Metrics] | None = None
         self._started = self._logged_at = self._shown_at = time.monotonic()
         self._first_step = self._logged_step = first_step
         # A pipe or a file gets lines that grep can read; only a terminal gets the moving one.
         self._bar = tqdm(
             total=last_step,
             initial=first_step,
-            disable=self._quiet or not sys.stdout.isatty(),
+            disable=not sys.stdout.isatty(),
             file=sys.stdout,
             dynamic_ncols=True,
+            leave=False,
             unit="step",
-            bar_format="{percentage:3.0f}%|{bar:20}| {n}/{total}{postfix}, left {remaining}",
+            bar_format="{percentage:3.0f}%|{bar}| {n}/{total}{postfix}",
         )
 
     def __enter__(self) -> "Progress":
@@ -49,8 +56,31 @@ class Progress:
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
-        for writer in self._writers.values():
-            writer.close()
+        self._stop_profiling()
+        self._summaries.close()
+
+    @property
+    def stations(self) -> list[int]:
+        """Steps that must not lie in the middle of several taken at once."""
+        return [self._profile_steps[0] - 1, self._profile_steps[1]] if self._profile_steps else []
+
+    def taking(self, step: int) -> contextlib.AbstractContextManager:
+        """Around the steps that follow this one: profiles them, if they are to be profiled."""
+        if self._profile_steps is None:
+            return contextlib.nullcontext()
+        first, last = self._profile_steps
+        if step == last:
+            self._stop_profiling()
+        elif step == first - 1:
+            tf.profiler.experimental.start(self._log_path)
+            self._profiling = True
+        return tf.profiler.experimental.Trace("train", step_num=step + 1, _r=1)
+
+    def _stop_profiling(self) -> None:
+        if self._profiling:
+            tf.profiler.experimental.stop()
+            self._profiling = False
+            self.write(f'The profile is in {self._log_path}: see TensorBoard, "Profile".')
 
     def wants_update(self) -> bool:
         """Whether the live line is due: asked every step, so that the step itself never waits."""
@@ -60,22 +90,41 @@ class Progress:
         """Moves the live line."""
         self._shown_at = time.monotonic()
         rate = self._rate(self._first_step, self._started, step)
-        self._bar.set_postfix_str(
-            f"epoch {step / self._steps_per_epoch:.2f}, loss {loss:.4f}, accuracy {accuracy:.4f}, "
-            f"lr {learning_rate:.4g}, {rate:,.0f} images/s",
-            refresh=False,
-        )
-        self._bar.update(step - self._bar.n)
+        # the most important first, for narrow terminals
+        parts = [
+            f"left {self._left(step, rate)}",
+            f"loss {loss:.3f}",
+            f"acc {accuracy:.3f}",
+            f"{rate:,.0f} images/s",
+            f"epoch {step / self._steps_per_epoch:.2f}",
+            f"lr {learning_rate:.4g}",
+        ]
+        rest = f"100%|....| {step}/{self._last_step}, "
+        room = (self._bar.format_dict["ncols"] or 80) - len(rest)
+        while len(", ".join(parts)) > room and len(parts) > 1:
+            parts.pop()
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
+        # Not tqdm's own `update` and `remaining`: they go by the clock on the wall, and stand still
+        # for an hour where that is put back by one.
+        self._bar.n = step
+        self._bar.refresh()
 
-    def log_training(self, step: int, loss: float, accuracy: float, learning_rate: float) -> None:
+    def log_training(
+        self,
+        step: int,
+        loss: float,
+        accuracy: float,
+        learning_rate: float,
+        norms: Callable[[], dict[str, float]],
+    ) -> None:
         """Writes down the training's mean loss and accuracy since the last time."""
         rate = self._rate(self._logged_step, self._logged_at, step)
+        self._trained = loss, accuracy, step - self._logged_step
         self._logged_step, self._logged_at = step, time.monotonic()
-        left = (self._last_step - step) * self._batch_size / rate
         self.write(
             f"step {step}/{self._last_step} epoch {step / self._steps_per_epoch:.2f} "
             f"loss {loss:.4f} accuracy {accuracy:.4f} lr {learning_rate:.5g} "
-            f"images/s {rate:.0f} left {duration(left)}"
+            f"images/s {rate:.0f} left {self._left(step, rate)}"
         )
         values = {
             "loss": loss,
@@ -84,36 +133,103 @@ class Progress:
             "images_per_second": rate,
             "epoch": step / self._steps_per_epoch,
         }
-        self._summarise("train", step, values)
+        self._summaries.scalars("train", step, values | norms())
+
+    def show_once(
+        self, step: int, graph: Callable[[], tf.Graph], images: Callable[[], np.ndarray]
+    ) -> None:
+        """Writes down, the first time, what belongs to the run as a whole."""
+        if not self._has_shown_run:
+            self._summaries.run(step, self._run, graph(), images())
+            self._has_shown_run = True
 
     def log_evaluation(self, step: int, split: str, metrics: Metrics) -> None:
         """Writes down an evaluation made while training."""
+        self._evaluated = step, split, metrics
         self.write(
             f"step {step}/{self._last_step} evaluated on {split}: loss {metrics.loss:.4f} "
             f"accuracy {metrics.accuracy:.4f}"
         )
-        self._summarise("eval", step, {"loss": metrics.loss, "accuracy": metrics.accuracy})
+        values = {"loss": metrics.loss, "accuracy": metrics.accuracy}
+        self._summaries.scalars("eval", step, values)
+        self._summaries.confusion_matrix(step, metrics, self._run.data.class_names)
+
+    def finish(self, step: int, saved: str, images: np.ndarray | None) -> dict[str, str]:
+        """Writes down how it ended, and returns that as the rows of a table.
+
+        `images` are those that were evaluated.
+        """
+        rows = {}
+        loss, accuracy, steps = self._trained
+        results = {"train_loss": loss, "train_accuracy": accuracy}
+        if self._evaluated:
+            at, split, metrics = self._evaluated
+            best, best_at = self._best_evaluation(step)
+            rows["best accuracy"] = f"{best:.4f} on {split} images, step {best_at}"
+            rows["last accuracy"] = f"{metrics.accuracy:.4f} on {split} images, step {at}"
+            results |= {"loss": metrics.loss, "accuracy": metrics.accuracy, "best_accuracy": best}
+            self._summaries.mistakes(at, images, metrics, self._run.data.class_names)
+        self._summaries.results(step, results)
+        rows["training"] = f"loss {loss:.4f}, accuracy {accuracy:.4f} in the last {steps} steps"
+        seconds = time.monotonic() - self._started
+        rows["time"] = f"{duration(seconds)} for {step - self._first_step} steps"
+        rows["saved as"] = saved
+        rows["curves"] = f"tensorboard --logdir {shlex.quote(self._log_path)}"
+        return rows
+
+    def _best_evaluation(self, last_step: int) -> tuple[float, int]:
+        """The best accuracy of the whole run, in earlier starts too, and its step."""
+        from run_history import read_history  # which the first step need not wait for
+
+        step, _, metrics = self._evaluated
+        found = [(metrics.accuracy, step)]
+        with contextlib.suppress(UserError):  # a damaged file is no reason to fail at the very end
+            for row in read_history(self._log_path):
+                if "eval_accuracy" in row and row["step"] <= last_step:
+                    found.append((row["eval_accuracy"], row["step"]))
+        return max(found)
 
     def write(self, line: str) -> None:
         """Prints a line, above the live one where there is one."""
-        if self._quiet:
-            return
         self._bar.write(line, file=sys.stdout)
         sys.stdout.flush()
-
-    def elapsed(self) -> str:
-        return duration(time.monotonic() - self._started)
 
     def _rate(self, since_step: int, since: float, step: int) -> float:
         return (step - since_step) * self._batch_size / max(time.monotonic() - since, 1e-9)
 
-    def _summarise(self, name: str, step: int, values: dict[str, float]) -> None:
-        if self._quiet:
-            return
-        with self._writers[name].as_default(step=step):
-            for tag, value in values.items():
-                tf.summary.scalar(tag, value)
-        self._writers[name].flush()
+    def _left(self, step: int, rate: float) -> str:
+        return duration((self._last_step - step) * self._batch_size / rate)
+
+
+class NoProgress(Progress):
+    """Shows nothing: where several workers train together, one of them tells of all."""
+
+    def __init__(self, profile_steps: tuple[int, int] | None = None):
+        self._profile_steps = profile_steps
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def taking(self, step: int) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def wants_update(self) -> bool:
+        return False
+
+    def log_training(self, *told: object) -> None:
+        pass
+
+    def show_once(self, *told: object) -> None:
+        pass
+
+    def log_evaluation(self, *told: object) -> None:
+        pass
+
+    def finish(self, *told: object) -> dict[str, str]:
+        return {}
+
+    def write(self, line: str) -> None:
+        pass
 
 
 def duration(seconds: float) -> str:

@@ -185,6 +185,7 @@ class Unit(tf.Module):
         shortcut_after_activation: bool = False,
     ):
         super().__init__()
+        self.label = name
         self._version = config.resnet_version
         self._residual = config.shortcut_connections
         self._shortcut_after_activation = shortcut_after_activation
@@ -286,18 +287,22 @@ class ResNet(tf.Module):
         x = tf.cast(images, self._dtype)
         if layout == "NCHW":
             x = tf.transpose(x, [0, 3, 1, 2])
-        x = self.init_conv(x, 1, layout)
-        if self.config.resnet_version == 1:
-            x = tf.nn.relu(self.init_norm(x, training, layout))
+        with tf.name_scope("init_conv"):
+            x = self.init_conv(x, 1, layout)
+            if self.config.resnet_version == 1:
+                x = tf.nn.relu(self.init_norm(x, training, layout))
         for unit in self.units:
-            x = unit(x, training, layout)
-        if self.config.resnet_version == 2:
-            x = tf.nn.relu(self.final_norm(x, training, layout))
-        return tf.reduce_mean(tf.cast(x, tf.float32), [layout.index("H"), layout.index("W")])
+            with tf.name_scope(unit.label):
+                x = unit(x, training, layout)
+        with tf.name_scope("pool"):
+            if self.config.resnet_version == 2:
+                x = tf.nn.relu(self.final_norm(x, training, layout))
+            return tf.reduce_mean(tf.cast(x, tf.float32), [layout.index("H"), layout.index("W")])
 
     def project(self, features: tf.Tensor) -> tf.Tensor:
         """Features to logits."""
-        return tf.matmul(features, self.logits_kernel) + self.logits_bias
+        with tf.name_scope("logits"):
+            return tf.matmul(features, self.logits_kernel) + self.logits_bias
 
     @property
     def units(self) -> tuple[Unit, ...]:

@@ -110,6 +110,11 @@ class TrainingConfig:
             raise UserError(
                 f"the optimizer {self.optimizer!r} is unknown: choose of {', '.join(OPTIMIZERS)}."
             )
+        # for what becomes of a length in epochs, too
+        if not 1 <= self.num_iterations <= MAX_ITERATIONS:
+            raise UserError(
+                f"a run of {self.num_iterations} steps is none: 1 to {MAX_ITERATIONS:,} will do."
+            )
 
     @property
     def small_steps(self) -> int:
@@ -118,6 +123,8 @@ class TrainingConfig:
 
 
 OPTIMIZERS = ("momentum", "muon")
+MAX_ITERATIONS = 10_000_000  # each has its learning rate in memory
+MAX_SEED = 2**63 - 1
 
 # What each recipe sets, on top of TrainingConfig's defaults. A flag given explicitly wins.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -178,6 +185,11 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
+    def settings(self) -> dict[str, Any]:
+        """All of it under the fields' own names, no two of which are alike."""
+        parts = (self.model, self.data, self.training)
+        return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
@@ -194,7 +206,7 @@ class RunConfig:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(
                 "the checkpoint's description is not one that this version of the project can "
-                f"read ({error})."
+                f"read ({error!s:.200})."
             ) from error
 
 
@@ -204,20 +216,23 @@ def _read(kind: type, values: dict[str, Any]) -> Any:
     for item in dataclasses.fields(kind):
         value = values.get(item.name, item.default)
         allowed = (float, int) if isinstance(item.default, float) else (type(item.default),)
-        if type(value) not in allowed or value != value:
-            raise TypeError(f"{item.name} is {value!r}")
+        if type(value) not in allowed or not _is_sound(value):
+            raise TypeError(f"{item.name} is {value!r:.60}")
     return kind(**values)
+
+
+def _is_sound(value: Any) -> bool:
+    """Whether a run may have such a value: names that can be printed, no number below zero."""
+    if isinstance(value, tuple):
+        return len(value) > 1 and all(isinstance(v, str) and v.isprintable() for v in value)
+    return isinstance(value, str) or 0 <= value <= MAX_SEED
 
 
 def refuse_contradictions(
     run: RunConfig, given: dict[str, Any], prefix: str, named_by: str = "--ckpt_path"
 ) -> None:
     """Refuses given values (None is not given) that are not those of the checkpoint's run."""
-    fixed = {
-        name: value
-        for part in (run.model, run.data, run.training)
-        for name, value in dataclasses.asdict(part).items()
-    }
+    fixed = run.settings()
     for name, value in given.items():
         if value is not None and value != fixed[name]:
             raise UserError(

@@ -1,4 +1,7 @@
-"""Scores checkpoints of a ResNet. `python run_evaluator.py --help` lists the flags."""
+"""Scores checkpoints of a ResNet.
+
+python run_evaluator.py --path=cifar-10-batches-bin --ckpt_path=runs/resnet20
+"""
 
 import json
 import os
@@ -7,12 +10,14 @@ import shlex
 import sys
 from datetime import datetime, timezone
 
-from absl import app, flags
+from absl import flags
 
 import command_line
 import output_files
+import program
 from device import start_tensorflow
 from errors import exits_with_a_sentence
+from terminal import table
 
 FLAGS = flags.FLAGS
 
@@ -29,7 +34,17 @@ flags.DEFINE_integer(
 flags.DEFINE_string("output_json", None, "File to write the figures to.")
 flags.DEFINE_string("report", None, "HTML file to write the figures to, with pictures.")
 flags.DEFINE_string("plot_dir", None, "Folder to write the pictures to, as PNG files.")
+for name in (*command_line.DATA_FLAGS, *command_line.NETWORK_FLAGS):
+    FLAGS.set_default(name, None)  # the checkpoint tells
 flags.mark_flag_as_required("ckpt_path")
+
+FLAG_GROUPS = {
+    "What to score": ("ckpt_path", "all_checkpoints"),
+    "On which images": ("path", *command_line.DATA_FLAGS, "split"),
+    "Network, checked against the checkpoint": command_line.NETWORK_FLAGS,
+    "Output": ("output_json", "report", "plot_dir", "quiet", "verbose"),
+    "Computing": ("device", "data_format", "dtype", "loss_scale", "batch_size"),
+}
 
 
 @flags.multi_flags_validator(
@@ -42,15 +57,13 @@ def _one_is_shown(values: dict[str, object]) -> bool:
 
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
     for file in (FLAGS.output_json, FLAGS.report):
         if file:
             output_files.refuse_unwritable(file)
     if FLAGS.plot_dir:
         output_files.make_folder(FLAGS.plot_dir)
 
-    device = start_tensorflow(FLAGS.device)
+    device = start_tensorflow(FLAGS.device, FLAGS.verbose)
     import checkpoints
     import evaluation
     from resnet_model import resolve_data_format
@@ -59,6 +72,8 @@ def main(argv: list[str]) -> int:
     prefixes = [newest]
     if FLAGS.all_checkpoints:
         prefixes = [prefix for _, prefix in checkpoints.list_checkpoints(os.path.dirname(newest))]
+        for prefix in prefixes:
+            checkpoints.verify(prefix)
     data_format = resolve_data_format(FLAGS.data_format, FLAGS.dtype, device)
     scores = []
     for scored in evaluation.score_checkpoints(
@@ -70,13 +85,16 @@ def main(argv: list[str]) -> int:
         FLAGS.batch_size,
         command_line.given_network() | command_line.given_flags(command_line.DATA_FLAGS),
     ):
-        print(scored.report(), flush=True)
+        if FLAGS.verbose:
+            print(table(scored.run.settings()))
+        print(scored.line() if FLAGS.quiet else scored.report(), flush=True)
         scores.append(scored.as_json())
     if FLAGS.output_json:
         told = scores if FLAGS.all_checkpoints else scores[0]
         output_files.write(FLAGS.output_json, (json.dumps(told, indent=2) + "\n").encode())
     if FLAGS.report or FLAGS.plot_dir:
-        _draw(scored, f"{FLAGS.dtype}, {data_format}, on a {device.upper()}")
+        with command_line.quiet_work():
+            _draw(scored, f"{FLAGS.dtype}, {data_format}, on a {device.upper()}")
     return 0
 
 
@@ -112,4 +130,4 @@ def _draw(scored, computed_in: str) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main, FLAG_GROUPS)

@@ -1,21 +1,42 @@
-"""Trains a ResNet on 32x32 images. `python run_trainer.py --help` lists the flags."""
+"""Trains a ResNet on 32x32 images.
+
+python run_trainer.py --path=cifar-10-batches-bin --num_layers=20
+"""
 
 import contextlib
+import dataclasses
 import json
 import os
+import shlex
+import shutil
 import sys
 
-from absl import app, flags
+from absl import flags
 
 import cluster
 import command_line
 import data_layout
 import folders
+import program
 from device import start_tensorflow
 from errors import UserError, exits_with_a_sentence
-from run_config import OPTIMIZERS, RECIPES, ModelConfig, RunConfig, units_per_block
+from run_config import MAX_SEED, OPTIMIZERS, RECIPES, ModelConfig, RunConfig, units_per_block
+from terminal import emphasised, table
 
 FLAGS = flags.FLAGS
+
+
+class StepRange(flags.ArgumentParser):
+    """The first and the last of some steps, as in 100,110."""
+
+    syntactic_help = "a first and a last step, as in 100,110"
+
+    def parse(self, argument: str) -> tuple[int, int]:
+        first, last = map(int, argument.split(","))
+        if not 1 <= first <= last:
+            raise ValueError(argument)
+        return first, last
+
 
 flags.adopt_module_key_flags(command_line)
 flags.DEFINE_string(
@@ -69,7 +90,11 @@ flags.DEFINE_float(
     upper_bound=1,
 )
 flags.DEFINE_integer(
-    "seed", 0, "Of the weights, the order, the crops and the flips.", lower_bound=0
+    "seed",
+    0,
+    "Of the weights, the order, the crops and the flips.",
+    lower_bound=0,
+    upper_bound=MAX_SEED,
 )
 flags.DEFINE_integer(
     "holdout", 0, "Keep the last N training images out of training.", lower_bound=0
@@ -96,6 +121,12 @@ flags.DEFINE_float(
 )
 flags.DEFINE_integer("log_per_iterations", 200, "Log every N steps.", lower_bound=1)
 flags.DEFINE_integer("save_per_iterations", 1000, "Save every N steps.", lower_bound=1)
+flags.DEFINE(
+    StepRange(),
+    "profile_steps",
+    None,
+    "Record what TensorFlow does in these steps, first and last, for TensorBoard: 100,110.",
+)
 flags.DEFINE_integer("max_ckpts", 5, "Checkpoints to keep; a negative number keeps all.")
 flags.DEFINE_integer(
     "epochs_between_evals",
@@ -116,6 +147,33 @@ flags.DEFINE_string(
 )
 flags.DEFINE_bool("clean", False, "Delete the run in --ckpt_path and start over.")
 
+command_line.refuse_infinite(
+    *("train_epochs", "init_lr", "momentum", "weight_decay", "batch_norm_decay"),
+    *("label_smoothing", "stop_threshold", "worker_timeout"),
+)
+
+FLAG_GROUPS = {
+    "Data": ("path", *command_line.DATA_FLAGS, "use_synthetic_data", "holdout"),
+    "Network": command_line.NETWORK_FLAGS,
+    "Recipe": (
+        *("recipe", "batch_size", "num_iterations", "train_epochs", "max_train_steps", "init_lr"),
+        *("scale_lr", "optimizer", "momentum", "nesterov", "weight_decay", "batch_norm_decay"),
+        *("label_smoothing", "seed"),
+    ),
+    "Starting from a pretrained network": (
+        *("pretrained_model_checkpoint_path", "fine_tune", "recompute_mean"),
+    ),
+    "Where things go": ("ckpt_path", "train_log_path", "export_dir", "clean"),
+    "Saving and showing": (
+        *("save_per_iterations", "max_ckpts", "log_per_iterations", "profile_steps"),
+        *("quiet", "verbose"),
+    ),
+    "Evaluation": ("epochs_between_evals", "stop_threshold", "eval_only"),
+    "Computing": ("device", "data_format", "dtype", "loss_scale", "jit_compile", "steps_per_call"),
+    "Several devices and workers": (
+        *("distribution_strategy", "num_gpus", "sync_batch_norm", "worker_timeout"),
+    ),
+}
 # under the names of the dataclasses in run_config
 RUN_FLAGS = (
     *command_line.DATA_FLAGS,
@@ -170,8 +228,6 @@ def _gpus_fit_the_device(values: dict[str, object]) -> bool:
 
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
     pretrained = FLAGS.pretrained_model_checkpoint_path
     if not pretrained:
         units_per_block(FLAGS.num_layers, FLAGS.bottleneck)  # told before TensorFlow is imported
@@ -192,7 +248,7 @@ def main(argv: list[str]) -> int:
             f"{cluster.EXAMPLE}: launch_local.py sets it to try it on one machine."
         )
 
-    device = start_tensorflow(FLAGS.device, FLAGS.num_gpus)
+    device = start_tensorflow(FLAGS.device, FLAGS.verbose, FLAGS.num_gpus)
     import checkpoints
     import distribution
     import evaluation
@@ -222,6 +278,7 @@ def main(argv: list[str]) -> int:
         epochs_between_evals=FLAGS.epochs_between_evals,
         stop_threshold=FLAGS.stop_threshold,
         max_train_steps=FLAGS.max_train_steps,
+        profile_steps=FLAGS.profile_steps,
     )
     with replicas.ending_together(), contextlib.ExitStack() as held:
         replicas.refuse_differences(_flags_in_common())
@@ -246,13 +303,21 @@ def main(argv: list[str]) -> int:
                 [resume_from], path, split, options.data_format, options.dtype
             )
             if replicas.is_chief:
-                print(next(scores).report())
+                scored = next(scores)
+                print(scored.line() if FLAGS.quiet else scored.report())
             return 0
-        outcome = training.train(run, options, resume_from, replicas)
-        if FLAGS.export_dir and replicas.is_chief and not outcome.stopped_by:
-            # Not the layout that "auto" trained in: what is exported on a GPU shall run anywhere.
-            layout = "channels_last" if FLAGS.data_format == "auto" else FLAGS.data_format
-            export.export_saved_model(outcome.checkpoint, FLAGS.export_dir, layout, FLAGS.dtype)
+        if FLAGS.verbose and replicas.is_chief:
+            print(table(run.settings() | dataclasses.asdict(options)))
+        with command_line.quiet_work():
+            outcome = training.train(run, options, resume_from, replicas)
+            if FLAGS.export_dir and replicas.is_chief and not outcome.stopped_by:
+                # Not the layout that "auto" trained in: what is exported on a GPU runs anywhere.
+                layout = "channels_last" if FLAGS.data_format == "auto" else FLAGS.data_format
+                export.export_saved_model(outcome.checkpoint, FLAGS.export_dir, layout, FLAGS.dtype)
+    if replicas.is_chief:
+        title = f"{run.model.name}, step {outcome.step} of {run.training.num_iterations}"
+        print(emphasised(title, sys.stdout))
+        print(table(outcome.summary | {"evaluate": _evaluating(run, outcome.checkpoint)}))
     return 128 + outcome.stopped_by if outcome.stopped_by else 0
 
 
@@ -260,6 +325,21 @@ def _flags_in_common() -> dict[str, object]:
     """The values of the flags that must be the same on all workers."""
     shared = FLAGS.get_key_flags_for_module(sys.modules[__name__])
     return {flag.name: flag.value for flag in shared if flag.name not in OWN_FLAGS}
+
+
+def _evaluating(run: RunConfig, checkpoint: str) -> str:
+    """The command that evaluates a checkpoint, for the shell that this one was typed into."""
+    python = sys.executable
+    if python in map(shutil.which, names := ("python", "python3")):
+        python = next(name for name in names if shutil.which(name) == python)
+    script = os.path.join(os.path.dirname(sys.argv[0]), "run_evaluator.py")
+    words = [python, script, f"--ckpt_path={checkpoint}"]
+    if run.data.dataset != "synthetic":
+        given = command_line.given_flags(("path", "dataset"))
+        words += [f"--{name}={value}" for name, value in given.items() if value is not None]
+    if run.data.holdout:
+        words.append("--split=holdout")
+    return shlex.join(words)
 
 
 def _given_dataset() -> str | None:
@@ -292,4 +372,4 @@ def _default_ckpt_path(dataset: str | None) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main, FLAG_GROUPS)

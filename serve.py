@@ -1,6 +1,6 @@
 """Serves an exported network: a page to try it, and an address for programs.
 
-`python serve.py --help` lists the flags.
+python serve.py --saved_model=savedmodels/resnet20
 """
 
 import asyncio
@@ -8,10 +8,11 @@ import gc
 import os
 import socket
 
-from absl import app, flags
+from absl import flags
 from tornado.netutil import bind_sockets
 
 import device
+import program
 from errors import UserError, exits_with_a_sentence
 
 FLAGS = flags.FLAGS
@@ -27,11 +28,14 @@ flags.DEFINE_float(
 )
 flags.mark_flag_as_required("saved_model")
 
+FLAG_GROUPS = {
+    "The network": ("saved_model", "device"),
+    "Its address": ("host", "port", "timeout"),
+}
+
 
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
     if not os.path.isfile(os.path.join(FLAGS.saved_model, "saved_model.pb")):
         raise UserError(
             f"there is no SavedModel in {FLAGS.saved_model}: export_saved_model.py makes one of a "
@@ -62,4 +66,4 @@ def _listen(host: str, port: int) -> list[socket.socket]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main, FLAG_GROUPS)

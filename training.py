@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import math
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,9 +28,10 @@ from errors import UserError
 from evaluation import Evaluator
 from metrics import Metrics
 from optimizers import OPTIMIZERS
-from progress import Progress
+from progress import NoProgress, Progress
 from resnet_model import IMAGE_SHAPE, ResNet, assign
 from run_config import (
+    MAX_ITERATIONS,
     ModelConfig,
     RunConfig,
     learning_rates,
@@ -61,16 +63,21 @@ class Options:
     epochs_between_evals: int = 0
     stop_threshold: float | None = None
     max_train_steps: int | None = None
+    profile_steps: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training ended: where it is saved, and the signal that stopped it if one did."""
+    """How a training ended: where it is saved, and the signal that stopped it if one did.
+
+    `summary` holds the rows of a table for people.
+    """
 
     step: int
     checkpoint: str
     metrics: Metrics | None = None
     stopped_by: int | None = None
+    summary: dict[str, str] = field(default_factory=dict)
 
 
 class Trainer:
@@ -127,6 +134,7 @@ class Trainer:
             jit_compile=jit_compile,
         )
         self._means_since = 0
+        self._watched: tuple[int, list] | None = None
 
     def train_steps(self, batches: Iterator, count: int, small: bool = False) -> None:
         """So many steps, in one call: a GPU need not wait for Python between them."""
@@ -168,7 +176,8 @@ class Trainer:
         right = tf.math.count_nonzero(right)
         if self.replicas.count > 1:
             gradients, loss, right = self._over_replicas(gradients, loss, right)
-        self.optimizer.apply(gradients, tf.gather(self._rates, self.step))
+        with tf.name_scope("optimizer"):
+            self.optimizer.apply(gradients, tf.gather(self._rates, self.step))
 
         # By handle, as in `assign`: each replica has its own copies, which stay the same.
         add = tf.raw_ops.AssignAddVariableOp
@@ -190,12 +199,12 @@ class Trainer:
             assign(variable, mean)
         return sums[: len(gradients)], loss, tf.cast(right, tf.int64)
 
-    def trace(self, small: bool = False) -> None:
+    def trace(self, small: bool = False) -> tf.Graph:
         """Does now what the first step would begin with: turning `train_step` into a graph."""
         size = self.run.training.batch_size // self.replicas.num_workers
-        self.train_step.get_concrete_function(
+        return self.train_step.get_concrete_function(
             tf.TensorSpec([size, *IMAGE_SHAPE], tf.float32), tf.TensorSpec([size], tf.int32), small
-        )
+        ).graph
 
     def _cross_entropy(self, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
         smoothing = self.run.training.label_smoothing
@@ -218,6 +227,20 @@ class Trainer:
             self._correct.assign(0)
             self._means_since = step
         return loss, accuracy
+
+    def watch_next_step(self) -> None:
+        """Has `norms` tell of the gradients of the step that comes next."""
+        self._watched = int(self.step.numpy()) + 1, self.optimizer.snapshot()
+
+    def norms(self) -> dict[str, float]:
+        """The norms of each block's weights, and of its gradients if the last step was watched."""
+        weights = {v.name: v.numpy() for v in self.model.trainable_variables}
+        norms = _block_norms("weight_norm", weights)
+        if self._watched and self._watched[0] == int(self.step.numpy()):
+            gradients = self.optimizer.gradients_since(self._watched[1])
+            norms |= _block_norms("gradient_norm", gradients)
+        self._watched = None
+        return norms
 
     def restore(self, prefix: str) -> None:
         """Goes on from the chief's checkpoint, which other workers need not be able to read."""
@@ -255,6 +278,15 @@ class Trainer:
         )
 
 
+def _block_norms(kind: str, values: dict[str, np.ndarray]) -> dict[str, float]:
+    """The Euclidean norms of arrays taken together by the first part of their names."""
+    squares: dict[str, float] = {}
+    for name, value in values.items():
+        tag = f"{kind}/{name.split('/')[0]}"
+        squares[tag] = squares.get(tag, 0.0) + float(np.square(value, dtype=np.float64).sum())
+    return {tag: math.sqrt(square) for tag, square in squares.items()}
+
+
 def shrink(images: tf.Tensor, side: int) -> tf.Tensor:
     """Images [N, H, W, C] at a smaller size, as `tf.image.resize` does it with antialiasing.
 
@@ -282,7 +314,7 @@ def prepare_run(
     newest, passed_over = checkpoints.newest_intact(ckpt_path)
     if newest:
         for reason in passed_over:
-            print(f"Passed over: {reason}", flush=True)
+            print(f"Passed over: {reason}", file=sys.stderr, flush=True)
         if pretrained:
             print(f"The run in {ckpt_path} goes on; {pretrained} is not used.", flush=True)
         run, _ = checkpoints.read_run(newest)
@@ -297,7 +329,8 @@ def prepare_run(
     examples = count_images(run.data, data_path, "train") - run.data.holdout
     length = {}
     if train_epochs:
-        length["num_iterations"] = math.ceil(train_epochs * examples / run.training.batch_size)
+        steps = train_epochs * examples / run.training.batch_size
+        length["num_iterations"] = math.ceil(min(max(steps, 1), MAX_ITERATIONS + 1))
     if newest:
         refuse_contradictions(run, length, newest)
         return run, newest
@@ -341,38 +374,9 @@ def train(
     replicas = replicas or Replicas()
     chief = replicas.is_chief
     say = print if chief else lambda line: None
-    with ThreadPoolExecutor(1) as reader:
-        # The files are read while the network is built and traced.
-        last_step = min(run.training.num_iterations, options.max_train_steps or 2**62)
-        reading = reader.submit(_read_data, run, options)
-        trainer = Trainer(
-            run,
-            options.data_format,
-            options.dtype,
-            options.loss_scale,
-            options.jit_compile,
-            replicas,
-            options.sync_batch_norm,
-        )
-        if resume_from:
-            trainer.restore(resume_from)
-        elif run.training.pretrained:
-            if chief:
-                checkpoints.restore_pretrained(trainer.model, run.training.pretrained)
-            trainer.copy_from_chief()
-        step = int(trainer.step.numpy())
-        if step < last_step:
-            trainer.trace(step < run.training.small_steps)
-        data = reading.result()
-    if replicas.num_workers > 1:
-        replicas.refuse_differences({"SHA-256 of its training images": data.train_set.digest()})
-    if not resume_from:
-        trainer.data_mean.assign(data.mean)
-    elif not np.array_equal(data.mean, trainer.data_mean.numpy()):
-        raise UserError(
-            f"the training images in {options.data_path} are not those that {resume_from} was "
-            "trained on (their mean differs): give the same --path, or another --ckpt_path."
-        )
+    last_step = min(run.training.num_iterations, options.max_train_steps or 2**62)
+    trainer, data = _ready(run, options, resume_from, replicas, last_step)
+    step = int(trainer.step.numpy())
     if step >= last_step:
         reason = "finished" if step >= run.training.num_iterations else "past --max_train_steps"
         say(f"This run is {reason}: {resume_from} is step {step} of {run.training.num_iterations}.")
@@ -398,37 +402,36 @@ def train(
     saved, first_step, stopped_by = resume_from, step, 0
     with (
         StopSignals() as stop,
-        Progress(
-            first_step,
-            last_step,
-            steps_per_epoch,
-            run.training.batch_size,
-            options.train_log_path if chief else None,
-        ) as progress,
+        _progress(run, options, first_step, last_step, steps_per_epoch, chief) as progress,
     ):
-        batches = iter(
-            training_batches(
-                data.train_set,
-                trainer.model.image_mean.numpy(),
-                run.training.batch_size,
-                run.training.seed,
-                first_step,
-                last_step - first_step,
-                run.training.alternate_flips,
-                (replicas.worker, replicas.num_workers),
-            )
+        dataset = training_batches(
+            data.train_set,
+            trainer.model.image_mean.numpy(),
+            run.training.batch_size,
+            run.training.seed,
+            first_step,
+            last_step - first_step,
+            run.training.alternate_flips,
+            (replicas.worker, replicas.num_workers),
         )
+        batches = iter(dataset)
         agree_every = 1 if replicas.num_workers == 1 else STEPS_BETWEEN_AGREEMENTS
         pauses = [options.log_per_iterations, options.save_per_iterations]
         pauses += [steps_between_evals] if options.epochs_between_evals else []
         pauses += [agree_every] if agree_every > 1 else []
+        stations = [last_step, run.training.small_steps, *progress.stations]
         while True:
-            ahead = [every - step % every for every in pauses] + [last_step - step]
-            small = step < run.training.small_steps
-            if small:
-                ahead.append(run.training.small_steps - step)
+            ahead = [every - step % every for every in pauses]
+            ahead += [station - step for station in stations if station > step]
             count = min(options.steps_per_call, *ahead)
-            trainer.train_steps(batches, count, small)
+            if (step + count) % options.log_per_iterations == 0:
+                # the last step before a log is taken alone, and its gradients are watched
+                if count > 1:
+                    count -= 1
+                elif chief:
+                    trainer.watch_next_step()
+            with progress.taking(step):
+                trainer.train_steps(batches, count, step < run.training.small_steps)
             step += count
             if step % agree_every == 0:
                 stopped_by = replicas.largest(stop.signal or 0)
@@ -444,7 +447,12 @@ def train(
             if logging or saving or evaluating:
                 trainer.check_finite(options.ckpt_path)
             if logging:
-                progress.log_training(step, *trainer.means(reset=True), rate)
+                progress.log_training(step, *trainer.means(reset=True), rate, trainer.norms)
+                progress.show_once(
+                    step,
+                    lambda: trainer.trace(first_step < run.training.small_steps),
+                    lambda: next(iter(dataset))[0] + trainer.model.image_mean,
+                )
             if evaluating:
                 if evaluate:
                     metrics = evaluate(data.evaluation)
@@ -458,8 +466,62 @@ def train(
                 )
             if ending:
                 break
-        progress.write(f"{step - first_step} steps in {progress.elapsed()}; saved as {saved}.")
-    return Outcome(step, saved, metrics, stopped_by or None)
+        summary = progress.finish(step, saved, data.evaluation and data.evaluation.images)
+        if stopped_by:
+            name = signal.Signals(stopped_by).name
+            summary["stopped"] = f"by {name}; the same command goes on from there"
+    return Outcome(step, saved, metrics, stopped_by or None, summary)
+
+
+def _ready(
+    run: RunConfig, options: Options, resume_from: str | None, replicas: Replicas, last_step: int
+) -> "tuple[Trainer, _Data]":
+    """The network as the training begins or goes on with it, and its data."""
+    with ThreadPoolExecutor(1) as reader:
+        # The files are read while the network is built and traced.
+        reading = reader.submit(_read_data, run, options)
+        trainer = Trainer(
+            run,
+            options.data_format,
+            options.dtype,
+            options.loss_scale,
+            options.jit_compile,
+            replicas,
+            options.sync_batch_norm,
+        )
+        if resume_from:
+            trainer.restore(resume_from)
+        elif run.training.pretrained:
+            if replicas.is_chief:
+                checkpoints.restore_pretrained(trainer.model, run.training.pretrained)
+            trainer.copy_from_chief()
+        if (step := int(trainer.step.numpy())) < last_step:
+            trainer.trace(step < run.training.small_steps)
+        data = reading.result()
+    if replicas.num_workers > 1:
+        replicas.refuse_differences({"SHA-256 of its training images": data.train_set.digest()})
+    if not resume_from:
+        trainer.data_mean.assign(data.mean)
+    elif not np.array_equal(data.mean, trainer.data_mean.numpy()):
+        raise UserError(
+            f"the training images in {options.data_path} are not those that {resume_from} was "
+            "trained on (their mean differs): give the same --path, or another --ckpt_path."
+        )
+    return trainer, data
+
+
+def _progress(
+    run: RunConfig,
+    options: Options,
+    first_step: int,
+    last_step: int,
+    steps_per_epoch: float,
+    chief: bool,
+) -> Progress:
+    if not chief:
+        return NoProgress(options.profile_steps)
+    steps = (first_step, last_step, steps_per_epoch)
+    return Progress(run, *steps, options.train_log_path, options.profile_steps)
 
 
 class _Data(NamedTuple):

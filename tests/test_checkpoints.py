@@ -266,7 +266,7 @@ def test_a_save_that_fails_half_way_is_a_sentence_and_leaves_a_whole_one(
     assert "No space left on device" in text
     newest, passed_over = checkpoints.newest_intact(str(tmp_path))
     assert newest in (old, prefix_of(tmp_path, 20))
-    assert passed_over == []
+    assert all("model.ckpt-20 is not a whole checkpoint" in why for why in passed_over)
     checkpoints.verify(old)
     assert not (tmp_path / ".saving").exists()
 
@@ -518,6 +518,34 @@ def test_a_description_that_does_not_describe_a_run_is_refused(tmp_path, descrip
     assert "description" in text
 
 
+def test_without_digests_a_checkpoint_that_is_still_being_copied_is_passed_over(folder):
+    for part, share in ((".data-00000-of-00001", 0.6), (".index", 0.9)):
+        copy = Path(shutil.copytree(folder, folder.with_name(f"copy{part}")))
+        os.remove(prefix_of(copy, 30) + ".sha256")
+        file = prefix_of(copy, 30) + part
+        os.truncate(file, int(os.path.getsize(file) * share))
+        assert "still being copied" in refusal(checkpoints.find, prefix_of(copy, 30))
+        newest, (reason,) = checkpoints.newest_intact(str(copy))
+        assert newest == prefix_of(copy, 20)
+        assert "model.ckpt-30" in reason
+
+
+def test_a_checkpoint_whose_index_is_missing_is_passed_over_with_its_reason(folder):
+    os.remove(prefix_of(folder, 30) + ".index")
+    newest, (reason,) = checkpoints.newest_intact(str(folder))
+    assert newest == prefix_of(folder, 20)
+    assert "model.ckpt-30.index is missing" in reason
+
+
+@pytest.mark.parametrize("left", [(".data-00000-of-00001", ".sha256"), (".sha256",)])
+def test_what_a_kill_while_deleting_or_saving_has_left_goes_with_the_next_save(folder, tiny, left):
+    for part in set(PARTS) - set(left):
+        os.remove(prefix_of(folder, 10) + part)
+    checkpoints.save(tiny, str(folder), 40)
+    assert not list(folder.glob("model.ckpt-10*"))
+    assert steps_in(folder) == [20, 30, 40]
+
+
 def test_a_file_that_is_no_checkpoint_at_all_is_refused(tmp_path):
     for part in PARTS[:2]:
         (tmp_path / f"other{part}").write_bytes(b"something else entirely")
@@ -692,6 +720,21 @@ def test_a_folder_that_may_not_be_written_to_is_named(tmp_path, monkeypatch, as_
     assert str(refused.value) == "cannot write to .: Permission denied."
 
 
+def test_a_run_folder_that_has_become_read_only_is_refused_before_training(
+    tmp_path, monkeypatch, as_nobody
+):
+    (tmp_path / "run").mkdir()
+    with checkpoints.lock(str(tmp_path / "run")):
+        pass
+    # the lock of an earlier start may still be written to, the folder may not
+    (tmp_path / "run" / ".lock").chmod(0o666)
+    (tmp_path / "run").chmod(0o555)
+    monkeypatch.chdir(tmp_path / "run")
+    with as_nobody(), pytest.raises(UserError) as refused, checkpoints.lock("."):
+        pass
+    assert str(refused.value) == "cannot write to .: Permission denied."
+
+
 # --- Cleaning -------------------------------------------------------------------------------------
 
 
@@ -733,12 +776,30 @@ def test_clean_refuses_a_folder_with_a_checkpoint_that_somebody_else_wrote(folde
     assert contents(logs) == logs_before
 
 
-def test_clean_leaves_another_programs_checkpoints_and_their_state_file_alone(tiny, tmp_path):
-    tiny.save(str(tmp_path / "other"))
+@pytest.mark.parametrize("what", ["another program's checkpoint", "documents", "a folder"])
+def test_clean_refuses_a_folder_in_which_nothing_is_of_a_run(tiny, tmp_path, what):
+    if what == "documents":
+        (tmp_path / "thesis.txt").write_text("years of work")
+    elif what == "a folder":
+        (tmp_path / "photos").mkdir()
+    else:
+        tiny.save(str(tmp_path / "other"))
+        assert (tmp_path / "checkpoint").exists()
     before = contents(tmp_path)
-    assert "checkpoint" in before
-    checkpoints.clean(str(tmp_path), str(tmp_path))
-    assert contents(tmp_path) == before
+    with checkpoints.lock(str(tmp_path)):
+        text = refusal(checkpoints.clean, str(tmp_path), str(tmp_path / "log"))
+    assert f"--clean leaves {tmp_path} alone" in text
+    assert contents(tmp_path) == {**before, ".lock": b""}
+    assert what != "a folder" or (tmp_path / "photos").is_dir()
+
+
+def test_clean_of_a_run_that_was_stopped_before_its_first_save_works(tmp_path):
+    (tmp_path / "log" / "train").mkdir(parents=True)
+    (tmp_path / "log" / "train" / "events.out.tfevents.1").write_bytes(b"x")
+    checkpoints.clean(str(tmp_path), str(tmp_path / "log"))
+    assert not list((tmp_path / "log" / "train").iterdir())
+    with checkpoints.lock(str(tmp_path / "new")):
+        checkpoints.clean(str(tmp_path / "new"), str(tmp_path / "new" / "log"))
 
 
 def test_clean_leaves_a_copy_under_a_name_of_ones_own_alone(folder, tmp_path):

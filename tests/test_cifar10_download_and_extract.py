@@ -613,6 +613,19 @@ def test_silent_server_is_given_up_after_the_timeout(get, site, data_dir):
     assert FOLDER not in os.listdir(data_dir)
 
 
+def test_server_that_drips_is_given_up_like_a_silent_one(get, site, data_dir):
+    def drip(handler: BaseHTTPRequestHandler) -> None:
+        site.respond(handler, 200, b"", **{"Content-Length": str(len(GOOD))})
+        for byte in GOOD:
+            handler.wfile.write(bytes([byte]))
+            if site.closing.wait(0.02):
+                break
+
+    site.faults += [drip] * program.TRIES
+    assert "bytes arrive in a second" in get("--timeout=0.2", status=1)
+    assert FOLDER not in os.listdir(data_dir)
+
+
 def test_server_that_stalls_midway_is_asked_again(get, site, data_dir):
     site.stall_after(HALF)
     get("--timeout=0.3")
@@ -783,6 +796,38 @@ def test_hostile_archive_is_refused_and_leaves_nothing(run, tmp_path, data_dir, 
     assert "\x1b" not in err
     assert tree(tmp_path).keys() == before
     assert not Path("/tmp/evil").exists()
+
+
+ENDLESS = """
+import sys
+import cifar10_download_and_extract as program
+program.MAX_ARCHIVE_BYTES = 64 << 20
+sys.exit(program.main(sys.argv[1:]))
+"""
+
+
+def test_memory_and_disk_stay_bounded_whatever_is_sent_or_unpacked(site, tmp_path):
+    def endless(handler: BaseHTTPRequestHandler) -> None:
+        site.respond(handler, 200, b"", **{"Content-Length": ""})
+        while not site.closing.is_set():
+            handler.wfile.write(bytes(1 << 20))
+
+    def peak(archive: bytes) -> float:
+        """The most memory that a download of it takes, in MiB."""
+        site.archive = archive
+        folder = tmp_path / sha256(archive)[:8]
+        command = [sys.executable, "-c", ENDLESS, f"--data_dir={folder}", f"--url={site.url}"]
+        command.append(f"--sha256={sha256(archive)}")
+        process = subprocess.Popen(command, cwd=SCRIPT.parent, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert os.waitstatus_to_exitcode(status) == (archive != GOOD)
+        assert os.listdir(folder) == ([FOLDER] if archive == GOOD else [])
+        return usage.ru_maxrss / 1024
+
+    good = peak(GOOD)
+    assert peak(BOMB) < good + 16
+    site.faults.append(endless)
+    assert peak(b"never sent") < good + 16
 
 
 # --- Interruptions --------------------------------------------------------------------------------

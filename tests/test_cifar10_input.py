@@ -234,6 +234,32 @@ def test_a_label_out_of_range_is_told_by_file_record_byte_and_value(
     assert f"0 to {most} are expected" in text
 
 
+@pytest.mark.parametrize("records", [0, 1.5, 2])
+def test_a_file_that_shrinks_while_it_is_read_is_named_with_the_place(
+    write_cifar10, monkeypatch, records
+):
+    file = write_cifar10() / "data_batch_3.bin"
+    unwatched = cifar10_input._aligned
+
+    def shrinking(shape: list[int]) -> np.ndarray:  # between the check and the reading
+        os.truncate(file, int(records * 3073))
+        return unwatched(shape)
+
+    monkeypatch.setattr(cifar10_input, "_aligned", shrinking)
+    text = refusal(file.parent)
+    assert f"{file} changed while it was read: it had 9,219 bytes and now ends at byte " in text
+    assert f"byte {int(records * 3073):,};" in text
+
+
+def test_a_file_that_vanishes_while_it_is_read_is_named(write_cifar10, monkeypatch):
+    file = write_cifar10() / "data_batch_3.bin"
+    unwatched = cifar10_input._aligned
+    monkeypatch.setattr(
+        cifar10_input, "_aligned", lambda shape: (os.remove(file), unwatched(shape))[1]
+    )
+    assert f"cannot read {file} from byte 0 on: No such file" in refusal(file.parent)
+
+
 def test_one_data_set_is_not_read_as_another(write_data, tmp_path):
     folder = write_data("cifar100")
     assert "holds CIFAR-100, not CIFAR-10" in refusal(folder, dataset="cifar10")

@@ -126,7 +126,8 @@ def test_what_needs_no_network_is_told_without_importing_tensorflow(prefix, pict
         return done.stdout + done.stderr
 
     checkpoint = f"--ckpt_path={prefix}"
-    assert "--saved_model" in stopped("--help")
+    shown = run("classify_images.py", "--help", env=environment, cwd=pictures).stdout
+    assert "--saved_model" in shown
     assert "Exactly one of" in stopped("big.jpg")
     assert "Exactly one of" in stopped("big.jpg", checkpoint, "--saved_model=x")
     assert "--top" in stopped("big.jpg", checkpoint, "--top=0")

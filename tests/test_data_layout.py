@@ -205,6 +205,14 @@ def test_class_names_that_are_missing_or_no_text_are_refused(tmp_path):
     assert "coarse_label_names.txt: it is not UTF-8 text" in text
 
 
+@pytest.mark.parametrize("name", ["cat\x1b[31m", "cat\tdog", "\u202edog"])
+def test_class_names_that_would_mar_a_terminal_are_refused(tmp_path, name):
+    (tmp_path / "class_names.txt").write_text(f"bird\n{name}\n", encoding="utf-8")
+    text = names_refusal("pictures", tmp_path)
+    assert "cannot be printed" in text
+    assert text.isprintable()
+
+
 @pytest.mark.parametrize("dataset", ["cifar10", "pictures"])
 def test_coarse_labels_are_refused_where_there_is_one_label(tmp_path, dataset):
     assert "--coarse_labels is for CIFAR-100" in names_refusal(dataset, tmp_path, coarse=True)

@@ -152,8 +152,10 @@ def assert_close_checkpoint(one: Path, other: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         if isinstance(value, np.ndarray):
+            # Sums in another order differ in their last digits, which 60 steps make a percent of
+            # the momentum; one other batch would make it all.
             distance = np.linalg.norm(value - theirs[name])
-            assert distance <= 0.01 * np.linalg.norm(theirs[name]) + 1e-3, name
+            assert distance <= 0.05 * np.linalg.norm(theirs[name]) + 1e-3, name
         elif not name.startswith("_CHECKPOINTABLE"):
             assert value == theirs[name], name
 

@@ -98,7 +98,7 @@ def numpy_figures(model: ResNet, mean: np.ndarray, examples: ImageSet) -> dict:
 
 def assert_figures(metrics: Metrics, expected: dict) -> None:
     np.testing.assert_array_equal(metrics.predictions, expected["predictions"])
-    np.testing.assert_allclose(metrics.confidences, expected["confidences"], rtol=1e-5)
+    np.testing.assert_allclose(metrics.confidences, expected["confidences"], atol=1e-3)
     np.testing.assert_array_equal(metrics.confusion_matrix, expected["confusion_matrix"])
     assert metrics.num_images == expected["confusion_matrix"].sum()
     assert metrics.loss == pytest.approx(expected["loss"], rel=1e-5)

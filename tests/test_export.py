@@ -320,7 +320,7 @@ def test_wrong_flags_and_folders_are_told_before_tensorflow_is_imported(prefix, 
     environment = without_tensorflow(tmp_path)
     command = ("export_saved_model.py", f"--ckpt_path={prefix}")
     assert "--export_dir" in run(*command, status=1, env=environment).stderr
-    assert "--data_format" in run("export_saved_model.py", "--help", status=1).stdout
+    assert "--data_format" in run("export_saved_model.py", "--help").stdout
     for other in ("--dtype=bf16", "--data_format=channels_first"):
         lite = run(*command, "--export_dir=x", "--format=tflite", other, status=1, env=environment)
         assert "channels_last and fp32" in lite.stderr

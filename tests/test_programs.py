@@ -110,7 +110,7 @@ def test_a_newcomers_commands_work_one_after_the_other(tmp_path):
 def test_help_and_wrong_flags_answer_without_importing_tensorflow(program, tmp_path):
     (tmp_path / "tensorflow.py").write_text("raise SystemExit('tensorflow was imported')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    shown = run(program, "--help", status=1, env=environment).stdout
+    shown = run(program, "--help", env=environment).stdout
     for flag in ("path", "ckpt_path", "num_layers", "data_format", "dtype", "device"):
         assert f"--{flag}" in shown or f"--[no]{flag}" in shown
     wrong = run(program, "--num_layer=20", "--ckpt_path=x", status=1, env=environment)
@@ -131,6 +131,53 @@ def test_the_names_of_both_reference_programs_are_understood(data, tmp_path):
         "--noshortcut_connection",
     )
     assert "plain8, step 1" in scored.stdout
+
+
+def test_the_end_of_a_training_says_how_to_evaluate_it_and_quiet_says_nothing_else(data, tmp_path):
+    folder = tmp_path / "a user's run"
+    command = (
+        *("run_trainer.py", f"--path={data}", f"--ckpt_path={folder}", *SMALL),
+        *("--num_iterations=40", "--holdout=150", "--epochs_between_evals=1"),
+    )
+    shown = run(*command, "--max_train_steps=20").stdout
+    lines, table = shown[: shown.index("resnet8, step 20 of 40")], table_in(shown)
+    assert lines.count("evaluated on holdout") == 2  # after 16 and 20 steps
+    best = max(re.findall(r"evaluated on holdout: .* accuracy (\S+)", lines))
+    assert table["best accuracy"].startswith(f"{best} on holdout images, step ")
+    assert table["saved as"] == f"{folder}/model.ckpt-20"
+    last = re.match(r"\S+", table["last accuracy"])[0]
+
+    typed = subprocess.run(
+        table["evaluate"] + " --quiet", shell=True, capture_output=True, text=True, timeout=240
+    )
+    assert typed.returncode == 0, typed.stderr
+    assert typed.stdout.startswith(f"{folder}/model.ckpt-20 on holdout images: accuracy {last}, ")
+    assert (typed.stdout.count("\n"), typed.stderr) == (1, "")
+
+    quiet = run(*command, "--quiet")
+    assert quiet.stdout.startswith("resnet8, step 40 of 40\n")
+    assert quiet.stderr == ""
+    assert float(table_in(quiet.stdout)["best accuracy"].split()[0]) >= float(best)
+
+
+def table_in(shown: str) -> dict[str, str]:
+    return dict(re.findall(r"^  (\w+(?: \w+)*)  +(.*)$", shown, re.M))
+
+
+def test_verbose_shows_all_settings_and_lets_tensorflow_speak(data, uninterrupted):
+    shown = run("run_evaluator.py", f"--path={data}", f"--ckpt_path={uninterrupted}", "--verbose")
+    assert table_in(shown.stdout)["weight_decay"] == "0.0002"
+    assert "oneDNN" in shown.stderr or "optimized to use available CPU instructions" in shown.stderr
+
+
+def test_no_picture_is_drawn_and_nothing_waits_for_it_before_the_first_evaluation(data, tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise SystemExit('matplotlib was imported')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run(
+        *("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path / 'run'}", *SMALL),
+        "--num_iterations=6",
+        env=environment,
+    )
 
 
 def test_a_killed_run_ends_bit_for_bit_like_one_never_interrupted(data, tmp_path, uninterrupted):
@@ -165,7 +212,7 @@ def test_an_interrupted_run_saves_says_where_and_goes_on_from_there(
             break
     out, err = process.communicate(timeout=240)
     assert process.returncode == status, out + err
-    saved = re.search(r"saved as (\S+/model\.ckpt-(\d+))", out)
+    saved = re.search(r"saved as +(\S+/model\.ckpt-(\d+))", out)
     assert 10 <= int(saved[2]) < 60
     again = run(*command)
     assert f"Going on from {saved[1]}" in again.stdout
@@ -176,6 +223,7 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(data, uninterr
     before = sorted((p.name, p.stat().st_mtime_ns) for p in uninterrupted.glob("model*"))
     again = run("run_trainer.py", f"--path={data}", f"--ckpt_path={uninterrupted}")
     assert "finished" in again.stdout
+    assert f"--ckpt_path={uninterrupted}/model.ckpt-60" in table_in(again.stdout)["evaluate"]
     assert sorted((p.name, p.stat().st_mtime_ns) for p in uninterrupted.glob("model*")) == before
 
 

@@ -253,23 +253,6 @@ def test_a_compiled_step_is_the_same_step():
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
-def test_curves_of_training_and_evaluation_share_their_charts(tmp_path, small_synthetic):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run = make_run(num_iterations=20)
-    training.train(run, options(tmp_path, epochs_between_evals=1))
-    tags = {}
-    for part in ("train", "eval"):
-        events = EventAccumulator(str(tmp_path / "log" / part)).Reload()
-        tags[part] = {
-            tag: [event.step for event in events.Tensors(tag)] for tag in events.Tags()["tensors"]
-        }
-    assert tags["eval"] == {"loss": [10, 20], "accuracy": [10, 20]}
-    expected = {"loss", "accuracy", "learning_rate", "images_per_second", "epoch"}
-    assert set(tags["train"]) == expected
-    assert tags["train"]["loss"] == list(range(2, 21, 2))
-
-
 def test_an_evaluation_that_reaches_the_threshold_ends_the_run_with_a_checkpoint(
     tmp_path, small_synthetic
 ):

@@ -1,0 +1,132 @@
+"""How every command starts: --help, with the flags in groups, and wrong flags told in a line.
+
+A program defines absl flags as usual, sorts their names into groups and ends in
+`program.run(main, FLAG_GROUPS)`.
+"""
+
+import difflib
+import inspect
+import itertools
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from absl import app, flags
+
+from errors import UserError, tell
+from terminal import emphasised
+
+FLAGS = flags.FLAGS
+# titles of groups, as --help shows them, and the names of the flags in each
+Groups = Mapping[str, Sequence[str]]
+
+NAMES_WIDTH = 28
+MAX_WIDTH = 100
+UNBROKEN = "\N{NO-BREAK SPACE}"
+
+
+def run(
+    main: Callable[[list[str]], int | None], groups: Groups, takes_arguments: bool = False
+) -> None:
+    """Parses the flags and runs `main`, as `absl.app.run` does."""
+
+    def parse(argv: list[str]) -> list[str]:
+        flags.DEFINE_flag(_HelpFlag(groups))
+        try:
+            arguments = FLAGS(argv)
+            if len(arguments) > 1 and not takes_arguments:
+                raise UserError(f"{arguments[1]!r} is no flag: flags begin with --; see --help.")
+        except (flags.Error, UserError) as error:
+            tell(error if isinstance(error, UserError) else _sentence(error, groups))
+            sys.exit(1)
+        return arguments
+
+    app.run(main, flags_parser=parse)
+
+
+class _HelpFlag(app.HelpFlag):
+    """--help, in place of absl's: in groups, and asking for help is no failure."""
+
+    def __init__(self, groups: Groups):
+        super().__init__()
+        self.allow_override = True
+        self._groups = groups
+
+    def parse(self, argument: str) -> None:
+        if self._parse(argument):
+            description = sys.modules["__main__"].__doc__
+            width = min(shutil.get_terminal_size().columns, MAX_WIDTH)
+            print(help_text(description, self._groups, width))
+            sys.exit(0)
+
+
+def help_text(description: str, groups: Groups, width: int) -> str:
+    """What --help prints."""
+    lines = [inspect.cleandoc(description)]
+    for title, names in groups.items():
+        lines += ["", emphasised(title, sys.stdout)]
+        for name in names:
+            lines += _flag_lines(name, width)
+    lines += ["", "--helpfull lists the flags of the libraries too."]
+    return "\n".join(lines)
+
+
+def _flag_lines(name: str, width: int) -> list[str]:
+    names = ", ".join(
+        f"--[no]{each}" if FLAGS[name].boolean else f"--{each}" for each in (name, *_aliases(name))
+    )
+    # where the terminal is narrow, or the names are long, the text goes below them
+    indent = NAMES_WIDTH if width >= 80 else 6
+    below = len(names) + 3 >= indent
+    text = textwrap.fill(
+        _explanation(name),
+        width,
+        initial_indent=" " * indent,
+        subsequent_indent=" " * indent,
+        break_on_hyphens=False,
+    )
+    text = text.replace(UNBROKEN, " ")
+    return [f"  {names}", text] if below else [f"  {names}".ljust(indent) + text[indent:]]
+
+
+def _aliases(name: str) -> list[str]:
+    return [other for other in FLAGS if FLAGS[other].help == f"Alias for --{name}."]
+
+
+def _explanation(name: str) -> str:
+    flag = FLAGS[name]
+    # what absl adds to the help of a flag that may be repeated says nothing new
+    text = flag.help.partition(";\n    repeat this option")[0].rstrip(".")
+    if flag.default is None or "default" in text.lower():
+        return text
+    values = flag.default if isinstance(flag.default, list) else [flag.default]
+    default = ", ".join(str(value).lower() if flag.boolean else str(value) for value in values)
+    return f"{text} (default:{UNBROKEN}{default})"
+
+
+def _all_names(groups: Groups) -> Iterator[str]:
+    for name in itertools.chain.from_iterable(groups.values()):
+        for each in (name, *_aliases(name)):
+            yield from (each, f"no{each}") if FLAGS[name].boolean else (each,)
+
+
+def _sentence(error: flags.Error, groups: Groups) -> UserError:
+    """absl's complaint about the flags, in words for people."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        near = difflib.get_close_matches(error.flagname, _all_names(groups), 1)
+        advice = f"did you mean --{near[0]}?" if near else "--help lists those there are."
+        return UserError(f"there is no flag --{error.flagname}: {advice}")
+    complaint = re.fullmatch(r"flag (--(\w+))=(.*?): (.*?)\.?", str(error).splitlines()[0])
+    if complaint is None:
+        # about several flags, or none of them
+        return UserError(re.sub(r"^flags .*?: |\.$", "", str(error).splitlines()[0]) + ".")
+    flag, name, value, reason = complaint.groups()
+    parser, text = FLAGS[name].parser, FLAGS[name].help
+    if reason == f"Flag {flag} must have a value other than None":
+        return UserError(f"{flag} is missing: {text[0].lower()}{text[1:]}")
+    if isinstance(error.__context__, TypeError | ValueError):
+        choices = " or ".join(getattr(parser, "enum_values", []))
+        reason = f"it must be {choices or parser.syntactic_help or 'true or false'}"
+    return UserError(f"{flag}={value} will not do: {reason}.")

@@ -1,0 +1,120 @@
+"""Trains, evaluates and saves for long in one process: memory and open files must stay level.
+
+    python tests/faults/load.py     # writes load.png beside this file
+
+2,000 steps with an evaluation and a checkpoint every 20 of them, then 200 evaluations of the last
+checkpoint, each with a network of its own.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import matplotlib  # noqa: E402
+
+import checkpoints  # noqa: E402
+import cifar10_input  # noqa: E402
+import training  # noqa: E402
+from evaluation import score_checkpoints  # noqa: E402
+
+matplotlib.use("agg")
+from matplotlib import pyplot  # noqa: E402
+
+STEPS, EVERY, EVALUATIONS = 2_000, 20, 200
+BATCH = 16
+# The allocators settle over the first part; from there on, this much more is growth.
+SETTLED, MOST_GROWTH = 0.25, 0.05
+
+
+class Sample(NamedTuple):
+    megabytes: float
+    files: int
+
+
+def sample() -> Sample:
+    status = Path("/proc/self/status").read_text()
+    kilobytes = int(status.split("VmRSS:")[1].split()[0])
+    return Sample(kilobytes / 1024, len(os.listdir("/proc/self/fd")))
+
+
+def train(folder: str) -> list[Sample]:
+    """A sample at each checkpoint of a run."""
+    samples: list[Sample] = []
+    save = checkpoints.save
+
+    def watched(*arguments: object) -> str:
+        samples.append(sample())
+        return save(*arguments)
+
+    options = training.Options(
+        **{"ckpt_path": folder, "train_log_path": os.path.join(folder, "log")},
+        **{"save_per_iterations": EVERY, "log_per_iterations": EVERY, "epochs_between_evals": 1},
+    )
+    given = {"dataset": "synthetic", "num_layers": 8, "batch_size": BATCH, "num_iterations": STEPS}
+    run, _ = training.prepare_run(given, folder, None)
+    checkpoints.save = watched
+    try:
+        training.train(run, options)
+    finally:
+        checkpoints.save = save
+    return samples
+
+
+def evaluate(folder: str) -> list[Sample]:
+    samples = []
+    for _ in range(EVALUATIONS):
+        list(score_checkpoints([checkpoints.find(folder)]))
+        samples.append(sample())
+    return samples
+
+
+def growth(values: list[float]) -> float:
+    """By how much the last quarter's middle value is above that of the first one once settled."""
+    settled = values[int(SETTLED * len(values)) :]
+    quarter = max(1, len(settled) // 4)
+    first, last = (sorted(part)[len(part) // 2] for part in (settled[:quarter], settled[-quarter:]))
+    return last / first - 1
+
+
+def draw(runs: dict[str, list[Sample]], file: Path) -> None:
+    figure, axes = pyplot.subplots(1, len(runs), figsize=(9, 3), layout="constrained")
+    for axis, (title, samples) in zip(axes, runs.items(), strict=True):
+        axis.set_title(title)
+        axis.plot([s.megabytes for s in samples], label="memory, MiB")
+        axis.plot([s.files for s in samples], label="open files")
+        axis.set_ylim(0)
+        axis.set_xlabel("samples")
+        axis.legend()
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+
+
+def main() -> int:
+    # an epoch is as long as the steps between two checkpoints
+    cifar10_input.SYNTHETIC_IMAGES = {"train": EVERY * BATCH, "test": 200}
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {
+            f"{STEPS:,} steps, evaluating and saving every {EVERY}": train(folder),
+            f"{EVALUATIONS} evaluations": evaluate(folder),
+        }
+    draw(runs, HERE / "load.png")
+    failed = False
+    for title, samples in runs.items():
+        memory = growth([s.megabytes for s in samples])
+        files = growth([float(s.files) for s in samples])
+        print(
+            f"{title}: memory {samples[0].megabytes:.0f} to {samples[-1].megabytes:.0f} MiB, "
+            f"{memory:+.1%} once settled; open files {samples[0].files} to {samples[-1].files}"
+        )
+        failed |= memory > MOST_GROWTH or files > 0
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

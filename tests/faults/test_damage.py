@@ -1,0 +1,134 @@
+"""Damage to any file of a checkpoint: training goes on from the one before it and says why."""
+
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tensorflow as tf
+
+import checkpoints
+import training
+from errors import UserError
+from run_config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+
+RUN = RunConfig(
+    ModelConfig(num_layers=8), DataConfig("synthetic"), TrainingConfig(batch_size=8, seed=5)
+)
+FLIPS = 200
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A run's folder with steps 20 and 30, whose values differ. Not to be changed."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    trainer = training.Trainer(RUN)
+    for step in (20, 30):
+        for variable in trainer.model.variables:
+            variable.assign(tf.fill(variable.shape, step / 7))
+        trainer.step.assign(step)
+        checkpoints.save(trainer.checkpoint, str(folder), step)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def assert_is_passed_over(folder: Path, capsys) -> None:
+    """Training goes on from step 20 and names the other; evaluating that one is refused."""
+    run, prefix = training.prepare_run({}, str(folder), None)
+    assert prefix.endswith("/model.ckpt-20")
+    assert run == RUN
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Passed over: ")
+    assert "/model.ckpt-30" in line
+    with pytest.raises(UserError, match=r"model\.ckpt-30"):
+        checkpoints.find(str(folder / "model.ckpt-30"))
+
+
+DAMAGES: dict[str, Callable[[Path, Path], object]] = {
+    "empty": lambda file, other: file.write_bytes(b""),
+    "cut to a byte": lambda file, other: os.truncate(file, 1),
+    "cut in half": lambda file, other: os.truncate(file, file.stat().st_size // 2),
+    "a byte short": lambda file, other: os.truncate(file, file.stat().st_size - 1),
+    "another step's": lambda file, other: shutil.copy(other, file),
+    "missing": lambda file, other: file.unlink(),
+    "a folder": lambda file, other: (file.unlink(), file.mkdir()),
+    "zeros": lambda file, other: file.write_bytes(bytes(file.stat().st_size)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("part", checkpoints.SUFFIXES)
+def test_a_damaged_file_is_told_of_and_the_checkpoint_before_it_taken(folder, part, damage, capsys):
+    DAMAGES[damage](*(folder / f"model.ckpt-{step}{part}" for step in (30, 20)))
+    if (part, damage) in ((".sha256", "missing"), (".sha256", "a byte short")):
+        # the values themselves are whole, and are known to be
+        assert checkpoints.find(str(folder)) == str(folder / "model.ckpt-30")
+    else:
+        assert_is_passed_over(folder, capsys)
+
+
+@pytest.mark.parametrize("part", checkpoints.SUFFIXES)
+def test_a_file_that_may_not_be_read_is_told_of(folder, part, capsys, monkeypatch, as_nobody):
+    (folder / f"model.ckpt-30{part}").chmod(0)
+    # from within, as the folders above pytest's are closed to anybody else
+    monkeypatch.chdir(folder)
+    with as_nobody():
+        assert_is_passed_over(Path("."), capsys)
+
+
+def test_any_bit_flipped_in_any_file_is_found_or_changes_nothing(folder):
+    rng = random.Random(0)
+    harmless = 0
+    for _ in range(FLIPS):
+        file = folder / f"model.ckpt-30{rng.choice(checkpoints.SUFFIXES)}"
+        whole = file.read_bytes()
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        file.write_bytes(damaged)
+        newest, passed_over = checkpoints.newest_intact(str(folder))
+        if newest.endswith("model.ckpt-30"):
+            harmless += 1
+            assert file.suffix == ".sha256", "a name or a blank among the digests"
+        else:
+            assert newest.endswith("model.ckpt-20")
+            assert "model.ckpt-30" in passed_over[0]
+        file.write_bytes(whole)
+    assert harmless < FLIPS // 6
+
+
+def test_without_digests_a_flipped_bit_in_the_values_is_found_by_their_own_checksums(folder):
+    (folder / "model.ckpt-30.sha256").unlink()
+    file = folder / "model.ckpt-30.data-00000-of-00001"
+    whole, rng = file.read_bytes(), random.Random(1)
+    for _ in range(20):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        file.write_bytes(damaged)
+        assert checkpoints.newest_intact(str(folder))[0].endswith("model.ckpt-20")
+
+
+def test_a_copy_under_way_is_never_taken_for_whole(saved, tmp_path):
+    rng = random.Random(2)
+    names = sorted(os.listdir(saved))
+    orders = [names, names[::-1], *(rng.sample(names, len(names)) for _ in range(4))]
+    for i, order in enumerate(orders):
+        copy = tmp_path / str(i)
+        copy.mkdir()
+        for name in order:
+            data = (saved / name).read_bytes()
+            for share in (0, 0.5, 0.99, 1):
+                (copy / name).write_bytes(data[: int(len(data) * share)])
+                newest, _ = checkpoints.newest_intact(str(copy))
+                if newest:
+                    step = checkpoints.read_run(newest)[1]
+                    model = checkpoints.load_model(newest)
+                    assert {float(v) for v in model.trainable_variables[0].numpy().flat} == {
+                        float(tf.constant(step / 7))
+                    }
+        assert checkpoints.find(str(copy)) == str(copy / "model.ckpt-30")

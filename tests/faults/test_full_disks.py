@@ -1,0 +1,245 @@
+"""A disk that is full or read-only costs a sentence, and nothing that was there."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_programs import PROJECT, SMALL, error_of, run
+
+import checkpoints
+import cifar10_download_and_extract
+import export
+import output_files
+from errors import UserError
+from progress import Progress
+from run_config import ModelConfig, RunConfig, TrainingConfig
+from training import Trainer
+
+FULL = "No space left on device"
+
+
+class Disk:
+    """A file system of its own, in memory."""
+
+    def __init__(self, path: Path, size: str):
+        self.path = path
+        path.mkdir()
+        self._mount("-t", "tmpfs", "-o", f"size={size}", "none", str(path))
+
+    def fill(self, spare: int = 0) -> None:
+        """Leaves no more than so many bytes free."""
+        with open(self.path / "ballast", "wb", buffering=0) as ballast:
+            free = os.statvfs(self.path)
+            os.posix_fallocate(ballast.fileno(), 0, free.f_bavail * free.f_bsize - spare)
+
+    def remount(self, options: str) -> None:
+        self._mount("-o", f"remount,{options}", str(self.path))
+
+    def _mount(self, *arguments: str) -> None:
+        subprocess.run(["mount", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def make_disk(tmp_path) -> Iterator[Callable[..., Disk]]:
+    """Makes small disks; skips where this user may not mount one."""
+    made: list[Disk] = []
+
+    def make(size: str = "1m", name: str = "disk") -> Disk:
+        try:
+            made.append(Disk(tmp_path / name, size))
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no tmpfs can be mounted here, which takes root: {error}")
+        return made[-1]
+
+    yield make
+    for disk in made:
+        subprocess.run(["umount", str(disk.path)], check=True)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != "ballast")
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    return Trainer(RunConfig(ModelConfig(num_layers=8), training=TrainingConfig(batch_size=8)))
+
+
+@pytest.fixture(scope="module")
+def prefix(trainer, tmp_path_factory) -> str:
+    return checkpoints.save(trainer.checkpoint, str(tmp_path_factory.mktemp("saved")), 10)
+
+
+# --- The trainer and the evaluator ----------------------------------------------------------------
+
+
+def test_a_training_that_fills_the_disk_goes_on_once_there_is_room(make_disk, write_cifar10):
+    data, disk = make_disk("4m", "data"), make_disk("3m")
+    path = write_cifar10(parent=data.path)
+    data.remount("ro")  # training images are read, and nothing is written beside them
+    folder = disk.path / "run"
+    command = (
+        *("run_trainer.py", f"--path={path}", f"--ckpt_path={folder}", *SMALL),
+        *("--num_iterations=60", "--save_per_iterations=5", "--max_ckpts=-1"),
+    )
+    error = error_of(*command)
+    assert FULL in error
+    assert "start the same command again" in error
+    saved, passed_over = checkpoints.newest_intact(str(folder))
+    assert saved
+    assert passed_over == []
+    assert not (folder / ".saving").exists()
+
+    disk.remount("size=64m")
+    again = run(*command)
+    assert f"Going on from {saved}, step {checkpoints.read_run(saved)[1]}." in again.stdout
+    assert checkpoints.find(str(folder)) == str(folder / "model.ckpt-60")
+
+    disk.remount("ro")
+    before = contents(folder)
+    assert "Read-only file system" in error_of(*command)
+    scored = run("run_evaluator.py", f"--path={path}", f"--ckpt_path={folder}")
+    assert "step 60" in scored.stdout
+    assert contents(folder) == before
+
+
+def test_a_save_that_does_not_fit_leaves_the_last_checkpoint_as_it_was(make_disk, trainer):
+    disk = make_disk("2m")
+    saved = checkpoints.save(trainer.checkpoint, str(disk.path), 10)
+    before = contents(disk.path)
+    size = sum(map(len, before.values()))
+    # not a block, half of the values, all of them but not the index
+    for spare in (0, size // 2, size - 8192):
+        disk.fill(spare)
+        with pytest.raises(UserError, match=rf"cannot save \S+model\.ckpt-20: .*{FULL}") as refused:
+            checkpoints.save(trainer.checkpoint, str(disk.path), 20)
+        assert "{{" not in str(refused.value)
+        os.remove(disk.path / "ballast")
+        assert contents(disk.path) == before
+        assert checkpoints.newest_intact(str(disk.path)) == (saved, [])
+        assert not (disk.path / ".saving").exists()
+
+
+def test_summaries_that_do_not_fit_stop_the_training_in_a_sentence(make_disk):
+    disk = make_disk("256k")
+    disk.fill()
+    with pytest.raises(UserError, match=rf"cannot write the summaries in .*{FULL}"):
+        Progress(RunConfig(), 0, 10, 400, str(disk.path / "log"))
+    os.remove(disk.path / "ballast")
+
+    def train() -> None:
+        with Progress(RunConfig(), 0, 10_000, 400, str(disk.path / "log")) as progress:
+            disk.fill(4096)
+            for step in range(1, 2000):
+                progress.log_training(step, 1.0, 0.5, 0.1, dict)
+
+    with pytest.raises(UserError, match=FULL):
+        train()
+
+
+def test_an_output_that_does_not_fit_ends_in_a_sentence():
+    program = "import errors\n@errors.exits_with_a_sentence\ndef main():\n    {}\nexit(main())"
+    for line in ("print(1, flush=True)", "import os; os.write(1, b'1')"):
+        with open("/dev/full", "w") as full:
+            ended = subprocess.run(
+                [sys.executable, "-c", program.format(line)],
+                cwd=PROJECT,
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        assert ended.returncode == 1
+        assert ended.stderr == f"-c: error: cannot write the output: {FULL}.\n"
+
+
+def test_figures_that_do_not_fit_leave_the_earlier_ones(make_disk):
+    disk = make_disk()
+    file = str(disk.path / "scores.json")
+    output_files.write(file, b"{}")
+    before = contents(disk.path)
+    disk.fill()
+    with pytest.raises(UserError, match=rf"cannot write \S+scores\.json: {FULL}"):
+        output_files.write(file, bytes(400_000))
+    assert contents(disk.path) == before
+
+
+# --- Exports and data -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [export.export_saved_model, export.export_tflite])
+def test_an_export_that_does_not_fit_leaves_nothing(make_disk, prefix, form, capfd):
+    disk = make_disk()
+    disk.fill(100_000)
+    with pytest.raises(UserError, match=rf"cannot write .*{FULL}") as refused:
+        form(prefix, str(disk.path / "exported"))
+    assert "{{" not in str(refused.value)
+    assert os.listdir(disk.path) == ["ballast"]
+
+
+def one_line(capsys) -> str:
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize("spare", [0, 4096, 40_000])
+def test_pictures_that_do_not_fit_leave_nothing(make_disk, tmp_path, spare):
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(15):
+            pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    disk = make_disk()
+    flags = [f"--image_dir={tmp_path / 'photos'}", f"--data_dir={disk.path / 'photos-bin'}"]
+    disk.fill(spare)
+    assert FULL in error_of("images_to_binary.py", *flags)
+    assert os.listdir(disk.path) == ["ballast"]
+    os.remove(disk.path / "ballast")
+    run("images_to_binary.py", *flags)
+
+
+@pytest.mark.parametrize("spare", [0, 100_000])
+def test_generated_data_that_do_not_fit_leave_nothing(make_disk, spare, capsys):
+    disk = make_disk()
+    flags = ["--synthetic", "--synthetic_train_images=200", "--synthetic_test_images=10"]
+    flags.append(f"--data_dir={disk.path}")
+    disk.fill(spare)
+    assert cifar10_download_and_extract.main(flags) == 1
+    assert FULL in one_line(capsys)
+    assert os.listdir(disk.path) == ["ballast"]
+    os.remove(disk.path / "ballast")
+    assert cifar10_download_and_extract.main(flags) == 0
+    disk.remount("ro")
+    assert cifar10_download_and_extract.main(flags) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["archive", "data"])
+def test_a_download_that_does_not_fit_goes_on_once_there_is_room(
+    make_disk, tmp_path, where, capsys, monkeypatch
+):
+    from test_cifar10_download_and_extract import batch, replacing, sha256
+
+    archive = replacing("test_batch.bin", batch(6, 60))
+    (tmp_path / "a.tar.gz").write_bytes(archive)
+    url = (tmp_path / "a.tar.gz").as_uri()
+    disk = make_disk()
+    flags = [f"--data_dir={disk.path}", f"--url={url}", f"--sha256={sha256(archive)}"]
+    disk.fill(len(archive) // 2 if where == "archive" else len(archive) + 40_000)
+    assert cifar10_download_and_extract.main(flags) == 1
+    error = one_line(capsys)
+    assert FULL in error
+    assert "run the same command again" in error
+    left = [name for name in os.listdir(disk.path) if name != "ballast"]
+    assert re.fullmatch(r"\['cifar-10-binary\.tar\.gz\.part'\]", str(left))
+    os.remove(disk.path / "ballast")
+    assert cifar10_download_and_extract.main(flags) == 0
+    assert os.listdir(disk.path) == ["cifar-10-batches-bin"]

@@ -1,0 +1,131 @@
+"""The live line on terminals of any width, and the plain lines elsewhere."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import sys
+import termios
+
+import numpy as np
+import pytest
+
+from metrics import Metrics
+from progress import Progress
+from run_config import RunConfig
+
+END = "\x03"  # marks how far a terminal is to be read
+
+
+def metrics(right: int, count: int = 10) -> Metrics:
+    labels = np.zeros(count, np.int32)
+    predictions = np.where(np.arange(count) < right, 0, 1)
+    return Metrics(0.5, 1.0, labels, predictions, np.full(count, 0.9), 10)
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Puts a terminal of so many columns in stdout's place; returns how to read what it got."""
+    here, there = pty.openpty()
+
+    def of(columns: int):
+        fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        monkeypatch.setattr(sys, "stdout", os.fdopen(os.dup(there), "w"))
+
+        def read() -> str:
+            print(END, end="", flush=True)
+            got = b""
+            while not got.endswith(END.encode()):
+                got += os.read(here, 1 << 20)
+            return got.decode().removesuffix(END)
+
+        return read
+
+    yield of
+    os.close(here)
+    os.close(there)
+
+
+@pytest.mark.parametrize(
+    ("columns", "told", "dropped"),
+    [
+        (160, ["loss 1.235", "acc 0.543", "images/s", "epoch 31.25", "lr 0.1"], []),
+        (100, ["loss 1.235", "acc 0.543", "images/s", "epoch 31.25"], []),
+        (60, ["loss 1.235", "acc 0.543"], ["images/s", "epoch", "lr"]),
+        (40, ["12500/64000"], ["acc", "images/s"]),
+    ],
+)
+def test_the_live_line_keeps_to_its_terminal_and_drops_the_least_important_first(
+    terminal, tmp_path, columns, told, dropped
+):
+    read = terminal(columns)
+    with Progress(RunConfig(), 12_000, 64_000, 400, str(tmp_path)) as progress:
+        assert not progress.wants_update()
+        read()
+        progress.update(12_500, 1.23456, 0.54321, 0.1)
+        shown = read()
+        progress.write("a line of the log")
+        log = read()
+    drawn = [line for line in re.split(r"[\r\n]", shown) if line.strip()]
+    assert len(drawn) == 1
+    assert len(drawn[0]) <= columns
+    assert drawn[0].startswith(" 20%|")
+    assert "12500/64000, left " in drawn[0]
+    for part in told:
+        assert part in drawn[0]
+    for part in dropped:
+        assert part not in drawn[0]
+    # the line of the log stands alone, and the live one below it is drawn anew
+    lines = [line.strip() for line in re.split(r"[\r\n]+", log)]
+    assert "a line of the log" in lines
+    assert drawn[0].strip() in lines
+
+
+def test_elsewhere_nothing_moves(tmp_path, capsys):
+    with Progress(RunConfig(), 0, 100, 50, str(tmp_path)) as progress:
+        assert not progress.wants_update()
+        progress.log_training(40, 1.5, 0.25, 0.1, dict)
+    out, err = capsys.readouterr()
+    assert re.fullmatch(
+        r"step 40/100 epoch 0.80 loss 1.5000 accuracy 0.2500 lr 0.1 images/s \d+ "
+        r"left \d+:\d\d:\d\d\n",
+        out,
+    )
+    assert err == ""
+
+
+def test_the_results_are_those_of_the_whole_run_whatever_was_interrupted(tmp_path):
+    images = np.zeros([10, 32, 32, 3], np.uint8)
+    with Progress(RunConfig(), 0, 100, 50, str(tmp_path)) as progress:
+        progress.log_evaluation(10, "test", metrics(right=6))
+        progress.log_evaluation(20, "test", metrics(right=8))
+        progress.log_evaluation(60, "test", metrics(right=9))
+    # resumed from step 40: what came after it never was
+    with Progress(RunConfig(), 40, 100, 50, str(tmp_path)) as progress:
+        progress.log_training(50, 1.5, 0.25, 0.1, dict)
+        progress.log_evaluation(50, "test", metrics(right=7))
+        summary = progress.finish(50, "runs/a b/model.ckpt-50", images)
+    assert summary["best accuracy"] == "0.8000 on test images, step 20"
+    assert summary["last accuracy"] == "0.7000 on test images, step 50"
+    assert summary["training"] == "loss 1.5000, accuracy 0.2500 in the last 10 steps"
+    assert summary["saved as"] == "runs/a b/model.ckpt-50"
+    assert summary["time"].endswith(" for 10 steps")
+    assert str(tmp_path) in summary["curves"]
+
+
+def test_a_damaged_event_file_of_an_earlier_start_is_no_reason_to_fail_at_the_end(tmp_path):
+    (tmp_path / "eval").mkdir()
+    record = b"\x08\x00\x00\x00\x00\x00\x00\x00" + b"\xff" * 16
+    (tmp_path / "eval" / "events.out.tfevents.0").write_bytes(record)
+    with Progress(RunConfig(), 0, 100, 50, str(tmp_path)) as progress:
+        progress.log_evaluation(50, "test", metrics(right=7))
+        images = np.zeros([10, 32, 32, 3], np.uint8)
+        summary = progress.finish(50, "model.ckpt-50", images)
+    assert summary["best accuracy"].startswith("0.7000")
+
+
+def test_a_run_that_was_never_evaluated_tells_of_its_training_alone(tmp_path):
+    with Progress(RunConfig(), 0, 100, 50, str(tmp_path)) as progress:
+        progress.log_training(100, 1.5, 0.25, 0.1, dict)
+        assert list(progress.finish(100, "x", None)) == ["training", "time", "saved as", "curves"]
