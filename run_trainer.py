@@ -78,10 +78,16 @@ flags.DEFINE_float(
 )
 flags.DEFINE_float(
     "label_smoothing",
-    0.0,
-    "Share of each label spread over all classes.",
+    None,
+    "Share of each label spread over all classes (default: the recipe's; paper: 0).",
     lower_bound=0,
     upper_bound=1,
+)
+flags.DEFINE_integer(
+    "cutout",
+    None,
+    "Blank a square this many pixels wide in each picture (default: the recipe's; paper: 0).",
+    lower_bound=0,
 )
 flags.DEFINE_integer(
     "seed",
@@ -137,7 +143,7 @@ FLAG_GROUPS = {
     "Recipe": (
         *("recipe", "batch_size", "num_iterations", "train_epochs", "max_train_steps", "init_lr"),
         *("optimizer", "momentum", "nesterov", "weight_decay", "batch_norm_decay"),
-        *("label_smoothing", "seed"),
+        *("label_smoothing", "cutout", "seed"),
     ),
     "Starting from a pretrained network": (
         *("pretrained_model_checkpoint_path", "fine_tune", "recompute_mean"),
@@ -154,7 +160,7 @@ FLAG_GROUPS = {
 RUN_FLAGS = (
     *command_line.DATA_FLAGS,
     *("recipe", "batch_size", "num_iterations", "optimizer", "init_lr", "momentum", "nesterov"),
-    *("weight_decay", "batch_norm_decay", "label_smoothing", "seed", "holdout"),
+    *("weight_decay", "batch_norm_decay", "label_smoothing", "cutout", "seed", "holdout"),
     *("fine_tune", "recompute_mean"),
 )
 

@@ -364,6 +364,7 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
             first_step,
             last_step - first_step,
             run.training.alternate_flips,
+            run.training.cutout,
         )
         batches = iter(dataset)
         pauses = [options.log_per_iterations, options.save_per_iterations]
