@@ -201,6 +201,7 @@ def training_batches(
     first_step: int = 0,
     num_steps: int | None = None,
     alternate_flips: bool = False,
+    cutout: int = 0,
     share: tuple[int, int] = (0, 1),
 ) -> tf.data.Dataset:
     """Batches of augmented images, float32 [batch_size, 32, 32, 3], and labels, from `first_step`.
@@ -209,8 +210,10 @@ def training_batches(
 
     The mean is subtracted, then the image is padded with 4 zeros on each side, cropped at random
     and flipped at random. With `alternate_flips` only an image's first epoch decides its flip at
-    random, and from then on it takes turns: no two epochs in a row show it the same way. Epochs
-    follow one another without a gap: a batch may hold the end of one and the beginning of the next.
+    random, and from then on it takes turns: no two epochs in a row show it the same way. With
+    `cutout`, a square of so many pixels a side around one of the image's pixels becomes zeros.
+    Epochs follow one another without a gap: a batch may hold the end of one and the beginning of
+    the next.
     """
     part = slice(*(batch_size * i // share[1] for i in (share[0], share[0] + 1)))
     with tf.device("cpu"):
@@ -225,7 +228,10 @@ def training_batches(
         if alternate_flips:
             first = tf.bitwise.right_shift(_hash(seed, indices), np.uint64(63))
             flip = (tf.cast(first, tf.int32) + tf.cast(place // len(examples.labels), tf.int32)) % 2
-        return augment(indices, dy, dx, flip), tf.gather(labels, indices)
+        images = augment(indices, dy, dx, flip)
+        if cutout:
+            images = _cut_out(images, _draw_centres(step, batch_size, seed)[part], cutout)
+        return images, tf.gather(labels, indices)
 
     last_step = np.iinfo(np.int64).max if num_steps is None else first_step + num_steps
     dataset = tf.data.Dataset.range(first_step, last_step)
@@ -278,6 +284,21 @@ def _draw_crops(step: tf.Tensor, count: int, seed: int) -> tuple[tf.Tensor, tf.T
         [count], tf.stack([np.int64(seed), step]), 0, SHIFTS * SHIFTS * 2, tf.int32
     )
     return drawn // (2 * SHIFTS), drawn // 2 % SHIFTS, drawn % 2
+
+
+def _draw_centres(step: tf.Tensor, count: int, seed: int) -> tf.Tensor:
+    """For each image of a batch: row and column of a pixel."""
+    # a seed that no other draws have, since seeds are not negative
+    return tf.random.stateless_uniform(
+        [count, 2], tf.stack([np.int64(~seed), step]), 0, SIDE, tf.int32
+    )
+
+
+def _cut_out(images: tf.Tensor, centres: tf.Tensor, side: int) -> tf.Tensor:
+    places = tf.range(SIDE) - centres[:, :, None] + side // 2
+    inside = (places >= 0) & (places < side)
+    inside = inside[:, 0, :, None] & inside[:, 1, None, :]
+    return tf.where(inside[..., None], 0.0, images)
 
 
 class _Augmentation:

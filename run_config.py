@@ -94,6 +94,7 @@ class TrainingConfig:
     weight_decay: float = 2e-4
     label_smoothing: float = 0.0
     alternate_flips: bool = False
+    cutout: int = 0
     small_side: int = 24
     small_share: float = 0.0
     seed: int = 0
@@ -141,8 +142,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "init_lr": 0.2,
         "nesterov": True,
         "weight_decay": 5e-4,
+        "label_smoothing": 0.1,
         "alternate_flips": True,
-        "small_share": 0.3,
+        "cutout": 9,
     },
 }
 

@@ -84,10 +84,16 @@ flags.DEFINE_float(
 )
 flags.DEFINE_float(
     "label_smoothing",
-    0.0,
-    "Share of each label spread over all classes.",
+    None,
+    "Share of each label spread over all classes (default: the recipe's; paper: 0).",
     lower_bound=0,
     upper_bound=1,
+)
+flags.DEFINE_integer(
+    "cutout",
+    None,
+    "Blank a square this many pixels wide in each picture (default: the recipe's; paper: 0).",
+    lower_bound=0,
 )
 flags.DEFINE_integer(
     "seed",
@@ -158,7 +164,7 @@ FLAG_GROUPS = {
     "Recipe": (
         *("recipe", "batch_size", "num_iterations", "train_epochs", "max_train_steps", "init_lr"),
         *("scale_lr", "optimizer", "momentum", "nesterov", "weight_decay", "batch_norm_decay"),
-        *("label_smoothing", "seed"),
+        *("label_smoothing", "cutout", "seed"),
     ),
     "Starting from a pretrained network": (
         *("pretrained_model_checkpoint_path", "fine_tune", "recompute_mean"),
@@ -178,8 +184,8 @@ FLAG_GROUPS = {
 RUN_FLAGS = (
     *command_line.DATA_FLAGS,
     *("recipe", "batch_size", "num_iterations", "optimizer", "init_lr", "scale_lr", "momentum"),
-    *("nesterov", "weight_decay", "batch_norm_decay", "label_smoothing", "seed", "holdout"),
-    *("fine_tune", "recompute_mean"),
+    *("nesterov", "weight_decay", "batch_norm_decay", "label_smoothing", "cutout", "seed"),
+    *("holdout", "fine_tune", "recompute_mean"),
 )
 # what each of several workers may have of its own; and other names for flags that it may not
 OWN_FLAGS = {

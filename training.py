@@ -412,6 +412,7 @@ def train(
             first_step,
             last_step - first_step,
             run.training.alternate_flips,
+            run.training.cutout,
             (replicas.worker, replicas.num_workers),
         )
         batches = iter(dataset)

@@ -528,6 +528,60 @@ def test_alternating_flips_show_an_image_in_turns_and_begin_evenly():
     np.testing.assert_array_equal(seen[2], seen[0])
 
 
+def batches_with(cutout: int, first_step: int = 0) -> list[np.ndarray]:
+    examples = ImageSet(*random_images(40, seed=8))
+    batches = cifar10_input.training_batches(
+        examples, np.full([32, 32, 3], 0.5, np.float32), 200, 5, first_step, 3 - first_step,
+        cutout=cutout,
+    )  # fmt: skip
+    return [images.numpy() for images, _ in batches]
+
+
+@pytest.mark.parametrize("cutout", [1, 8, 9])
+def test_cutout_blanks_one_square_around_any_pixel_and_nothing_else(cutout):
+    whole, cut = np.concatenate(batches_with(0)), np.concatenate(batches_with(cutout))
+    centres = []
+    for before, after in zip(whole, cut, strict=True):
+        changed = (before != after).any(axis=2)
+        np.testing.assert_array_equal(after[~changed], before[~changed])
+        rows, columns = (np.flatnonzero(changed.any(axis=axis)) for axis in (1, 0))
+        if not len(rows):
+            continue  # the square fell on padding, which is blank anyhow
+        square = after[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert (square == 0).all()
+        assert max(square.shape[:2]) <= cutout
+        if {*rows, *columns} <= {*range(5, 27)}:  # clear of padding and edges
+            assert square.shape[:2] == (cutout, cutout)
+            centres.append((rows[0] + cutout // 2, columns[0] + cutout // 2))
+    rows, columns = np.array(centres).T
+    assert len(set(rows)) > 12 < len(set(columns))
+    assert abs(np.corrcoef(rows, columns)[0, 1]) < 0.2
+    np.testing.assert_array_equal(batches_with(cutout, first_step=2)[0], cut[400:])
+
+
+def test_a_cutout_larger_than_the_picture_blanks_all_of_it():
+    assert not np.concatenate(batches_with(100)).any()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_shares_of_a_batch_are_together_the_batch(count):
+    examples = ImageSet(*random_images(30, seed=8))
+
+    def batches(share: tuple[int, int]) -> list[tuple[np.ndarray, np.ndarray]]:
+        found = cifar10_input.training_batches(
+            examples, NO_MEAN, 16, 5, 1, 3, alternate_flips=True, cutout=9, share=share
+        )
+        return [(images.numpy(), labels.numpy()) for images, labels in found]
+
+    whole = batches((0, 1))
+    shares = [batches((i, count)) for i in range(count)]
+    assert len(whole) == 3
+    for step, batch in enumerate(whole):
+        for kind in (0, 1):
+            together = np.concatenate([share[step][kind] for share in shares])
+            np.testing.assert_array_equal(together, batch[kind])
+
+
 # --- Splits ---------------------------------------------------------------------------------------
 
 

@@ -54,6 +54,7 @@ UNUSUAL = RunConfig(
         weight_decay=1e-300,
         label_smoothing=0.1,
         alternate_flips=True,
+        cutout=5,
         small_side=16,
         small_share=0.25,
         seed=2**40,

@@ -1,0 +1,66 @@
+"""Fuzzes the trainer's flags, in a process of its own: flags are defined once in each.
+
+Started by test_fuzz.py, in a folder with a small CIFAR-10.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+from absl import flags
+from fuzzing import fuzzed, result_or_sentence
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import command_line
+import run_trainer
+from run_config import training_config
+
+NAMES = sorted(name for group in run_trainer.FLAG_GROUPS.values() for name in group)
+VALUES = st.sampled_from(
+    ["nan", "inf", "-inf", "-1", "0", "1", "1e308", "1e-320", "9" * 40, "", "true", "None", "paper"]
+) | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=6)
+FLAGS = st.lists(st.tuples(st.sampled_from(NAMES), VALUES).map(lambda f: f"--{f[0]}={f[1]}"))
+
+
+class Reached(Exception):
+    """All that is looked at before TensorFlow is imported was found good."""
+
+
+def reached(*arguments: object) -> None:
+    given = command_line.given_flags(tuple(NAMES))
+    raise Reached(given, training_config(given))
+
+
+def parse(arguments: list[str]) -> None:
+    saved = {name: vars(flags.FLAGS[name]).copy() for name in flags.FLAGS}
+    try:
+        flags.FLAGS(["run_trainer.py", *arguments])
+        run_trainer.main.__wrapped__(["run_trainer.py"])
+    finally:
+        for name, state in saved.items():
+            vars(flags.FLAGS[name]).update(state)
+
+
+@fuzzed
+@given(FLAGS)
+@example(["--train_epochs=inf"])
+@example(["--init_lr=nan"])
+@example(["--seed=" + "9" * 40])
+@example(["--export_dir=\x1b"])
+def refused_by_name_or_make_a_run(arguments: list[str]) -> None:
+    try:
+        result_or_sentence(parse, arguments)
+    except flags.Error:
+        pass
+    except Reached as good:
+        ranges, training = good.args
+        assert all(np.isfinite(v) for v in ranges.values() if isinstance(v, float))
+        assert training.num_iterations >= 1
+
+
+if __name__ == "__main__":
+    run_trainer.start_tensorflow = reached
+    refused_by_name_or_make_a_run()

@@ -1,0 +1,36 @@
+"""How the fuzzing goes: how many examples, and what counts as well refused."""
+
+import contextlib
+import io
+import os
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+
+import errors
+from errors import UserError
+
+LONG = os.environ.get("FUZZ_EXAMPLES")
+fuzzed = settings(
+    max_examples=int(LONG) if LONG else 150,
+    deadline=None,
+    derandomize=not LONG,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+
+
+def result_or_sentence(function: Callable[..., Any], *arguments: object) -> Any:
+    """What a function returns, or the sentence with which it refuses."""
+    said = io.StringIO()
+    try:
+        return function(*arguments)
+    except UserError as error:
+        with contextlib.redirect_stderr(said):
+            errors.tell(error)
+    line = said.getvalue()
+    assert line.endswith("\n")
+    assert line[:-1].isprintable()
+    assert len(line) < 1000
+    return line
