@@ -5,6 +5,7 @@ flip come from stateless random functions, so a resumed run sees what an uninter
 have seen, and starting at any step costs nothing.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -38,6 +39,10 @@ class ImageSet(NamedTuple):
 
     def part(self, where: slice) -> "ImageSet":
         return ImageSet(self.images[where], self.labels[where])
+
+    def digest(self) -> str:
+        """SHA-256 of all of it."""
+        return hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
 
 
 def describe_data(
@@ -197,8 +202,11 @@ def training_batches(
     num_steps: int | None = None,
     alternate_flips: bool = False,
     cutout: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> tf.data.Dataset:
     """Batches of augmented images, float32 [batch_size, 32, 32, 3], and labels, from `first_step`.
+
+    With a `share` of (i, n) only the i-th of n equal parts of every batch.
 
     The mean is subtracted, then the image is padded with 4 zeros on each side, cropped at random
     and flipped at random. With `alternate_flips` only an image's first epoch decides its flip at
@@ -207,21 +215,22 @@ def training_batches(
     Epochs follow one another without a gap: a batch may hold the end of one and the beginning of
     the next.
     """
+    part = slice(*(batch_size * i // share[1] for i in (share[0], share[0] + 1)))
     with tf.device("cpu"):
         augment = _Augmentation(examples.images, mean)
         labels = tf.constant(examples.labels)
 
     @tf.autograph.experimental.do_not_convert
     def batch(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        place = step * batch_size + tf.range(batch_size, dtype=tf.int64)
+        place = step * batch_size + tf.range(part.start, part.stop, dtype=tf.int64)
         indices = _epoch_order(place, len(examples.labels), seed)
-        dy, dx, flip = _draw_crops(step, batch_size, seed)
+        dy, dx, flip = (drawn[part] for drawn in _draw_crops(step, batch_size, seed))
         if alternate_flips:
             first = tf.bitwise.right_shift(_hash(seed, indices), np.uint64(63))
             flip = (tf.cast(first, tf.int32) + tf.cast(place // len(examples.labels), tf.int32)) % 2
         images = augment(indices, dy, dx, flip)
         if cutout:
-            images = _cut_out(images, _draw_centres(step, batch_size, seed), cutout)
+            images = _cut_out(images, _draw_centres(step, batch_size, seed)[part], cutout)
         return images, tf.gather(labels, indices)
 
     last_step = np.iinfo(np.int64).max if num_steps is None else first_step + num_steps

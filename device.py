@@ -21,7 +21,7 @@ IDLE_PASSES = (
 )
 
 
-def start_tensorflow(device: str, verbose: bool = False) -> str:
+def start_tensorflow(device: str, verbose: bool = False, num_gpus: int | None = None) -> str:
     """Imports TensorFlow, quietly, and settles the device: returns "cpu" or "gpu"."""
     if verbose:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")
@@ -29,13 +29,17 @@ def start_tensorflow(device: str, verbose: bool = False) -> str:
         with _without_keras():
             import tensorflow as tf
 
-        if device == "cpu":
-            tf.config.set_visible_devices([], "GPU")
-        has_gpu = bool(tf.config.list_logical_devices("GPU"))
+        gpus = tf.config.get_visible_devices("GPU")
+        found = len(gpus)
+        gpus = [] if device == "cpu" else gpus[:num_gpus]
+        tf.config.set_visible_devices(gpus, "GPU")
+        has_gpu = bool(gpus)
         if not has_gpu:
             tf.config.optimizer.set_experimental_options(dict.fromkeys(IDLE_PASSES, False))
     if not verbose and not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+    if num_gpus is not None and num_gpus > found:
+        raise UserError(f"--num_gpus={num_gpus} was asked for, but TensorFlow sees {found} GPUs.")
     if device == "gpu" and not has_gpu:
         raise UserError(
             "--device=gpu was asked for, but TensorFlow sees no GPU: `pip install -r "
@@ -71,7 +75,8 @@ def _quiet_start() -> Iterator[None]:
     if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
         yield
         return
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    # Beside other workers even its errors: where one of them is lost, TensorFlow writes pages.
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3" if os.environ.get("TF_CONFIG") else "2"
     sys.stderr.flush()
     terminal = os.dup(2)
     with tempfile.TemporaryFile() as said:

@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from resnet_model import ResNet
+from resnet_model import ResNet, assign
 from run_config import TrainingConfig
 
 # How far Muon turns a kernel at a learning rate of 1. So one --init_lr serves the kernels that Muon
@@ -92,7 +92,7 @@ class Muon(Momentum):
             steps = self._steps([slots[i] for i in places], [gradients[i] for i in places], shape)
             for i, step in zip(places, steps, strict=True):
                 turned = self.variables[i] - learning_rate * MUON_STEP * step
-                self.variables[i].assign(turned * (shape[-1] ** 0.5 / tf.norm(turned)))
+                assign(self.variables[i], turned * (shape[-1] ** 0.5 / tf.norm(turned)))
 
     def _steps(
         self, slots: list[tf.Variable], gradients: list[tf.Tensor], shape: tuple[int, ...]
@@ -100,7 +100,8 @@ class Muon(Momentum):
         momentum = self._training.momentum
         moved = []
         for slot, gradient in zip(slots, gradients, strict=True):
-            average = slot.assign(momentum * slot + gradient)
+            average = momentum * slot + gradient
+            assign(slot, average)
             moved.append(momentum * average + gradient if self._training.nesterov else average)
         matrices = tf.reshape(tf.stack(moved), [len(moved), -1, shape[-1]])
         return tf.unstack(tf.reshape(orthogonal(matrices), [len(moved), *shape]))

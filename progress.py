@@ -115,7 +115,7 @@ class Progress:
         loss: float,
         accuracy: float,
         learning_rate: float,
-        norms: dict[str, float],
+        norms: Callable[[], dict[str, float]],
     ) -> None:
         """Writes down the training's mean loss and accuracy since the last time."""
         rate = self._rate(self._logged_step, self._logged_at, step)
@@ -133,7 +133,7 @@ class Progress:
             "images_per_second": rate,
             "epoch": step / self._steps_per_epoch,
         }
-        self._summaries.scalars("train", step, values | norms)
+        self._summaries.scalars("train", step, values | norms())
 
     def show_once(
         self, step: int, graph: Callable[[], tf.Graph], images: Callable[[], np.ndarray]
@@ -199,6 +199,37 @@ class Progress:
 
     def _left(self, step: int, rate: float) -> str:
         return duration((self._last_step - step) * self._batch_size / rate)
+
+
+class NoProgress(Progress):
+    """Shows nothing: where several workers train together, one of them tells of all."""
+
+    def __init__(self, profile_steps: tuple[int, int] | None = None):
+        self._profile_steps = profile_steps
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def taking(self, step: int) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def wants_update(self) -> bool:
+        return False
+
+    def log_training(self, *told: object) -> None:
+        pass
+
+    def show_once(self, *told: object) -> None:
+        pass
+
+    def log_evaluation(self, *told: object) -> None:
+        pass
+
+    def finish(self, *told: object) -> dict[str, str]:
+        return {}
+
+    def write(self, line: str) -> None:
+        pass
 
 
 def duration(seconds: float) -> str:

@@ -5,7 +5,8 @@ Images come in as NHWC with their mean subtracted, logits go out as float32, var
 NCHW and NHWC and every precision.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -44,6 +45,15 @@ def _cpu_computes_nchw(dtype: str) -> bool:
         return False
 
 
+class Replicas(Protocol):
+    """The devices that a batch is spread over, as batch norm needs them."""
+
+    count: int
+
+    def sum(self, values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Within a replica: each value's sum over all replicas."""
+
+
 class Convolution(tf.Module):
     """A square convolution without bias, started from He's normal distribution."""
 
@@ -67,8 +77,12 @@ class BatchNorm(tf.Module):
         self.moving_mean = _variable(f"{name}/moving_mean", np.zeros(depth), trainable=False)
         self.moving_variance = _variable(f"{name}/moving_variance", np.ones(depth), trainable=False)
         self._decay, self._epsilon = decay, epsilon
+        # set where the statistics shall be those of a batch that is spread over replicas
+        self.replicas: Replicas | None = None
 
     def __call__(self, x: tf.Tensor, training: bool, layout: str) -> tf.Tensor:
+        if training and self.replicas:
+            return self._over_replicas(x, layout)
         normalised, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
             x=x,
             scale=self.gamma,
@@ -82,9 +96,75 @@ class BatchNorm(tf.Module):
             is_training=training,
         )
         if training:
-            self.moving_mean.assign(mean)
-            self.moving_variance.assign(variance)
+            assign(self.moving_mean, mean)
+            assign(self.moving_variance, variance)
         return normalised
+
+    def _over_replicas(self, x: tf.Tensor, layout: str) -> tf.Tensor:
+        axes = [layout.index(axis) for axis in "NHW"]
+        count = tf.cast(tf.size(x) // x.shape[layout.index("C")] * self.replicas.count, tf.float32)
+        mean, variance = tf.nn.moments(tf.cast(x, tf.float32), axes)
+        # Squares about the moving mean keep the digits that squares about zero would lose.
+        shift = (mean - self.moving_mean) / self.replicas.count
+        square = variance / self.replicas.count + shift**2 * self.replicas.count
+        shift, square = self.replicas.sum([shift, square])
+        mean, variance = self.moving_mean + shift, square - shift**2
+        normalised = self._normalise_with(mean, variance, count, axes, layout)(
+            x, tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta)
+        )
+        for moving, value in (
+            (self.moving_mean, mean),
+            (self.moving_variance, variance * count / (count - 1)),
+        ):
+            assign(moving, self._decay * moving + (1 - self._decay) * value)
+        return normalised
+
+    def _normalise_with(
+        self,
+        mean: tf.Tensor,
+        variance: tf.Tensor,
+        count: tf.Tensor,
+        axes: list[int],
+        layout: str,
+    ) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]:
+        """Normalising x with gamma and beta, by statistics of `count` values on all replicas.
+
+        Its gradient goes through the statistics too, and so to x on all replicas.
+        """
+        shape = [-1 if axis == "C" else 1 for axis in layout]
+        centre, scale = (
+            tf.reshape(v, shape) for v in (mean, tf.math.rsqrt(variance + self._epsilon))
+        )
+
+        @tf.custom_gradient
+        def normalise(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor):
+            y, *_ = tf.raw_ops.FusedBatchNormV3(
+                x=x,
+                scale=gamma,
+                offset=beta,
+                mean=mean,
+                variance=variance,
+                epsilon=self._epsilon,
+                data_format=layout,
+                is_training=False,
+            )
+
+            def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+                upstream = tf.cast(upstream, tf.float32)
+                normalised = (tf.cast(x, tf.float32) - centre) * scale
+                for_beta = tf.reduce_sum(upstream, axes)
+                for_gamma = tf.reduce_sum(upstream * normalised, axes)
+                through_mean, through_variance = (
+                    tf.reshape(total / count, shape)
+                    for total in self.replicas.sum([for_beta, for_gamma])
+                )
+                centred = upstream - through_mean - normalised * through_variance
+                for_x = tf.reshape(gamma, shape) * scale * centred
+                return tf.cast(for_x, x.dtype), for_gamma, for_beta
+
+            return y, gradient
+
+        return normalise
 
 
 class Unit(tf.Module):
@@ -235,6 +315,11 @@ class ResNet(tf.Module):
         return self.logits_kernel, self.logits_bias
 
     @property
+    def norms(self) -> tuple[BatchNorm, ...]:
+        """All batch norms."""
+        return tuple(module for module in self.submodules if isinstance(module, BatchNorm))
+
+    @property
     def kernels(self) -> tuple[tf.Variable, ...]:
         """The variables that weight decay acts on: convolution and logits kernels, nothing else."""
         return tuple(v for v in self.trainable_variables if v.name.endswith("/kernel:0"))
@@ -256,3 +341,8 @@ def _he_normal(rng: np.random.Generator, shape: list[int], fan_in: int) -> np.nd
 
 def _variable(name: str, value: np.ndarray, trainable: bool = True) -> tf.Variable:
     return tf.Variable(value, trainable=trainable, name=name, dtype=tf.float32)
+
+
+def assign(variable: tf.Variable, value: tf.Tensor) -> None:
+    """Assigns, within a replica, to that replica's own copy alone; `variable.assign` refuses to."""
+    tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)

@@ -88,6 +88,7 @@ class TrainingConfig:
     batch_size: int = 128
     optimizer: str = "momentum"
     init_lr: float = 0.1
+    scale_lr: bool = False
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 2e-4
@@ -172,7 +173,10 @@ def learning_rates(training: TrainingConfig) -> np.ndarray:
         # 500, 32,000 and 48,000 of 64,000 steps; a run of another length keeps the proportions
         boundaries = np.round(np.array([500, 32_000, 48_000]) * training.num_iterations / 64_000)
         factors = np.array([0.1, 1.0, 0.1, 0.01])[np.searchsorted(boundaries, steps, side="right")]
-    return (training.init_lr * factors).astype(np.float32)
+    peak = training.init_lr
+    if training.scale_lr:
+        peak *= training.batch_size / TrainingConfig.batch_size
+    return (peak * factors).astype(np.float32)
 
 
 @dataclass(frozen=True)

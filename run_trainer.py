@@ -3,7 +3,9 @@
 python run_trainer.py --path=cifar-10-batches-bin --num_layers=20
 """
 
+import contextlib
 import dataclasses
+import json
 import os
 import shlex
 import shutil
@@ -11,6 +13,7 @@ import sys
 
 from absl import flags
 
+import cluster
 import command_line
 import data_layout
 import folders
@@ -68,6 +71,9 @@ flags.DEFINE_float(
 flags.DEFINE_enum(
     "optimizer", None, list(OPTIMIZERS), "Default: the recipe's (paper: momentum; fast: muon)."
 )
+flags.DEFINE_bool(
+    "scale_lr", False, "Multiply the learning rate by --batch_size / 128, the linear rule."
+)
 flags.DEFINE_float("momentum", None, "Momentum (default: 0.9).", lower_bound=0, upper_bound=1)
 flags.DEFINE_bool("nesterov", None, "Nesterov's momentum (default: the recipe's; paper: false).")
 flags.DEFINE_float(
@@ -104,6 +110,21 @@ flags.DEFINE_bool("jit_compile", False, "Compile the step with XLA; on CPUs that
 flags.DEFINE_integer(
     "steps_per_call", 1, "Steps between two returns to Python; for GPUs.", lower_bound=1
 )
+flags.DEFINE_enum(
+    "distribution_strategy",
+    "auto",
+    ["auto", "off", "mirrored", "multi_worker"],
+    "Devices: the workers of TF_CONFIG, all of this machine's GPUs, or one; auto is the most.",
+)
+flags.DEFINE_integer(
+    "num_gpus", None, "GPUs of this machine to use (default: all that are visible).", lower_bound=0
+)
+flags.DEFINE_bool(
+    "sync_batch_norm", False, "Batch statistics over the whole batch, not each replica's part."
+)
+flags.DEFINE_float(
+    "worker_timeout", 60, "Seconds of silence after which a worker counts as lost.", lower_bound=1
+)
 flags.DEFINE_integer("log_per_iterations", 200, "Log every N steps.", lower_bound=1)
 flags.DEFINE_integer("save_per_iterations", 1000, "Save every N steps.", lower_bound=1)
 flags.DEFINE(
@@ -134,7 +155,7 @@ flags.DEFINE_bool("clean", False, "Delete the run in --ckpt_path and start over.
 
 command_line.refuse_infinite(
     *("train_epochs", "init_lr", "momentum", "weight_decay", "batch_norm_decay"),
-    *("label_smoothing", "stop_threshold"),
+    *("label_smoothing", "stop_threshold", "worker_timeout"),
 )
 
 FLAG_GROUPS = {
@@ -142,7 +163,7 @@ FLAG_GROUPS = {
     "Network": command_line.NETWORK_FLAGS,
     "Recipe": (
         *("recipe", "batch_size", "num_iterations", "train_epochs", "max_train_steps", "init_lr"),
-        *("optimizer", "momentum", "nesterov", "weight_decay", "batch_norm_decay"),
+        *("scale_lr", "optimizer", "momentum", "nesterov", "weight_decay", "batch_norm_decay"),
         *("label_smoothing", "cutout", "seed"),
     ),
     "Starting from a pretrained network": (
@@ -155,14 +176,22 @@ FLAG_GROUPS = {
     ),
     "Evaluation": ("epochs_between_evals", "stop_threshold", "eval_only"),
     "Computing": ("device", "data_format", "dtype", "loss_scale", "jit_compile", "steps_per_call"),
+    "Several devices and workers": (
+        *("distribution_strategy", "num_gpus", "sync_batch_norm", "worker_timeout"),
+    ),
 }
 # under the names of the dataclasses in run_config
 RUN_FLAGS = (
     *command_line.DATA_FLAGS,
-    *("recipe", "batch_size", "num_iterations", "optimizer", "init_lr", "momentum", "nesterov"),
-    *("weight_decay", "batch_norm_decay", "label_smoothing", "cutout", "seed", "holdout"),
-    *("fine_tune", "recompute_mean"),
+    *("recipe", "batch_size", "num_iterations", "optimizer", "init_lr", "scale_lr", "momentum"),
+    *("nesterov", "weight_decay", "batch_norm_decay", "label_smoothing", "cutout", "seed"),
+    *("holdout", "fine_tune", "recompute_mean"),
 )
+# what each of several workers may have of its own; and other names for flags that it may not
+OWN_FLAGS = {
+    *("path", "data_dir", "ckpt_path", "model_dir", "train_log_path", "export_dir"),
+    *("resnet_size", "shortcut_connection"),
+}
 
 
 @flags.multi_flags_validator(
@@ -196,6 +225,13 @@ def _one_data_set(values: dict[str, object]) -> bool:
     return not values.pop("use_synthetic_data") or not any(values.values())
 
 
+@flags.multi_flags_validator(
+    ["num_gpus", "device"], "--device=cpu has no GPUs, and --device=gpu wants one or more"
+)
+def _gpus_fit_the_device(values: dict[str, object]) -> bool:
+    return values["num_gpus"] is None or values["device"] != ("cpu", "gpu")[not values["num_gpus"]]
+
+
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
     pretrained = FLAGS.pretrained_model_checkpoint_path
@@ -209,13 +245,29 @@ def main(argv: list[str]) -> int:
     if FLAGS.export_dir:
         folders.refuse_unwritable(FLAGS.export_dir, apart_from=[ckpt_path, log_path])
 
-    device = start_tensorflow(FLAGS.device, FLAGS.verbose)
+    workers = None
+    if FLAGS.distribution_strategy in ("auto", "multi_worker"):
+        workers = cluster.from_environment()
+    if FLAGS.distribution_strategy == "multi_worker" and workers is None:
+        raise UserError(
+            "--distribution_strategy=multi_worker needs TF_CONFIG to name the workers, as in "
+            f"{cluster.EXAMPLE}: launch_local.py sets it to try it on one machine."
+        )
+
+    device = start_tensorflow(FLAGS.device, FLAGS.verbose, FLAGS.num_gpus)
     import checkpoints
+    import distribution
     import evaluation
     import export
     import training
     from resnet_model import resolve_data_format
 
+    if workers:
+        print(f"Joining the others as {workers.name(workers.index)}.", flush=True)
+    # before TensorFlow computes anything, as it wants it
+    replicas = distribution.choose(FLAGS.distribution_strategy, workers, FLAGS.worker_timeout)
+    if FLAGS.jit_compile and replicas.count > 1:
+        raise UserError("--jit_compile is for one device: leave it out with several.")
     options = training.Options(
         ckpt_path=ckpt_path,
         train_log_path=log_path,
@@ -224,6 +276,7 @@ def main(argv: list[str]) -> int:
         dtype=FLAGS.dtype,
         loss_scale=FLAGS.loss_scale,
         jit_compile=FLAGS.jit_compile,
+        sync_batch_norm=FLAGS.sync_batch_norm,
         steps_per_call=FLAGS.steps_per_call,
         log_per_iterations=FLAGS.log_per_iterations,
         save_per_iterations=FLAGS.save_per_iterations,
@@ -233,12 +286,20 @@ def main(argv: list[str]) -> int:
         max_train_steps=FLAGS.max_train_steps,
         profile_steps=FLAGS.profile_steps,
     )
-    with checkpoints.lock(ckpt_path):
-        if FLAGS.clean:
-            checkpoints.clean(ckpt_path, log_path, pretrained)
-        run, resume_from = training.prepare_run(
-            given, ckpt_path, FLAGS.path, FLAGS.train_epochs, pretrained
-        )
+    with replicas.ending_together(), contextlib.ExitStack() as held:
+        replicas.refuse_differences(_flags_in_common())
+
+        def prepare() -> str:
+            held.enter_context(checkpoints.lock(ckpt_path))
+            if FLAGS.clean:
+                checkpoints.clean(ckpt_path, log_path, pretrained)
+            run, resume_from = training.prepare_run(
+                given, ckpt_path, FLAGS.path, FLAGS.train_epochs, pretrained
+            )
+            return json.dumps([run.to_json(), resume_from])
+
+        run, resume_from = json.loads(replicas.from_chief(prepare))
+        run = RunConfig.from_json(run)
         if FLAGS.eval_only:
             if resume_from is None:
                 raise UserError(f"there is no checkpoint in {ckpt_path} to evaluate.")
@@ -247,21 +308,29 @@ def main(argv: list[str]) -> int:
             scores = evaluation.score_checkpoints(
                 [resume_from], path, split, options.data_format, options.dtype
             )
-            scored = next(scores)
-            print(scored.line() if FLAGS.quiet else scored.report())
+            if replicas.is_chief:
+                scored = next(scores)
+                print(scored.line() if FLAGS.quiet else scored.report())
             return 0
-        if FLAGS.verbose:
+        if FLAGS.verbose and replicas.is_chief:
             print(table(run.settings() | dataclasses.asdict(options)))
         with command_line.quiet_work():
-            outcome = training.train(run, options, resume_from)
-            if FLAGS.export_dir and not outcome.stopped_by:
+            outcome = training.train(run, options, resume_from, replicas)
+            if FLAGS.export_dir and replicas.is_chief and not outcome.stopped_by:
                 # Not the layout that "auto" trained in: what is exported on a GPU runs anywhere.
                 layout = "channels_last" if FLAGS.data_format == "auto" else FLAGS.data_format
                 export.export_saved_model(outcome.checkpoint, FLAGS.export_dir, layout, FLAGS.dtype)
-    title = f"{run.model.name}, step {outcome.step} of {run.training.num_iterations}"
-    print(emphasised(title, sys.stdout))
-    print(table(outcome.summary | {"evaluate": _evaluating(run, outcome.checkpoint)}))
+    if replicas.is_chief:
+        title = f"{run.model.name}, step {outcome.step} of {run.training.num_iterations}"
+        print(emphasised(title, sys.stdout))
+        print(table(outcome.summary | {"evaluate": _evaluating(run, outcome.checkpoint)}))
     return 128 + outcome.stopped_by if outcome.stopped_by else 0
+
+
+def _flags_in_common() -> dict[str, object]:
+    """The values of the flags that must be the same on all workers."""
+    shared = FLAGS.get_key_flags_for_module(sys.modules[__name__])
+    return {flag.name: flag.value for flag in shared if flag.name not in OWN_FLAGS}
 
 
 def _evaluating(run: RunConfig, checkpoint: str) -> str:

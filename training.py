@@ -23,12 +23,13 @@ from cifar10_input import (
     mean_image,
     training_batches,
 )
+from distribution import Replicas
 from errors import UserError
 from evaluation import Evaluator
 from metrics import Metrics
 from optimizers import OPTIMIZERS
-from progress import Progress
-from resnet_model import IMAGE_SHAPE, ResNet
+from progress import NoProgress, Progress
+from resnet_model import IMAGE_SHAPE, ResNet, assign
 from run_config import (
     MAX_ITERATIONS,
     ModelConfig,
@@ -38,6 +39,9 @@ from run_config import (
     training_config,
     with_given,
 )
+
+# Several workers ask each other this often whether one was told to stop.
+STEPS_BETWEEN_AGREEMENTS = 10
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Options:
     dtype: str = "fp32"
     loss_scale: float = 128.0
     jit_compile: bool = False
+    sync_batch_norm: bool = False
     steps_per_call: int = 1
     log_per_iterations: int = 200
     save_per_iterations: int = 1000
@@ -85,30 +90,49 @@ class Trainer:
         dtype: str = "fp32",
         loss_scale: float = 1.0,
         jit_compile: bool = False,
+        replicas: Replicas | None = None,
+        sync_batch_norm: bool = False,
     ):
         self.run = run
-        self.model = ResNet(run.model, data_format, dtype, run.training.seed)
-        self.optimizer = OPTIMIZERS[run.training.optimizer](self.model, run.training)
-        self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self.replicas = replicas = replicas or Replicas()
+        replicas.refuse_uneven(run.training.batch_size)
+        with replicas.strategy.scope():
+            self.model = ResNet(run.model, data_format, dtype, run.training.seed)
+            self.optimizer = OPTIMIZERS[run.training.optimizer](self.model, run.training)
+            self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
+            # The mean of the run's own images, by which it knows them again: the one that the
+            # network subtracts, unless that came with the network.
+            self.data_mean, parts = self.model.image_mean, {}
+            if run.training.pretrained and not run.training.recompute_mean:
+                parts["data_mean"] = self.data_mean = tf.Variable(tf.zeros(IMAGE_SHAPE))
+            # Gathered on the device, so that no step waits for the host to read them.
+            self._loss_sum = tf.Variable(0.0, dtype=tf.float64, trainable=False)
+            self._correct = tf.Variable(0, dtype=tf.int64, trainable=False)
+            self._first_bad_step = tf.Variable(-1, dtype=tf.int64, trainable=False)
         self.learning_rates = learning_rates(run.training)
         with tf.device("cpu"):
             self._description = tf.Variable(run.to_json(), trainable=False)
-        parts = {"model": self.model, "momentum": self.optimizer.slots, "step": self.step}
-        # The mean of the run's own images, by which it knows them again: the one that the network
-        # subtracts, unless that came with the network.
-        self.data_mean = self.model.image_mean
-        if run.training.pretrained and not run.training.recompute_mean:
-            parts["data_mean"] = self.data_mean = tf.Variable(tf.zeros(IMAGE_SHAPE))
+        parts |= {"model": self.model, "momentum": self.optimizer.slots, "step": self.step}
         self.checkpoint = tf.train.Checkpoint(description=self._description, **parts)
         self._loss_scale = loss_scale if dtype == "fp16" else 1.0
-        # Gathered on the device, so that no step waits for the host to read them.
-        self._loss_sum = tf.Variable(0.0, dtype=tf.float64, trainable=False)
-        self._correct = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self._first_bad_step = tf.Variable(-1, dtype=tf.int64, trainable=False)
         self._rates = tf.constant(self.learning_rates)
+        # Moved by each replica for itself, and so to be brought together again in each step.
+        self._statistics: list[tf.Variable] = []
+        if replicas.count > 1 and not run.training.fine_tune:
+            for norm in self.model.norms:
+                if sync_batch_norm:
+                    norm.replicas = replicas
+                else:
+                    self._statistics += [norm.moving_mean, norm.moving_variance]
         # Nothing in a step depends on values while it is traced: without AutoGraph, that takes half
         # the time.
-        self.train_step = tf.function(self._train_step, autograph=False, jit_compile=jit_compile)
+        self.train_step = tf.function(
+            lambda images, labels, small=False: replicas.strategy.run(
+                self._train_step, (images, labels, small)
+            ),
+            autograph=False,
+            jit_compile=jit_compile,
+        )
         self._means_since = 0
         self._watched: tuple[int, list] | None = None
 
@@ -128,7 +152,11 @@ class Trainer:
         tf.while_loop(lambda done: done < count, step, [0], parallel_iterations=1)
 
     def _train_step(self, images: tf.Tensor, labels: tf.Tensor, small: bool = False) -> None:
-        """One step on a batch of mean-subtracted images, shrunk if `small`, and integer labels."""
+        """One step on a batch of mean-subtracted images, shrunk if `small`, and integer labels.
+
+        Runs on each replica, with the batch that its worker has.
+        """
+        images, labels = self.replicas.own_share(images), self.replicas.own_share(labels)
         if small:
             images = shrink(images, self.run.training.small_side)
         frozen = self.run.training.fine_tune
@@ -138,23 +166,42 @@ class Trainer:
                 features = self.model.features(images, not frozen)
             logits = self.model.project(features)
             loss = tf.reduce_mean(self._cross_entropy(labels, logits))
+            if self.replicas.count > 1:
+                loss /= self.replicas.count  # what this replica adds to the whole batch's mean
             scaled_loss = loss * self._loss_scale
         gradients = tape.gradient(scaled_loss, self.optimizer.variables)
         if self._loss_scale != 1.0:
             gradients = [gradient / self._loss_scale for gradient in gradients]
+        right = tf.equal(tf.argmax(logits, axis=1, output_type=labels.dtype), labels)
+        right = tf.math.count_nonzero(right)
+        if self.replicas.count > 1:
+            gradients, loss, right = self._over_replicas(gradients, loss, right)
         with tf.name_scope("optimizer"):
             self.optimizer.apply(gradients, tf.gather(self._rates, self.step))
-        self.step.assign_add(1)
 
-        right = tf.equal(tf.argmax(logits, axis=1, output_type=labels.dtype), labels)
-        self._correct.assign_add(tf.math.count_nonzero(right))
-        self._loss_sum.assign_add(tf.cast(loss, tf.float64))
+        # By handle, as in `assign`: each replica has its own copies, which stay the same.
+        add = tf.raw_ops.AssignAddVariableOp
+        add(resource=self.step.handle, value=tf.constant(1, tf.int64))
+        add(resource=self._correct.handle, value=right)
+        add(resource=self._loss_sum.handle, value=tf.cast(loss, tf.float64))
         is_first_bad = ~tf.math.is_finite(loss) & (self._first_bad_step < 0)
-        self._first_bad_step.assign(tf.where(is_first_bad, self.step, self._first_bad_step))
+        assign(self._first_bad_step, tf.where(is_first_bad, self.step, self._first_bad_step))
+
+    def _over_replicas(
+        self, gradients: list[tf.Tensor], loss: tf.Tensor, right: tf.Tensor
+    ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
+        """What the replicas found, added up; and the means of the statistics they moved."""
+        statistics = [statistic / self.replicas.count for statistic in self._statistics]
+        *sums, loss, right = self.replicas.sum(
+            [*gradients, *statistics, loss, tf.cast(right, tf.float32)]
+        )
+        for variable, mean in zip(self._statistics, sums[len(gradients) :], strict=True):
+            assign(variable, mean)
+        return sums[: len(gradients)], loss, tf.cast(right, tf.int64)
 
     def trace(self, small: bool = False) -> tf.Graph:
         """Does now what the first step would begin with: turning `train_step` into a graph."""
-        size = self.run.training.batch_size
+        size = self.run.training.batch_size // self.replicas.num_workers
         return self.train_step.get_concrete_function(
             tf.TensorSpec([size, *IMAGE_SHAPE], tf.float32), tf.TensorSpec([size], tf.int32), small
         ).graph
@@ -171,10 +218,10 @@ class Trainer:
 
     def means(self, reset: bool = False) -> tuple[float, float]:
         """Mean loss and accuracy over the steps since the last reset."""
-        step = int(self.step)
+        step = int(self.step.numpy())
         steps = max(step - self._means_since, 1)
-        loss = float(self._loss_sum) / steps
-        accuracy = int(self._correct) / (steps * self.run.training.batch_size)
+        loss = float(self._loss_sum.numpy()) / steps
+        accuracy = int(self._correct.numpy()) / (steps * self.run.training.batch_size)
         if reset:
             self._loss_sum.assign(0)
             self._correct.assign(0)
@@ -183,30 +230,43 @@ class Trainer:
 
     def watch_next_step(self) -> None:
         """Has `norms` tell of the gradients of the step that comes next."""
-        self._watched = int(self.step) + 1, self.optimizer.snapshot()
+        self._watched = int(self.step.numpy()) + 1, self.optimizer.snapshot()
 
     def norms(self) -> dict[str, float]:
         """The norms of each block's weights, and of its gradients if the last step was watched."""
         weights = {v.name: v.numpy() for v in self.model.trainable_variables}
         norms = _block_norms("weight_norm", weights)
-        if self._watched and self._watched[0] == int(self.step):
+        if self._watched and self._watched[0] == int(self.step.numpy()):
             gradients = self.optimizer.gradients_since(self._watched[1])
             norms |= _block_norms("gradient_norm", gradients)
         self._watched = None
         return norms
 
     def restore(self, prefix: str) -> None:
-        checkpoints.restore(self.checkpoint, prefix)
-        self._means_since = int(self.step)
+        """Goes on from the chief's checkpoint, which other workers need not be able to read."""
+
+        def read() -> str:
+            checkpoints.restore(self.checkpoint, prefix)
+            return str(self.step.numpy())
+
+        self._means_since = int(self.replicas.from_chief(read))
+        self.step.assign(self._means_since)
+        self.copy_from_chief()
+
+    def copy_from_chief(self) -> None:
+        """Gives every worker the chief's network and momentum."""
+        self.replicas.copy_from_chief(
+            [*self.model.variables, *self.optimizer.slots.values(), self.data_mean]
+        )
 
     def check_finite(self, ckpt_path: str) -> None:
         """Stops a run whose loss or weights are no longer numbers, before it is saved so."""
-        bad_step = int(self._first_bad_step)
+        bad_step = int(self._first_bad_step.numpy())
         if bad_step >= 0:
             what = f"the loss was not finite at step {bad_step}"
-        elif not all(np.isfinite(v).all() for v in self.model.variables):
+        elif not all(np.isfinite(v.numpy()).all() for v in self.model.variables):
             # ReLU turns what is not a number into zero, and so may hide it from the loss
-            what = f"the weights were no longer finite by step {int(self.step)}"
+            what = f"the weights were no longer finite by step {int(self.step.numpy())}"
         else:
             return
         good, _ = checkpoints.newest_intact(ckpt_path)
@@ -301,60 +361,48 @@ def _new_run(given: dict[str, Any], data_path: str | None, pretrained: str | Non
     )
 
 
-def train(run: RunConfig, options: Options, resume_from: str | None = None) -> Outcome:
-    """Trains a run to its end, from its beginning or from a checkpoint of its own."""
-    with ThreadPoolExecutor(1) as reader:
-        # The files are read while the network is built and traced.
-        step = checkpoints.read_run(resume_from)[1] if resume_from else 0
-        last_step = min(run.training.num_iterations, options.max_train_steps or 2**62)
-        reading = reader.submit(_read_data, run, options)
-        trainer = Trainer(
-            run, options.data_format, options.dtype, options.loss_scale, options.jit_compile
-        )
-        if resume_from:
-            trainer.restore(resume_from)
-        elif run.training.pretrained:
-            checkpoints.restore_pretrained(trainer.model, run.training.pretrained)
-        if step < last_step:
-            trainer.trace(step < run.training.small_steps)
-        data = reading.result()
-    if not resume_from:
-        trainer.data_mean.assign(data.mean)
-    elif not np.array_equal(data.mean, trainer.data_mean):
-        raise UserError(
-            f"the training images in {options.data_path} are not those that {resume_from} was "
-            "trained on (their mean differs): give the same --path, or another --ckpt_path."
-        )
+def train(
+    run: RunConfig,
+    options: Options,
+    resume_from: str | None = None,
+    replicas: Replicas | None = None,
+) -> Outcome:
+    """Trains a run to its end, from its beginning or from a checkpoint of its own.
+
+    Where several workers do so together, it is the chief who reads and writes checkpoints.
+    """
+    replicas = replicas or Replicas()
+    chief = replicas.is_chief
+    say = print if chief else lambda line: None
+    last_step = min(run.training.num_iterations, options.max_train_steps or 2**62)
+    trainer, data = _ready(run, options, resume_from, replicas, last_step)
+    step = int(trainer.step.numpy())
     if step >= last_step:
         reason = "finished" if step >= run.training.num_iterations else "past --max_train_steps"
-        print(
-            f"This run is {reason}: {resume_from} is step {step} of {run.training.num_iterations}."
-        )
+        say(f"This run is {reason}: {resume_from} is step {step} of {run.training.num_iterations}.")
         return Outcome(step, resume_from)
 
-    evaluate = Evaluator(trainer.model) if options.epochs_between_evals else None
+    evaluate = Evaluator(trainer.model) if options.epochs_between_evals and chief else None
     steps_per_epoch = len(data.train_set.labels) / run.training.batch_size
     steps_between_evals = max(1, round(options.epochs_between_evals * steps_per_epoch))
     metrics = None
-    if resume_from and evaluate and options.stop_threshold:
-        metrics = evaluate(data.evaluation)
-        if metrics.accuracy >= options.stop_threshold:
-            print(f"This run has reached --stop_threshold: {resume_from} is step {step}.")
-            return Outcome(step, resume_from, metrics)
-    print(_opening(run, options, trainer, len(data.train_set.labels)))
-    print(f"Going on from {resume_from}, step {step}." if resume_from else _beginning(run))
 
-    saved, first_step = resume_from, step
+    def reaches_threshold() -> bool:
+        reached = metrics and options.stop_threshold and metrics.accuracy >= options.stop_threshold
+        return bool(replicas.largest(bool(reached)))
+
+    if resume_from and options.epochs_between_evals and options.stop_threshold:
+        metrics = evaluate(data.evaluation) if evaluate else None
+        if reaches_threshold():
+            say(f"This run has reached --stop_threshold: {resume_from} is step {step}.")
+            return Outcome(step, resume_from, metrics)
+    say(_opening(run, options, trainer, len(data.train_set.labels)))
+    say(f"Going on from {resume_from}, step {step}." if resume_from else _beginning(run))
+
+    saved, first_step, stopped_by = resume_from, step, 0
     with (
         StopSignals() as stop,
-        Progress(
-            run,
-            first_step,
-            last_step,
-            steps_per_epoch,
-            options.train_log_path,
-            options.profile_steps,
-        ) as progress,
+        _progress(run, options, first_step, last_step, steps_per_epoch, chief) as progress,
     ):
         dataset = training_batches(
             data.train_set,
@@ -365,10 +413,13 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
             last_step - first_step,
             run.training.alternate_flips,
             run.training.cutout,
+            (replicas.worker, replicas.num_workers),
         )
         batches = iter(dataset)
+        agree_every = 1 if replicas.num_workers == 1 else STEPS_BETWEEN_AGREEMENTS
         pauses = [options.log_per_iterations, options.save_per_iterations]
-        pauses += [steps_between_evals] if evaluate else []
+        pauses += [steps_between_evals] if options.epochs_between_evals else []
+        pauses += [agree_every] if agree_every > 1 else []
         stations = [last_step, run.training.small_steps, *progress.stations]
         while True:
             ahead = [every - step % every for every in pauses]
@@ -378,44 +429,100 @@ def train(run: RunConfig, options: Options, resume_from: str | None = None) -> O
                 # the last step before a log is taken alone, and its gradients are watched
                 if count > 1:
                     count -= 1
-                else:
+                elif chief:
                     trainer.watch_next_step()
             with progress.taking(step):
                 trainer.train_steps(batches, count, step < run.training.small_steps)
             step += count
-            ending = step == last_step or stop.signal is not None
+            if step % agree_every == 0:
+                stopped_by = replicas.largest(stop.signal or 0)
+            ending = step == last_step or bool(stopped_by)
             rate = trainer.learning_rates[step - 1]
             if progress.wants_update():
                 progress.update(step, *trainer.means(), rate)
             logging = ending or step % options.log_per_iterations == 0
             saving = ending or step % options.save_per_iterations == 0
-            evaluating = evaluate and (step % steps_between_evals == 0 or step == last_step)
+            evaluating = options.epochs_between_evals and (
+                step % steps_between_evals == 0 or step == last_step
+            )
             if logging or saving or evaluating:
                 trainer.check_finite(options.ckpt_path)
             if logging:
-                progress.log_training(step, *trainer.means(reset=True), rate, trainer.norms())
+                progress.log_training(step, *trainer.means(reset=True), rate, trainer.norms)
                 progress.show_once(
                     step,
                     lambda: trainer.trace(first_step < run.training.small_steps),
                     lambda: next(iter(dataset))[0] + trainer.model.image_mean,
                 )
             if evaluating:
-                metrics = evaluate(data.evaluation)
-                progress.log_evaluation(step, data.evaluation_split, metrics)
-                if options.stop_threshold and metrics.accuracy >= options.stop_threshold:
+                if evaluate:
+                    metrics = evaluate(data.evaluation)
+                    progress.log_evaluation(step, data.evaluation_split, metrics)
+                if reaches_threshold():
                     progress.write(f"--stop_threshold={options.stop_threshold:g} is reached.")
                     ending = True
-            if ending or saving:
+            if chief and (ending or saving):
                 saved = checkpoints.save(
                     trainer.checkpoint, options.ckpt_path, step, options.max_ckpts
                 )
             if ending:
                 break
         summary = progress.finish(step, saved, data.evaluation and data.evaluation.images)
-        if stop.signal:
-            name = signal.Signals(stop.signal).name
+        if stopped_by:
+            name = signal.Signals(stopped_by).name
             summary["stopped"] = f"by {name}; the same command goes on from there"
-    return Outcome(step, saved, metrics, stop.signal, summary)
+    return Outcome(step, saved, metrics, stopped_by or None, summary)
+
+
+def _ready(
+    run: RunConfig, options: Options, resume_from: str | None, replicas: Replicas, last_step: int
+) -> "tuple[Trainer, _Data]":
+    """The network as the training begins or goes on with it, and its data."""
+    with ThreadPoolExecutor(1) as reader:
+        # The files are read while the network is built and traced.
+        reading = reader.submit(_read_data, run, options)
+        trainer = Trainer(
+            run,
+            options.data_format,
+            options.dtype,
+            options.loss_scale,
+            options.jit_compile,
+            replicas,
+            options.sync_batch_norm,
+        )
+        if resume_from:
+            trainer.restore(resume_from)
+        elif run.training.pretrained:
+            if replicas.is_chief:
+                checkpoints.restore_pretrained(trainer.model, run.training.pretrained)
+            trainer.copy_from_chief()
+        if (step := int(trainer.step.numpy())) < last_step:
+            trainer.trace(step < run.training.small_steps)
+        data = reading.result()
+    if replicas.num_workers > 1:
+        replicas.refuse_differences({"SHA-256 of its training images": data.train_set.digest()})
+    if not resume_from:
+        trainer.data_mean.assign(data.mean)
+    elif not np.array_equal(data.mean, trainer.data_mean.numpy()):
+        raise UserError(
+            f"the training images in {options.data_path} are not those that {resume_from} was "
+            "trained on (their mean differs): give the same --path, or another --ckpt_path."
+        )
+    return trainer, data
+
+
+def _progress(
+    run: RunConfig,
+    options: Options,
+    first_step: int,
+    last_step: int,
+    steps_per_epoch: float,
+    chief: bool,
+) -> Progress:
+    if not chief:
+        return NoProgress(options.profile_steps)
+    steps = (first_step, last_step, steps_per_epoch)
+    return Progress(run, *steps, options.train_log_path, options.profile_steps)
 
 
 class _Data(NamedTuple):
@@ -445,7 +552,8 @@ def _opening(run: RunConfig, options: Options, trainer: Trainer, num_images: int
         what = f"Fine-tuning the final layer of {run.model.name} ({trained})"
     return (
         f"{what} on {num_images:,} images ({run.data.dataset}), {run.training.num_iterations} "
-        f"steps of {run.training.batch_size} images, recipe {run.training.recipe}, "
+        f"steps of {run.training.batch_size} images{trainer.replicas.describe()}, recipe "
+        f"{run.training.recipe}, "
         f"{options.dtype}, {options.data_format}; checkpoints go to {options.ckpt_path}."
     )
 

@@ -563,6 +563,25 @@ def test_a_cutout_larger_than_the_picture_blanks_all_of_it():
     assert not np.concatenate(batches_with(100)).any()
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_shares_of_a_batch_are_together_the_batch(count):
+    examples = ImageSet(*random_images(30, seed=8))
+
+    def batches(share: tuple[int, int]) -> list[tuple[np.ndarray, np.ndarray]]:
+        found = cifar10_input.training_batches(
+            examples, NO_MEAN, 16, 5, 1, 3, alternate_flips=True, cutout=9, share=share
+        )
+        return [(images.numpy(), labels.numpy()) for images, labels in found]
+
+    whole = batches((0, 1))
+    shares = [batches((i, count)) for i in range(count)]
+    assert len(whole) == 3
+    for step, batch in enumerate(whole):
+        for kind in (0, 1):
+            together = np.concatenate([share[step][kind] for share in shares])
+            np.testing.assert_array_equal(together, batch[kind])
+
+
 # --- Splits ---------------------------------------------------------------------------------------
 
 

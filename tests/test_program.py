@@ -11,7 +11,7 @@ from conftest import PROJECT, in_terminal
 
 PROGRAMS = (
     *("run_trainer", "run_evaluator", "export_saved_model", "classify_images", "serve"),
-    *("images_to_binary", "plot_runs"),
+    *("images_to_binary", "plot_runs", "launch_local"),
 )
 
 DESCRIBE = """

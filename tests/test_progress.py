@@ -15,6 +15,8 @@ from metrics import Metrics
 from progress import Progress
 from run_config import RunConfig
 
+END = "\x03"  # marks how far a terminal is to be read
+
 
 def metrics(right: int, count: int = 10) -> Metrics:
     labels = np.zeros(count, np.int32)
@@ -32,9 +34,11 @@ def terminal(monkeypatch):
         monkeypatch.setattr(sys, "stdout", os.fdopen(os.dup(there), "w"))
 
         def read() -> str:
-            sys.stdout.flush()
-            os.set_blocking(here, False)
-            return os.read(here, 1 << 20).decode()
+            print(END, end="", flush=True)
+            got = b""
+            while not got.endswith(END.encode()):
+                got += os.read(here, 1 << 20)
+            return got.decode().removesuffix(END)
 
         return read
 
@@ -81,7 +85,7 @@ def test_the_live_line_keeps_to_its_terminal_and_drops_the_least_important_first
 def test_elsewhere_nothing_moves(tmp_path, capsys):
     with Progress(RunConfig(), 0, 100, 50, str(tmp_path)) as progress:
         assert not progress.wants_update()
-        progress.log_training(40, 1.5, 0.25, 0.1, {})
+        progress.log_training(40, 1.5, 0.25, 0.1, dict)
     out, err = capsys.readouterr()
     assert re.fullmatch(
         r"step 40/100 epoch 0.80 loss 1.5000 accuracy 0.2500 lr 0.1 images/s \d+ "
@@ -99,7 +103,7 @@ def test_the_results_are_those_of_the_whole_run_whatever_was_interrupted(tmp_pat
         progress.log_evaluation(60, "test", metrics(right=9))
     # resumed from step 40: what came after it never was
     with Progress(RunConfig(), 40, 100, 50, str(tmp_path)) as progress:
-        progress.log_training(50, 1.5, 0.25, 0.1, {})
+        progress.log_training(50, 1.5, 0.25, 0.1, dict)
         progress.log_evaluation(50, "test", metrics(right=7))
         summary = progress.finish(50, "runs/a b/model.ckpt-50", images)
     assert summary["best accuracy"] == "0.8000 on test images, step 20"
@@ -123,5 +127,5 @@ def test_a_damaged_event_file_of_an_earlier_start_is_no_reason_to_fail_at_the_en
 
 def test_a_run_that_was_never_evaluated_tells_of_its_training_alone(tmp_path):
     with Progress(RunConfig(), 0, 100, 50, str(tmp_path)) as progress:
-        progress.log_training(100, 1.5, 0.25, 0.1, {})
+        progress.log_training(100, 1.5, 0.25, 0.1, dict)
         assert list(progress.finish(100, "x", None)) == ["training", "time", "saved as", "curves"]

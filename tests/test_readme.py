@@ -20,6 +20,7 @@ PROGRAMS = (
     ("serve", "### The server's flags"),
     ("images_to_binary", "### The importer's flags"),
     ("plot_runs", "### The curves' flags"),
+    ("launch_local", "### The launcher's flags"),
 )
 
 LIST_FLAGS = """
@@ -100,7 +101,7 @@ def blocks(language: str, marked: bool = False) -> list[str]:
 
 def commands() -> list[list[str]]:
     """The commands that start one of the project's programs: program and arguments of each."""
-    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    lines = "".join(blocks("sh")).replace("\\\n", " ").replace(" -- ", "\npython ").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     return [line[1:] for line in words if line[:1] == ["python"] and line[1] != "-m"]
 

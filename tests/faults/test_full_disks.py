@@ -138,7 +138,7 @@ def test_summaries_that_do_not_fit_stop_the_training_in_a_sentence(make_disk):
         with Progress(RunConfig(), 0, 10_000, 400, str(disk.path / "log")) as progress:
             disk.fill(4096)
             for step in range(1, 2000):
-                progress.log_training(step, 1.0, 0.5, 0.1, {})
+                progress.log_training(step, 1.0, 0.5, 0.1, dict)
 
     with pytest.raises(UserError, match=FULL):
         train()

@@ -26,7 +26,7 @@ def test_the_live_line_and_the_time_left_do_not_heed_the_clock_on_the_wall(tmp_p
         for step, jump in enumerate((0, -3600, 86_400, -(10**9), 0), 1):
             monkeypatch.setattr(time, "time", lambda jump=jump: clock() + jump)
             progress.update(step, 1.0, 0.5, 0.1)
-            progress.log_training(step, 1.0, 0.5, 0.1, {})
+            progress.log_training(step, 1.0, 0.5, 0.1, dict)
         shown = sys.stdout.getvalue()
     steps = re.findall(r"(\d+)/100, left", shown)
     assert [int(step) for step in dict.fromkeys(steps)] == [1, 2, 3, 4, 5]

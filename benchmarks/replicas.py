@@ -1,0 +1,131 @@
+"""What it costs to spread one batch over replicas and workers that share this machine.
+
+python benchmarks/replicas.py times the same steps in one process, over virtual CPU devices in one
+process, and over processes on loopback, and counts the bytes that pass through loopback. Nothing
+gets faster on shared cores: what is lost is the price of spreading.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+# name: processes, devices in each
+LAYOUTS = {
+    "one process": (1, 1),
+    "2 replicas, one process": (1, 2),
+    "2 workers": (2, 1),
+    "4 workers": (4, 1),
+}
+
+
+def measure(layers: int, batch_size: int, steps: int, devices: int, sync: bool) -> dict[str, float]:
+    """Trains in this process, which TF_CONFIG may name as one of several."""
+    import numpy as np
+    import tensorflow as tf
+
+    import cluster
+    import distribution
+    from run_config import ModelConfig, RunConfig, TrainingConfig
+    from training import Trainer
+
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * devices,
+    )
+    replicas = distribution.choose("auto", cluster.from_environment())
+    run = RunConfig(ModelConfig(num_layers=layers), training=TrainingConfig(batch_size=batch_size))
+    trainer = Trainer(run, replicas=replicas, sync_batch_norm=sync)
+    rng = np.random.default_rng(replicas.worker)
+    here = batch_size // replicas.num_workers
+    images = tf.constant(rng.normal(0, 60, [here, 32, 32, 3]).astype(np.float32))
+    labels = tf.constant(rng.integers(0, 10, here).astype(np.int32))
+    times, bytes_before = [], 0
+    for step in range(2 + steps):
+        if step == 2:  # by now it is traced, and the workers know each other
+            replicas.largest(0)
+            bytes_before = loopback_bytes()
+        started = time.perf_counter()
+        trainer.train_step(images, labels)
+        trainer.means()
+        times.append(time.perf_counter() - started)
+    sent = loopback_bytes() - bytes_before
+    replicas.largest(0)
+    values = [*trainer.optimizer.variables, *trainer._statistics]
+    return {
+        "milliseconds": 1000 * float(np.median(times[2:])),
+        "sent": sent / steps,
+        "values": 4 * sum(int(np.prod(v.shape)) for v in values),
+    }
+
+
+def loopback_bytes() -> int:
+    """What this machine has sent to itself since it started."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, counts = line.partition(":")
+        if name.strip() == "lo":
+            return int(counts.split()[8])
+    return 0
+
+
+def run_layout(processes: int, devices: int, arguments: list[str]) -> dict[str, float]:
+    import cluster
+    import launch_local
+
+    addresses = [f"127.0.0.1:{port}" for port in launch_local.free_ports(processes)]
+    running = []
+    for index in range(processes):
+        config = cluster.to_tf_config(addresses, index) if processes > 1 else ""
+        running.append(
+            subprocess.Popen(
+                [sys.executable, __file__, *arguments, f"--devices={devices}"],
+                env=os.environ | {"TF_CONFIG": config, "TF_CPP_MIN_LOG_LEVEL": "2"},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+    answers = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        sys.exit("a process failed: its own words are above")
+    return json.loads(answers[0].splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3, help="of which the fastest counts")
+    parser.add_argument("--sync_batch_norm", action="store_true")
+    parser.add_argument("--devices", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.devices:
+        what = (options.layers, options.batch_size, options.steps, options.devices)
+        print(json.dumps(measure(*what, options.sync_batch_norm)))
+        return
+    best: dict[str, dict[str, float]] = {}
+    for _ in range(options.rounds):
+        for name, (processes, devices) in LAYOUTS.items():
+            found = run_layout(processes, devices, sys.argv[1:])
+            if name not in best or found["milliseconds"] < best[name]["milliseconds"]:
+                best[name] = found
+    alone = best["one process"]["milliseconds"]
+    print(f"{'':26}{'ms a step':>10}{'of one':>8}{'MB sent':>9}{'MB expected':>12}")
+    for name, found in best.items():
+        workers = LAYOUTS[name][0]
+        # around the ring: each worker sends everything but one part of its own, twice
+        expected = 2 * (workers - 1) * found["values"] / 1e6
+        print(
+            f"{name:26}{found['milliseconds']:10.1f}{found['milliseconds'] / alone:8.2f}"
+            f"{found['sent'] / 1e6:9.2f}{expected:12.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Beyond one device: which replicas there are, what their workers tell each other, how they end.
+
+A replica is one device with its own copy of the network; it takes its share of each batch, and the
+replicas add up what they found (tf.distribute). A worker is one process with its replicas. One
+replica in one process is the usual case, and costs nothing.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import CoordinatedJob
+
+# The one thing that has no public name: how long a silent worker counts as alive.
+from tensorflow.python.eager import context as tf_context
+
+from cluster import Cluster
+from errors import UserError
+
+STRATEGIES = ("auto", "off", "mirrored", "multi_worker")
+# Seconds that the workers have to come together: schedulers start them minutes apart.
+START_TIMEOUT = 600
+
+
+class Replicas:
+    """The devices that a run is spread over, in this process and in others."""
+
+    def __init__(
+        self, strategy: tf.distribute.Strategy | None = None, cluster: Cluster | None = None
+    ):
+        self.strategy = strategy or tf.distribute.get_strategy()
+        self.count = self.strategy.num_replicas_in_sync
+        self.num_workers = len(cluster.addresses) if cluster else 1
+        self.worker = cluster.index if cluster else 0
+        self._cluster = cluster
+        self._here = self.count // self.num_workers
+        self._gather = tf.function(
+            self._gather_in_graph, input_signature=[tf.TensorSpec([None])], autograph=False
+        )
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this is the worker that writes checkpoints and summaries, and speaks for all."""
+        return self.worker == 0
+
+    def describe(self) -> str:
+        """For the opening line: how many there are, where there are several."""
+        if self.count == 1:
+            return ""
+        workers = f" in {self.num_workers} workers" if self.num_workers > 1 else ""
+        return f" over {self.count} replicas{workers}"
+
+    def refuse_uneven(self, batch_size: int) -> None:
+        """Refuses a batch that does not divide: each replica takes as many images as the others."""
+        if batch_size % self.count:
+            raise UserError(
+                f"--batch_size={batch_size} does not divide into {self.count} replicas: give a "
+                f"multiple of {self.count}, or use fewer devices (--num_gpus)."
+            )
+
+    def own_share(self, values: tf.Tensor) -> tf.Tensor:
+        """Within a replica: its part of what its worker has of a batch."""
+        if self._here == 1:
+            return values
+        with tf.device("cpu"):
+            parts = tf.reshape(values, [self._here, -1, *values.shape[1:]])
+            return parts[_replica_id() % self._here]
+
+    def sum(self, values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Within a replica: each value's sum over all replicas. They travel in one piece."""
+        packed = tf.concat([tf.reshape(value, [-1]) for value in values], 0)
+        total = tf.distribute.get_replica_context().all_reduce("SUM", packed)
+        parts = tf.split(total, [value.shape.num_elements() for value in values])
+        return [tf.reshape(part, v.shape) for part, v in zip(parts, values, strict=True)]
+
+    def copy_from_chief(self, variables: Sequence[tf.Variable]) -> None:
+        """Gives every worker the chief's values of float32 variables."""
+        if self.num_workers == 1:
+            return
+
+        def copy_in_replica() -> None:
+            is_chiefs = tf.cast(tf.equal(_replica_id(), 0), tf.float32)
+            values = [variable * is_chiefs for variable in variables]
+            for variable, value in zip(variables, self.sum(values), strict=True):
+                tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
+
+        tf.function(lambda: self.strategy.run(copy_in_replica), autograph=False)()
+
+    def largest(self, number: int) -> int:
+        """The largest of the numbers that the workers call this with; each waits for the others."""
+        if self.num_workers == 1:
+            return number
+        return int(self._gather(tf.constant([number], tf.float32)).numpy().max())
+
+    def exchange(self, text: str) -> list[str]:
+        """The texts, of one line each, that the workers call this with, the chief's first."""
+        if self.num_workers == 1:
+            return [text]
+        codes = np.frombuffer(f"{text}\n".encode(), np.uint8)
+        gathered = self._gather(tf.constant(codes, tf.float32)).numpy()
+        return gathered.astype(np.uint8).tobytes().decode().splitlines()[:: self._here]
+
+    def _gather_in_graph(self, vector: tf.Tensor) -> tf.Tensor:
+        def gather() -> tf.Tensor:
+            # a copy on the replica's own device, by which TensorFlow knows where to gather
+            own = tf.identity(vector)
+            return tf.distribute.get_replica_context().all_gather(own, axis=0)
+
+        return self.strategy.experimental_local_results(self.strategy.run(gather))[0]
+
+    def from_chief(self, make: Callable[[], str]) -> str:
+        """The line of text that the chief makes. Where it refuses to, all the workers do."""
+        said: dict[str, str] = {}
+        if self.is_chief:
+            try:
+                said = {"text": make()}
+            except UserError as error:
+                if self.num_workers == 1:
+                    raise
+                said = {"error": str(error)}
+        said = json.loads(self.exchange(json.dumps(said))[0])
+        if "error" in said:
+            raise UserError(said["error"])
+        return said["text"]
+
+    def refuse_differences(self, values: dict[str, object]) -> None:
+        """Refuses, on all workers, a worker whose values are not the chief's."""
+        ours, *others = (json.loads(text) for text in self.exchange(json.dumps(values)))
+        for index, theirs in enumerate(others, 1):
+            names = [name for name in ours if theirs.get(name) != ours[name]]
+            if names:
+                listed = [", ".join(f"{n}={told.get(n)}" for n in names) for told in (theirs, ours)]
+                raise UserError(
+                    f"{self._cluster.name(index)} has {listed[0]}, but {self._cluster.name(0)} has "
+                    f"{listed[1]}: start the same command, on the same data, everywhere."
+                )
+
+    @contextlib.contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """No worker leaves the block before all do, and one that is lost is named."""
+        with _naming_the_lost(self._cluster):
+            yield
+            self.largest(0)
+
+
+def choose(strategy: str, cluster: Cluster | None, worker_timeout: float = 60) -> Replicas:
+    """The replicas that a value of STRATEGIES stands for, on the devices that are visible."""
+    if strategy in ("auto", "multi_worker") and cluster and len(cluster.addresses) > 1:
+        with _naming_the_lost(cluster):
+            return Replicas(_join(cluster, worker_timeout), cluster)
+    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    if strategy == "off" or len(devices) == 1:
+        return Replicas()
+    return Replicas(tf.distribute.MirroredStrategy([device.name for device in devices]))
+
+
+def _join(cluster: Cluster, worker_timeout: float) -> tf.distribute.Strategy:
+    tf_context.context().configure_coordination_service(
+        service_type="standalone",
+        service_leader="/job:worker/replica:0/task:0",
+        cluster_register_timeout_in_ms=START_TIMEOUT * 1000,
+        heartbeat_timeout_in_ms=round(worker_timeout * 1000),
+        coordinated_jobs=[CoordinatedJob(name="worker", num_tasks=len(cluster.addresses))],
+    )
+    return tf.distribute.MultiWorkerMirroredStrategy()
+
+
+@contextlib.contextmanager
+def _naming_the_lost(cluster: Cluster | None) -> Iterator[None]:
+    try:
+        yield
+    except tf.errors.OpError as error:
+        lost = _lost_worker(str(error)) if cluster else None
+        if lost is None:
+            raise
+        raise UserError(
+            f"{cluster.name(lost)} was lost or no longer answers, so {cluster.name(cluster.index)} "
+            "stopped too. Start the same command on all workers again: the run goes on from its "
+            "last checkpoint."
+        ) from error
+
+
+def _lost_worker(message: str) -> int | None:
+    """The worker that TensorFlow's message is about, if it is about one."""
+    # The first target is where it began: what others say of it follows.
+    for pattern in (r"remote target", r"Error reported from"):
+        if named := re.search(rf"{pattern} /job:worker/(?:replica:0/)?task:(\d+)", message):
+            return int(named[1])
+    # The service that listens to the workers' heartbeats is the chief's.
+    return 0 if "CoordinationService" in message else None
+
+
+def _replica_id() -> tf.Tensor | int:
+    return tf.distribute.get_replica_context().replica_id_in_sync_group

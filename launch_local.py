@@ -1,0 +1,120 @@
+"""Starts several workers on this machine, to try out what a cluster does.
+
+python launch_local.py --workers=2 -- run_trainer.py --use_synthetic_data
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+
+from absl import flags
+
+import cluster
+import program
+from errors import UserError, exits_with_a_sentence
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_integer("workers", 2, "Processes to start.", lower_bound=1)
+
+FLAG_GROUPS = {"Workers": ("workers",)}
+# Seconds that workers have to end of themselves once one of them has failed.
+PATIENCE = 20
+
+
+@exits_with_a_sentence
+def main(argv: list[str]) -> int:
+    if len(argv) < 2:
+        raise UserError("name the program to start: launch_local.py -- run_trainer.py …")
+    return launch(argv[1:], FLAGS.workers)
+
+
+def launch(command: Sequence[str], count: int) -> int:
+    """Runs a Python program as so many workers; its status is that of the first one to fail."""
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=os.environ | {"TF_CONFIG": cluster.to_tf_config(addresses, index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            # of its own, so that Ctrl-C reaches it once, from here
+            start_new_session=True,
+        )
+        for index in range(count)
+    ]
+    with _passing_on_signals(workers):
+        printing = threading.Lock()
+        readers = [
+            threading.Thread(target=_show, args=(index, worker, printing))
+            for index, worker in enumerate(workers)
+        ]
+        for reader in readers:
+            reader.start()
+        status = _wait(workers)
+        for reader in readers:
+            reader.join()
+    return status
+
+
+def _wait(workers: Sequence[subprocess.Popen]) -> int:
+    """Waits for all workers; when one fails, the others have a while to notice, and are killed."""
+    ended = threading.Condition()
+    statuses: list[int] = []
+
+    def watch(worker: subprocess.Popen) -> None:
+        status = worker.wait()
+        with ended:
+            statuses.append(status)
+            ended.notify()
+
+    for worker in workers:
+        threading.Thread(target=watch, args=(worker,), daemon=True).start()
+    with ended:
+        ended.wait_for(lambda: any(statuses) or len(statuses) == len(workers))
+        if not ended.wait_for(lambda: len(statuses) == len(workers), PATIENCE):
+            for worker in workers:
+                worker.kill()
+            ended.wait_for(lambda: len(statuses) == len(workers))
+        failed = next((status for status in statuses if status), 0)
+    return 128 - failed if failed < 0 else failed
+
+
+def _show(index: int, worker: subprocess.Popen, printing: threading.Lock) -> None:
+    for line in worker.stdout:
+        with printing, contextlib.suppress(BrokenPipeError):
+            print(f"[{index}] {line}", end="", flush=True)
+
+
+@contextlib.contextmanager
+def _passing_on_signals(workers: Sequence[subprocess.Popen]):
+    def pass_on(number: int, frame: object) -> None:
+        for worker in workers:
+            worker.send_signal(number)
+
+    before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens to at the moment."""
+    with contextlib.ExitStack() as opened:
+        sockets = [opened.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+if __name__ == "__main__":
+    program.run(main, FLAG_GROUPS, takes_arguments=True)

@@ -1,0 +1,76 @@
+"""Takes training steps on so many virtual CPU devices and writes down what came of them.
+
+One process cannot hold two numbers of replicas, hence a program: replica_steps.py COUNT FILE.
+"""
+
+import sys
+
+import numpy as np
+import tensorflow as tf
+
+import distribution
+import training
+from run_config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from synthetic_data import CLASS_NAMES
+
+BATCH_SIZE = 8
+NETWORKS = {
+    "momentum": ({}, {}, "channels_last"),
+    "channels_first": ({"nesterov": True}, {}, "channels_first"),
+    "muon": ({"optimizer": "muon"}, {"resnet_version": 1}, "channels_last"),
+}
+
+
+def batches() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    images = rng.normal(30, 60, [2, BATCH_SIZE, 32, 32, 3]).astype(np.float32)
+    return images, rng.integers(0, 10, [2, BATCH_SIZE]).astype(np.int32)
+
+
+def make_trainer(name: str, replicas: distribution.Replicas, sync_batch_norm: bool):
+    hyperparameters, shape, data_format = NETWORKS[name]
+    run = RunConfig(
+        ModelConfig(num_layers=8, batch_norm_decay=0.9, **shape),
+        DataConfig("synthetic", CLASS_NAMES),
+        TrainingConfig(batch_size=BATCH_SIZE, init_lr=0.05, **hyperparameters),
+    )
+    return training.Trainer(run, data_format, replicas=replicas, sync_batch_norm=sync_batch_norm)
+
+
+def take_steps(replicas: distribution.Replicas) -> dict[str, np.ndarray]:
+    """Every variable of every network after two steps, under NETWORK/VARIABLE."""
+    found = {}
+    for name in NETWORKS:
+        trainer = make_trainer(name, replicas, sync_batch_norm=True)
+        data = iter(tf.data.Dataset.from_tensor_slices(batches()))
+        trainer.train_steps(data, 2)
+        assert int(trainer.step.numpy()) == 2
+        found[f"{name}/means"] = np.array(trainer.means())
+        for variable in trainer.model.variables:
+            copies = [
+                copy.numpy() for copy in replicas.strategy.experimental_local_results(variable)
+            ]
+            assert all(np.array_equal(copy, copies[0]) for copy in copies), variable.name
+            found[f"{name}/{variable.name}"] = copies[0]
+    trainer = make_trainer("momentum", replicas, sync_batch_norm=False)
+    images, labels = (values[0] for values in batches())
+    trainer.train_step(tf.constant(images), tf.constant(labels))
+    for variable in trainer.model.variables:
+        found[f"apart/{variable.name}"] = variable.numpy()
+
+    shares = tf.function(
+        lambda: replicas.strategy.run(lambda: replicas.own_share(tf.constant(labels)))
+    )()
+    found["shares"] = np.stack(replicas.strategy.experimental_local_results(shares))
+    return found
+
+
+if __name__ == "__main__":
+    count = int(sys.argv[1])
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * count
+    )
+    chosen = distribution.choose("auto", None)
+    assert chosen.count == count
+    assert distribution.choose("off", None).count == 1
+    np.savez(sys.argv[2], **take_steps(chosen))
