@@ -78,10 +78,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The hyperparameters. The defaults are those of the paper's recipe.
-
-    For the first `small_share` of the steps the images are shrunk to `small_side` pixels a side.
-    """
+    """The hyperparameters. The defaults are those of the paper's recipe."""
 
     recipe: str = "paper"
     num_iterations: int = 64_000
@@ -95,8 +92,6 @@ class TrainingConfig:
     label_smoothing: float = 0.0
     alternate_flips: bool = False
     cutout: int = 0
-    small_side: int = 24
-    small_share: float = 0.0
     seed: int = 0
     pretrained: str = ""  # the checkpoint that the network started from, if it was one
     fine_tune: bool = False
@@ -116,11 +111,6 @@ class TrainingConfig:
             raise UserError(
                 f"a run of {self.num_iterations} steps is none: 1 to {MAX_ITERATIONS:,} will do."
             )
-
-    @property
-    def small_steps(self) -> int:
-        """How many steps, from the first on, see shrunk images."""
-        return round(self.small_share * self.num_iterations)
 
 
 OPTIMIZERS = ("momentum", "muon")

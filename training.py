@@ -127,38 +127,34 @@ class Trainer:
         # Nothing in a step depends on values while it is traced: without AutoGraph, that takes half
         # the time.
         self.train_step = tf.function(
-            lambda images, labels, small=False: replicas.strategy.run(
-                self._train_step, (images, labels, small)
-            ),
+            lambda images, labels: replicas.strategy.run(self._train_step, (images, labels)),
             autograph=False,
             jit_compile=jit_compile,
         )
         self._means_since = 0
         self._watched: tuple[int, list] | None = None
 
-    def train_steps(self, batches: Iterator, count: int, small: bool = False) -> None:
+    def train_steps(self, batches: Iterator, count: int) -> None:
         """So many steps, in one call: a GPU need not wait for Python between them."""
         if count == 1:
-            self.train_step(*next(batches), small)
+            self.train_step(*next(batches))
         else:
-            self._several_steps(batches, tf.constant(count), small)
+            self._several_steps(batches, tf.constant(count))
 
     @tf.function(autograph=False)
-    def _several_steps(self, batches: Iterator, count: tf.Tensor, small: bool) -> None:
+    def _several_steps(self, batches: Iterator, count: tf.Tensor) -> None:
         def step(done: tf.Tensor) -> list[tf.Tensor]:
-            self.train_step(*batches.get_next(), small)
+            self.train_step(*batches.get_next())
             return [done + 1]
 
         tf.while_loop(lambda done: done < count, step, [0], parallel_iterations=1)
 
-    def _train_step(self, images: tf.Tensor, labels: tf.Tensor, small: bool = False) -> None:
-        """One step on a batch of mean-subtracted images, shrunk if `small`, and integer labels.
+    def _train_step(self, images: tf.Tensor, labels: tf.Tensor) -> None:
+        """One step on a batch of mean-subtracted images and integer labels.
 
         Runs on each replica, with the batch that its worker has.
         """
         images, labels = self.replicas.own_share(images), self.replicas.own_share(labels)
-        if small:
-            images = shrink(images, self.run.training.small_side)
         frozen = self.run.training.fine_tune
         with tf.GradientTape() as tape:
             # What the tape does not see has no backward pass.
@@ -199,11 +195,11 @@ class Trainer:
             assign(variable, mean)
         return sums[: len(gradients)], loss, tf.cast(right, tf.int64)
 
-    def trace(self, small: bool = False) -> tf.Graph:
+    def trace(self) -> tf.Graph:
         """Does now what the first step would begin with: turning `train_step` into a graph."""
         size = self.run.training.batch_size // self.replicas.num_workers
         return self.train_step.get_concrete_function(
-            tf.TensorSpec([size, *IMAGE_SHAPE], tf.float32), tf.TensorSpec([size], tf.int32), small
+            tf.TensorSpec([size, *IMAGE_SHAPE], tf.float32), tf.TensorSpec([size], tf.int32)
         ).graph
 
     def _cross_entropy(self, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
@@ -285,19 +281,6 @@ def _block_norms(kind: str, values: dict[str, np.ndarray]) -> dict[str, float]:
         tag = f"{kind}/{name.split('/')[0]}"
         squares[tag] = squares.get(tag, 0.0) + float(np.square(value, dtype=np.float64).sum())
     return {tag: math.sqrt(square) for tag, square in squares.items()}
-
-
-def shrink(images: tf.Tensor, side: int) -> tf.Tensor:
-    """Images [N, H, W, C] at a smaller size, as `tf.image.resize` does it with antialiasing.
-
-    That is a matrix product along each side, which is several times as fast when written as one.
-    """
-    height, width = images.shape[1:3]
-    rows, columns = (
-        tf.image.resize(tf.eye(size)[..., None], [side, size], antialias=True)[..., 0]
-        for size in (height, width)
-    )
-    return tf.einsum("ih,nhwc,jw->nijc", rows, images, columns)
 
 
 def prepare_run(
@@ -420,7 +403,7 @@ def train(
         pauses = [options.log_per_iterations, options.save_per_iterations]
         pauses += [steps_between_evals] if options.epochs_between_evals else []
         pauses += [agree_every] if agree_every > 1 else []
-        stations = [last_step, run.training.small_steps, *progress.stations]
+        stations = [last_step, *progress.stations]
         while True:
             ahead = [every - step % every for every in pauses]
             ahead += [station - step for station in stations if station > step]
@@ -432,7 +415,7 @@ def train(
                 elif chief:
                     trainer.watch_next_step()
             with progress.taking(step):
-                trainer.train_steps(batches, count, step < run.training.small_steps)
+                trainer.train_steps(batches, count)
             step += count
             if step % agree_every == 0:
                 stopped_by = replicas.largest(stop.signal or 0)
@@ -451,7 +434,7 @@ def train(
                 progress.log_training(step, *trainer.means(reset=True), rate, trainer.norms)
                 progress.show_once(
                     step,
-                    lambda: trainer.trace(first_step < run.training.small_steps),
+                    trainer.trace,
                     lambda: next(iter(dataset))[0] + trainer.model.image_mean,
                 )
             if evaluating:
@@ -496,8 +479,8 @@ def _ready(
             if replicas.is_chief:
                 checkpoints.restore_pretrained(trainer.model, run.training.pretrained)
             trainer.copy_from_chief()
-        if (step := int(trainer.step.numpy())) < last_step:
-            trainer.trace(step < run.training.small_steps)
+        if int(trainer.step.numpy()) < last_step:
+            trainer.trace()
         data = reading.result()
     if replicas.num_workers > 1:
         replicas.refuse_differences({"SHA-256 of its training images": data.train_set.digest()})

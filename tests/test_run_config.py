@@ -49,14 +49,13 @@ UNUSUAL = RunConfig(
         batch_size=7,
         optimizer="muon",
         init_lr=1 / 3,
+        scale_lr=True,
         momentum=0.0,
         nesterov=True,
         weight_decay=1e-300,
         label_smoothing=0.1,
         alternate_flips=True,
         cutout=5,
-        small_side=16,
-        small_share=0.25,
         seed=2**40,
         pretrained="runs/birds/model-7",
         fine_tune=True,
@@ -335,6 +334,12 @@ def test_given_values_win_over_the_recipe_also_where_they_are_zero_or_false():
         weight_decay=0.0,
         seed=3,
     )
+
+
+def test_the_learning_rate_follows_the_batch_size_only_where_that_is_asked_for():
+    for batch_size, scale_lr, peak in ((256, False, 0.1), (256, True, 0.2), (32, True, 0.025)):
+        training = training_config({"batch_size": batch_size, "scale_lr": scale_lr})
+        assert learning_rates(training).max() == np.float32(peak)
 
 
 def test_flags_that_are_no_hyperparameters_are_left_to_others():

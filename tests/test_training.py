@@ -13,7 +13,7 @@ import training
 from cifar10_input import ImageSet, mean_image
 from errors import UserError
 from evaluation import Evaluator
-from run_config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from run_config import RECIPES, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from synthetic_data import CLASS_NAMES, make_split
 
 SMALL = ModelConfig(num_layers=8)
@@ -208,34 +208,21 @@ def test_several_steps_in_a_call_are_those_taken_one_by_one(tmp_path, small_synt
         np.testing.assert_array_equal(one, other)
 
 
-def test_shrinking_is_tensorflows_resizing_with_antialiasing():
-    images, _ = make_batch()
-    shrunk = training.shrink(images, 24)
-    expected = tf.image.resize(images, [24, 24], antialias=True)
-    np.testing.assert_allclose(shrunk, expected, atol=1e-3)
-
-
-def test_the_first_part_of_a_run_sees_small_images_and_resumes_on_either_side_bit_for_bit(
-    tmp_path, small_synthetic, monkeypatch
+def test_a_run_with_all_of_the_fast_recipe_resumes_bit_for_bit_wherever_it_stopped(
+    tmp_path, small_synthetic
 ):
-    sizes = []
-    features = training.ResNet.features
-    monkeypatch.setattr(
-        "training.ResNet.features",
-        lambda self, images, *more: sizes.append(images.shape[1]) or features(self, images, *more),
-    )
-    run = make_run(num_iterations=9, small_share=0.6, small_side=16, optimizer="muon")
-    assert run.training.small_steps == 5
+    run = make_run(**(RECIPES["fast"] | {"num_iterations": 9}))
     ends = []
-    for stops in ([9], [3, 9], [5, 9], [7, 9]):
+    for stops in ([9], [3, 9], [5, 7, 9]):
         folder, checkpoint = tmp_path / str(len(ends)), None
         for stop in stops:
             settings = options(folder, max_train_steps=stop, steps_per_call=4)
             checkpoint = training.train(run, settings, checkpoint).checkpoint
         trainer = training.Trainer(run)
         trainer.restore(checkpoint)
-        ends.append([v.numpy() for v in trainer.model.variables])
-    assert set(sizes) == {16, 32}
+        ends.append(
+            [v.numpy() for v in [*trainer.model.variables, *trainer.optimizer.slots.values()]]
+        )
     for other in ends[1:]:
         for ours, theirs in zip(ends[0], other, strict=True):
             np.testing.assert_array_equal(ours, theirs)
