@@ -60,6 +60,7 @@ UNUSUAL = RunConfig(
         pretrained="runs/birds/model-7",
         fine_tune=True,
         recompute_mean=True,
+        scale_lr=True,
     ),
 )
 
