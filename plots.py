@@ -137,7 +137,9 @@ def reliability_figure(confidences: np.ndarray, correct: np.ndarray) -> Figure:
     edges = np.linspace(0, 1, NUM_BINS + 1)
     middles, width = (edges[1:] + edges[:-1]) / 2, 0.9 / NUM_BINS
     counted = np.where(found.counts, found.counts, np.nan)
-    subtitle = f"Expected calibration error {found.error:.4f}: the mean distance of blue from red"
+    subtitle = (
+        f"Expected calibration error {found.error:.4f}: the mean distance of blue from orange"
+    )
     with picture(height=460, title="Reliability", subtitle=subtitle) as figure:
         left, right = figure.subplots(1, 2)
         left.set_title("Accuracy where the network is so confident")

@@ -99,6 +99,8 @@ def _explanation(name: str) -> str:
     flag = FLAGS[name]
     # what absl adds to the help of a flag that may be repeated says nothing new
     text = flag.help.partition(";\n    repeat this option")[0].rstrip(".")
+    # with spaces, long lists of choices can be broken
+    text = re.sub(r"^<.*?>", lambda choices: choices[0].replace("|", " | "), text)
     if flag.default is None or "default" in text.lower():
         return text
     values = flag.default if isinstance(flag.default, list) else [flag.default]

@@ -99,11 +99,8 @@ class Progress:
             f"epoch {step / self._steps_per_epoch:.2f}",
             f"lr {learning_rate:.4g}",
         ]
-        rest = f"100%|....| {step}/{self._last_step}, "
-        room = (self._bar.format_dict["ncols"] or 80) - len(rest)
-        while len(", ".join(parts)) > room and len(parts) > 1:
-            parts.pop()
-        self._bar.set_postfix_str(", ".join(parts), refresh=False)
+        shown = self._fitting(parts, ", ", beside=f"100%|....| {step}/{self._last_step}, ")
+        self._bar.set_postfix_str(shown, refresh=False)
         # Not tqdm's own `update` and `remaining`: they go by the clock on the wall, and stand still
         # for an hour where that is put back by one.
         self._bar.n = step
@@ -121,11 +118,16 @@ class Progress:
         rate = self._rate(self._logged_step, self._logged_at, step)
         self._trained = loss, accuracy, step - self._logged_step
         self._logged_step, self._logged_at = step, time.monotonic()
-        self.write(
-            f"step {step}/{self._last_step} epoch {step / self._steps_per_epoch:.2f} "
-            f"loss {loss:.4f} accuracy {accuracy:.4f} lr {learning_rate:.5g} "
-            f"images/s {rate:.0f} left {self._left(step, rate)}"
-        )
+        parts = [
+            f"step {step}/{self._last_step}",
+            f"epoch {step / self._steps_per_epoch:.2f}",
+            f"loss {loss:.4f}",
+            f"accuracy {accuracy:.4f}",
+            f"lr {learning_rate:.4g}",
+            f"images/s {rate:.0f}",
+            f"left {self._left(step, rate)}",
+        ]
+        self.write(self._fitting(parts, " "))
         values = {
             "loss": loss,
             "accuracy": accuracy,
@@ -193,6 +195,14 @@ class Progress:
         """Prints a line, above the live one where there is one."""
         self._bar.write(line, file=sys.stdout)
         sys.stdout.flush()
+
+    def _fitting(self, parts: list[str], separator: str, beside: str = "") -> str:
+        """As many of the parts, the first at least, as the terminal has room for in a line."""
+        if not self._bar.disable:
+            room = (self._bar.format_dict["ncols"] or 80) - len(beside)
+            while len(separator.join(parts)) > room and len(parts) > 1:
+                parts = parts[:-1]
+        return separator.join(parts)
 
     def _rate(self, since_step: int, since: float, step: int) -> float:
         return (step - since_step) * self._batch_size / max(time.monotonic() - since, 1e-9)

@@ -6,6 +6,7 @@ anything slow is imported.
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -217,6 +218,8 @@ def _is_sound(value: Any) -> bool:
     """Whether a run may have such a value: names that can be printed, no number below zero."""
     if isinstance(value, tuple):
         return len(value) > 1 and all(isinstance(v, str) and v.isprintable() for v in value)
+    if isinstance(value, float):
+        return 0 <= value < math.inf
     return isinstance(value, str) or 0 <= value <= MAX_SEED
 
 

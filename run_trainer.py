@@ -69,7 +69,10 @@ flags.DEFINE_float(
     lower_bound=0,
 )
 flags.DEFINE_enum(
-    "optimizer", None, list(OPTIMIZERS), "Default: the recipe's (paper: momentum; fast: muon)."
+    "optimizer",
+    None,
+    list(OPTIMIZERS),
+    "What steps are made of (default: the recipe's; paper: momentum; fast: muon).",
 )
 flags.DEFINE_bool(
     "scale_lr", False, "Multiply the learning rate by --batch_size / 128, the linear rule."

@@ -18,7 +18,9 @@ from run_config import RunConfig
 
 GRID, GAP = 8, 2  # pictures a side, and pixels around each
 DPI = 100  # half of what files get
-# what TensorBoard's table of hyperparameters shows of each run, by names of `results`
+# what TensorBoard's table of hyperparameters shows of each run: these settings, until others are
+# chosen, and of `results` those of these names
+SETTINGS = ("init_lr", "num_layers", "recipe", "seed", "shortcut_connections")
 RESULTS = ("accuracy", "best_accuracy", "loss", "train_accuracy", "train_loss")
 
 
@@ -46,18 +48,26 @@ class Summaries:
     def run(self, step: int, run: RunConfig, graph: tf.Graph, images: np.ndarray) -> None:
         """What there is to show once of a run: `images` are such as the network learns from."""
         # not its `api`, which wants Keras, and not before the first step, which need not wait
+        from tensorboard.plugins.hparams import plugin_data_pb2
         from tensorboard.plugins.hparams import summary_v2 as hp
 
         settings = run.settings()
         rows = "\n".join(f"| {name} | {_shown(value)} |" for name, value in settings.items())
         single = {k: v for k, v in settings.items() if isinstance(v, bool | int | float | str)}
+        config = hp.hparams_config_pb(
+            [hp.HParam(name) for name in single],
+            [hp.Metric(f"result/{name}", display_name=name) for name in RESULTS],
+        )
+        plugin = config.value[0].metadata.plugin_data
+        table = plugin_data_pb2.HParamsPluginData.FromString(plugin.content)
+        for column in table.experiment.hparam_infos:
+            # of all columns five are shown, and these come first
+            column.differs = column.name in SETTINGS
+        plugin.content = table.SerializeToString()
         with self._writing("train", step):
             tf.summary.text("run", f"| setting | value |\n| --- | --- |\n{rows}")
             tf.summary.graph(graph)
-            hp.hparams_config(
-                [hp.HParam(name) for name in single],
-                [hp.Metric(f"result/{name}", display_name=name) for name in RESULTS],
-            )
+            tf.summary.experimental.write_raw_pb(config.SerializeToString())
             hp.hparams(single, trial_id=self._log_path)
         text = "Training images as the network sees them: cropped and flipped at random."
         self._pixels("train", step, "augmented_images", picture_grid(images), text)

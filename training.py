@@ -534,10 +534,10 @@ def _opening(run: RunConfig, options: Options, trainer: Trainer, num_images: int
         trained = f"{_count(trainer.optimizer.variables):,} of its {parameters}"
         what = f"Fine-tuning the final layer of {run.model.name} ({trained})"
     return (
-        f"{what} on {num_images:,} images ({run.data.dataset}), {run.training.num_iterations} "
-        f"steps of {run.training.batch_size} images{trainer.replicas.describe()}, recipe "
-        f"{run.training.recipe}, "
-        f"{options.dtype}, {options.data_format}; checkpoints go to {options.ckpt_path}."
+        f"{what} on {num_images:,} images ({run.data.dataset}):\n"
+        f"{run.training.num_iterations} steps of {run.training.batch_size} images"
+        f"{trainer.replicas.describe()}, recipe {run.training.recipe}, {options.dtype}, "
+        f"{options.data_format}.\nCheckpoints go to {options.ckpt_path}."
     )
 
 

@@ -76,7 +76,7 @@ def test_help_gives_defaults_and_choices_and_asking_for_it_is_no_failure():
     assert "--batch_size Images in a step (default: 128)" in flat
     assert "(default: the recipe's; paper: 0.1)" in flat
     assert "--[no]clean Delete the run in --ckpt_path and start over (default: false)" in flat
-    assert "--recipe <paper|one_cycle|fast>: Schedule" in flat
+    assert "--recipe <paper | one_cycle | fast>: Schedule" in flat
 
 
 def test_absls_own_full_help_stays():

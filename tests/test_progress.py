@@ -82,6 +82,22 @@ def test_the_live_line_keeps_to_its_terminal_and_drops_the_least_important_first
     assert drawn[0].strip() in lines
 
 
+@pytest.mark.parametrize(
+    ("columns", "last"),
+    [(120, r"left \d+:\d\d:\d\d"), (80, r"(lr 0.1235|images/s \d+)"), (60, "accuracy 0.5432")],
+)
+def test_a_line_of_the_log_is_no_longer_than_its_terminal(terminal, tmp_path, columns, last):
+    read = terminal(columns)
+    with Progress(RunConfig(), 12_000, 64_000, 400, str(tmp_path)) as progress:
+        progress.log_training(12_500, 1.23456, 0.54321, 0.123456, dict)
+        lines = [line.strip() for line in re.split(r"[\r\n]+", read())]
+    (line,) = (
+        line for line in lines if line.startswith("step 12500/64000 epoch 31.25 loss 1.2346")
+    )
+    assert len(line) <= columns
+    assert re.search(f"{last}$", line)
+
+
 def test_elsewhere_nothing_moves(tmp_path, capsys):
     with Progress(RunConfig(), 0, 100, 50, str(tmp_path)) as progress:
         assert not progress.wants_update()

@@ -180,7 +180,11 @@ def test_the_unusual_run_differs_from_the_ordinary_one_in_every_field():
         assert all(a != b for a, b in zip(ordinary, unusual, strict=True))
 
 
-@pytest.mark.parametrize("run", [RunConfig(), UNUSUAL], ids=["ordinary", "unusual"])
+@pytest.mark.parametrize(
+    "run",
+    [RunConfig(), UNUSUAL, RunConfig(training=TrainingConfig(init_lr=1e20))],
+    ids=["ordinary", "unusual", "diverging"],
+)
 def test_a_run_survives_its_json(run):
     again = RunConfig.from_json(run.to_json())
     assert again == run

@@ -70,9 +70,7 @@ def tensorboard(folder: str) -> Iterator[Callable[..., bytes]]:
         process.communicate()
 
 
-def test_tensorboard_shows_a_run_with_all_its_curves_pictures_and_settings(
-    tmp_path,
-):
+def test_tensorboard_shows_a_run_with_all_its_curves_pictures_and_settings(tmp_path):
     run = make_run(num_iterations=20, init_lr=0.05)
     settings = options(tmp_path / "run", epochs_between_evals=1, log_per_iterations=4)
     first = training.train(run, dataclasses.replace(settings, max_train_steps=12))
@@ -124,6 +122,11 @@ def test_tensorboard_shows_a_run_with_all_its_curves_pictures_and_settings(
         graph = ask("data/plugin/graphs/graph", run="run/log/train", conceptual="false").decode()
         for name in ("block3/unit1", "logits", "gradient_tape/block1/unit1", "optimizer"):
             assert f'name: "{name}/' in graph
+
+        experiment = json.loads(ask("data/plugin/hparams/experiment", post={"experimentName": ""}))
+        columns = [info["name"] for info in experiment["hparamInfos"]]
+        assert tuple(columns[:5]) == summaries.SETTINGS  # the table has room for five
+        assert set(columns) > {"weight_decay", "batch_size", "dataset"}
 
         query = {"experimentName": "", "colParams": [], "startIndex": 0, "sliceSize": 9}
         query["allowedStatuses"] = ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_RUNNING"]
