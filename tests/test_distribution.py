@@ -12,7 +12,7 @@ import pytest
 import replica_steps
 import tensorflow as tf
 from conftest import TRAIN_FILES, random_images, write_records
-from test_programs import error_of, run, values_in
+from test_programs import error_of, run, start, values_in
 
 import cluster
 import distribution
@@ -224,6 +224,23 @@ def test_a_worker_with_other_flags_or_data_than_the_chief_is_refused(data, tmp_p
             assert status == 1
             assert re.fullmatch(f"run_trainer.py: error: {reason}.*\n", error), error
     assert not list((tmp_path / "run").glob("*.index"))
+
+
+# tells that it is there by holding a FIFO open
+IDLE_WORKER = (
+    "import sys, time; f = open(sys.argv[1], 'w'); print(file=f, flush=True); time.sleep(99)"
+)
+
+
+def test_workers_end_with_a_launcher_that_is_killed(tmp_path):
+    os.mkfifo(tmp_path / "there")
+    (tmp_path / "worker.py").write_text(IDLE_WORKER)
+    launcher = start("launch_local.py", "--", tmp_path / "worker.py", tmp_path / "there")
+    with open(tmp_path / "there") as workers:
+        assert [workers.readline(), workers.readline()] == ["\n", "\n"]
+        launcher.kill()
+        assert workers.read() == "", "which is there once all have closed it"
+    launcher.communicate()
 
 
 @pytest.mark.parametrize(

@@ -97,14 +97,19 @@ def test_a_training_that_fills_the_disk_goes_on_once_there_is_room(make_disk, wr
     assert passed_over == []
     assert not (folder / ".saving").exists()
 
-    disk.remount("size=64m")
+    disk.remount("ro")
+    before = contents(folder)
+    refused = run(*command, status=1)
+    assert "Read-only file system" in refused.stderr
+    assert refused.stdout == "", "it has not begun to train"
+    disk.remount("rw,size=64m")
+    assert contents(folder) == before
     again = run(*command)
     assert f"Going on from {saved}, step {checkpoints.read_run(saved)[1]}." in again.stdout
     assert checkpoints.find(str(folder)) == str(folder / "model.ckpt-60")
 
     disk.remount("ro")
     before = contents(folder)
-    assert "Read-only file system" in error_of(*command)
     scored = run("run_evaluator.py", f"--path={path}", f"--ckpt_path={folder}")
     assert "step 60" in scored.stdout
     assert contents(folder) == before
