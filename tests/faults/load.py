@@ -88,15 +88,13 @@ def draw(runs: dict[str, list[Sample]], file: Path) -> None:
         for axis, (what, samples) in zip(axes, runs.items(), strict=True):
             count = int(what.split()[0].replace(",", ""))
             places = np.linspace(count / len(samples), count, len(samples))
-            for values, name, colour in (
-                ([s.megabytes for s in samples], "memory, MiB", BLUE),
-                ([s.files for s in samples], "open files", VERMILLION),
+            for values, name, colour, lift in (
+                ([s.megabytes for s in samples], "memory, MiB", BLUE, -16),
+                ([s.files for s in samples], "open files", VERMILLION, 6),
             ):
                 axis.plot(places, values, color=colour)
-                at = (places[-1], values[-1])
-                axis.annotate(
-                    name, at, (0, 6), textcoords="offset points", color=colour, ha="right"
-                )
+                place = {"xytext": (0, lift), "textcoords": "offset points", "ha": "right"}
+                axis.annotate(name, (places[-1], values[-1]), color=colour, **place)
             axis.set(title=what, ylim=(0, None), xlim=(0, count))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_distribution import Workers, assert_lost
 from test_programs import PROJECT, SMALL, error_of, run
 
 import checkpoints
@@ -130,6 +131,24 @@ def test_a_save_that_does_not_fit_leaves_the_last_checkpoint_as_it_was(make_disk
         assert contents(disk.path) == before
         assert checkpoints.newest_intact(str(disk.path)) == (saved, [])
         assert not (disk.path / ".saving").exists()
+
+
+def test_a_chief_whose_disk_fills_up_says_so_and_its_workers_whom_they_lost(
+    make_disk, write_cifar10
+):
+    disk = make_disk("3m")
+    workers = Workers(
+        2,
+        [
+            *("run_trainer.py", f"--path={write_cifar10()}", f"--ckpt_path={disk.path / 'run'}"),
+            *(*SMALL, "--num_iterations=200", "--save_per_iterations=5", "--max_ckpts=-1"),
+        ],
+    )
+    (status, error), other = workers.ends()
+    assert status == 1
+    assert re.fullmatch(rf"run_trainer.py: error: cannot save .*{FULL}.*\n", error), error
+    assert_lost(other, 0)
+    assert checkpoints.newest_intact(str(disk.path / "run"))[0]
 
 
 def test_summaries_that_do_not_fit_stop_the_training_in_a_sentence(make_disk):
