@@ -266,6 +266,12 @@ def test_a_tf_config_that_names_no_place_for_this_process_is_refused(text, monke
         cluster.from_environment()
 
 
+def test_a_tf_config_with_an_address_twice_is_refused(monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", cluster.to_tf_config(["a:1", "b:1", "a:1"], 1))
+    with pytest.raises(UserError, match="names an address twice among a:1, b:1, a:1"):
+        cluster.from_environment()
+
+
 def test_a_tf_config_is_read_as_it_was_written(monkeypatch):
     for text in ("", "{}", '{"task": {"type": "worker", "index": 0}}'):
         monkeypatch.setenv("TF_CONFIG", text)
