@@ -306,14 +306,13 @@ def clean(directory: str, log_path: str, needed: str | None = None) -> None:
                 "written by this project."
             )
     saved = list_checkpoints(directory, ".sha256")
-    written = [
-        file
-        for files in ("train/" + EVENTS, "eval/" + EVENTS, "plugins/profile/*/*.xplane.pb")
-        for file in glob.glob(os.path.join(glob.escape(log_path), files))
-    ]
+    events, profiles = (
+        glob.glob(os.path.join(glob.escape(log_path), files))
+        for files in ("*/" + EVENTS, "plugins/profile/*/*.xplane.pb")
+    )
     others = set(os.listdir(directory)) - {LOCK} if os.path.isdir(directory) else set()
     state = _named_in_state(directory)
-    if others and not saved and not written and not state:
+    if others and not (saved or events or state):
         raise UserError(
             f"--clean leaves {directory} alone: nothing in it is of a run of this project; name "
             "another --ckpt_path, or leave out --clean."
@@ -323,7 +322,7 @@ def clean(directory: str, log_path: str, needed: str | None = None) -> None:
             _remove(os.path.join(directory, STATE))
         for _, prefix in saved:
             delete(prefix)
-        for file in written:
+        for file in events + profiles:
             os.remove(file)
     except OSError as error:
         raise UserError(f"cannot clean {directory}: {error.strerror}.") from error

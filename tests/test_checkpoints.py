@@ -796,6 +796,8 @@ def test_clean_refuses_a_folder_in_which_nothing_is_of_a_run(tiny, tmp_path, wha
     elif what == "another program's summaries":
         (tmp_path / "log" / "train").mkdir(parents=True)
         (tmp_path / "log" / "train" / "events.out.tfevents.1.host.1.v2").write_bytes(b"x")
+        (tmp_path / "log" / "plugins" / "profile" / "1").mkdir(parents=True)
+        (tmp_path / "log" / "plugins" / "profile" / "1" / "host.xplane.pb").write_bytes(b"x")
     else:
         tiny.save(str(tmp_path / "other"))
         assert (tmp_path / "checkpoint").exists()
