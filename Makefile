@@ -28,7 +28,7 @@ drill: $(VENV)/ready
 	TF_CPP_MIN_LOG_LEVEL=2 $(RUN) tests/faults/drill.py
 
 fuzz: $(VENV)/ready
-	FUZZ_EXAMPLES=30000 $(RUN) -m pytest tests/faults/test_fuzz.py
+	FUZZ_EXAMPLES=40000 $(RUN) -m pytest tests/faults/test_fuzz.py
 
 load: $(VENV)/ready
 	$(RUN) tests/faults/load.py

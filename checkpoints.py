@@ -17,15 +17,17 @@ from collections.abc import Iterator
 import tensorflow as tf
 
 import folders
+import summaries
 from errors import UserError, reason_of
 from resnet_model import ResNet
 from run_config import RunConfig
 
 NAME = "model.ckpt"
-EVENTS = "events.out.tfevents.*"
+EVENTS = f"events.out.tfevents.*{summaries.FILE_SUFFIX}"
 DESCRIPTION_KEY = "description/.ATTRIBUTES/VARIABLE_VALUE"
 STEP_KEY = "step/.ATTRIBUTES/VARIABLE_VALUE"
 LOCK = ".lock"
+STATE = "checkpoint"  # the file by which `tf.train.latest_checkpoint` finds the newest one
 # What TensorFlow's reader raises over damaged files, beside errors of its own.
 UNREADABLE = (tf.errors.OpError, ValueError, RuntimeError, IndexError, AttributeError)
 # In the order in which they move into place: a checkpoint is there once its index is.
@@ -39,6 +41,7 @@ def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep
     """
     name = f"{NAME}-{step}"
     prefix = os.path.join(directory, name)
+    _refuse_newcomers(directory, step)
     try:
         with _saving_folder(directory) as folder:
             written = checkpoint.write(os.path.join(folder, name))
@@ -72,6 +75,16 @@ def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep
     return prefix
 
 
+def _refuse_newcomers(directory: str, step: int) -> None:
+    """Refuses to save beside an intact checkpoint that this run would have gone on from."""
+    for saved_step, prefix in list_checkpoints(directory):
+        if saved_step > step and _is_intact(prefix):
+            raise UserError(
+                f"{prefix} came into the folder while this run was at step {step}: was another run "
+                "copied there? Nothing was changed; name another --ckpt_path for one of them."
+            )
+
+
 def list_checkpoints(directory: str, suffix: str = ".index") -> list[tuple[int, str]]:
     """The checkpoints of a folder as (step, prefix), oldest first, intact or not."""
     found = []
@@ -87,6 +100,11 @@ def newest_intact(directory: str) -> tuple[str | None, list[str]]:
     passed_over = []
     with_index, with_digests = list_checkpoints(directory), list_checkpoints(directory, ".sha256")
     if not with_index:  # at most the remains of a first save that was killed
+        if names := _named_in_state(directory):
+            passed_over.append(
+                f"{os.path.join(directory, names[-1])} is not there, of which the file {STATE} "
+                "beside it tells: it is still being copied, or lost."
+            )
         return None, passed_over
     for _, prefix in sorted({*with_index, *with_digests}, reverse=True):
         try:
@@ -147,6 +165,14 @@ def verify(prefix: str) -> None:
                 f"{prefix} is damaged: {os.path.basename(file)} is not what was written (its "
                 "SHA-256 differs); use another checkpoint."
             )
+
+
+def _is_intact(prefix: str) -> bool:
+    try:
+        verify(prefix)
+    except UserError:
+        return False
+    return True
 
 
 def _verify_tensors(prefix: str) -> None:
@@ -280,36 +306,37 @@ def clean(directory: str, log_path: str, needed: str | None = None) -> None:
                 "written by this project."
             )
     saved = list_checkpoints(directory, ".sha256")
-    summaries = [
-        file
-        for files in ("train/" + EVENTS, "eval/" + EVENTS, "plugins/profile/*/*.xplane.pb")
-        for file in glob.glob(os.path.join(glob.escape(log_path), files))
-    ]
+    events, profiles = (
+        glob.glob(os.path.join(glob.escape(log_path), files))
+        for files in ("*/" + EVENTS, "plugins/profile/*/*.xplane.pb")
+    )
     others = set(os.listdir(directory)) - {LOCK} if os.path.isdir(directory) else set()
-    if others and not saved and not summaries:
+    state = _named_in_state(directory)
+    if others and not (saved or events or state):
         raise UserError(
             f"--clean leaves {directory} alone: nothing in it is of a run of this project; name "
             "another --ckpt_path, or leave out --clean."
         )
     try:
-        if _is_own_state(os.path.join(directory, "checkpoint")):
-            _remove(os.path.join(directory, "checkpoint"))
+        if state:
+            _remove(os.path.join(directory, STATE))
         for _, prefix in saved:
             delete(prefix)
-        for file in summaries:
+        for file in events + profiles:
             os.remove(file)
     except OSError as error:
         raise UserError(f"cannot clean {directory}: {error.strerror}.") from error
 
 
-def _is_own_state(file: str) -> bool:
-    """Whether the file that `tf.train.latest_checkpoint` reads names checkpoints of ours alone."""
+def _named_in_state(directory: str) -> list[str]:
+    """The checkpoints that the folder's STATE names, where all of them are named as ours are."""
     try:
-        with open(file, encoding="utf-8") as state:
+        with open(os.path.join(directory, STATE), encoding="utf-8") as state:
             names = re.findall(r'checkpoint_paths?: "(.*)"', state.read())
-    except (FileNotFoundError, UnicodeDecodeError):
-        return False
-    return all(re.fullmatch(rf"{re.escape(NAME)}-\d+", name) for name in names)
+    except (OSError, UnicodeDecodeError):
+        return []
+    is_own = all(re.fullmatch(rf"{re.escape(NAME)}-\d+", name) for name in names)
+    return names if is_own else []
 
 
 @contextlib.contextmanager
@@ -324,11 +351,11 @@ def _saving_folder(directory: str) -> Iterator[str]:
 
 
 def _write_state(directory: str, prefixes: list[str]) -> None:
-    """Writes the file by which `tf.train.latest_checkpoint` finds the newest one."""
+    """Writes STATE, with the newest checkpoint last."""
     names = [os.path.basename(prefix) for prefix in prefixes]
     lines = [f'model_checkpoint_path: "{names[-1]}"\n']
     lines += [f'all_model_checkpoint_paths: "{name}"\n' for name in names]
-    file = os.path.join(directory, "checkpoint")
+    file = os.path.join(directory, STATE)
     with open(file + ".new", "w") as new:
         new.writelines(lines)
     _flush(file + ".new")

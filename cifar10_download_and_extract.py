@@ -15,6 +15,7 @@ import functools
 import gzip
 import hashlib
 import http.client
+import io
 import os
 import re
 import shlex
@@ -49,7 +50,7 @@ MAX_SYNTHETIC_BATCH = 20_000  # images in one file of the stand-in
 
 TRIES = 5
 RETRY_SECONDS = 1.0  # before the second try; doubled before each further one
-SLOWEST = 1000  # bytes a second over a --timeout; below it, a try is given up as if silent
+SLOWEST = 1000  # bytes of the archive a second; below it, a try is given up as if silent
 # A try that gets this much further is progress: a long download may break more often than TRIES.
 PROGRESS_BYTES = 1 << 20
 
@@ -134,6 +135,69 @@ class WebRedirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
+class TooSlow(OSError):
+    """A connection goes on, but not the download."""
+
+
+class Wire(io.RawIOBase):
+    """What a server sends, up to a moment that is put off only as the archive itself arrives.
+
+    A socket's timeout ends a silence. It would wait for ever for a header of which now and then a
+    byte comes, or for the last of headers without end.
+    """
+
+    def __init__(self, raw: io.RawIOBase, timeout: float) -> None:
+        self.raw, self.timeout = raw, timeout
+        self.wait()
+
+    def wait(self) -> None:
+        self.due = time.monotonic() + self.timeout
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int | None:
+        if time.monotonic() > self.due:
+            raise TooSlow(f"fewer than {SLOWEST} bytes arrive in a second")
+        return self.raw.readinto(buffer)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+class Response(http.client.HTTPResponse):
+    def __init__(self, sock, *args, **kwargs) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.wire = Wire(self.fp.detach(), sock.gettimeout())
+        self.fp = io.BufferedReader(self.wire)
+        self.arrived = 0
+
+    def read1(self, n: int = -1) -> bytes:
+        chunk = super().read1(n)
+        self.arrived += len(chunk)
+        if self.arrived >= SLOWEST * self.wire.timeout:
+            self.arrived = 0
+            self.wire.wait()
+        return chunk
+
+
+class Connection(http.client.HTTPConnection):
+    response_class = Response
+
+
+class SecureConnection(http.client.HTTPSConnection):
+    response_class = Response
+
+
+class Web(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    def http_open(self, req):
+        return self.do_open(Connection, req)
+
+    def https_open(self, req):
+        return self.do_open(SecureConnection, req)
+
+
 def digest_of(path: Path, algorithm: str) -> Digest:
     digest = hashlib.new(algorithm, usedforsecurity=algorithm != "md5")
     with open(path, "rb") as file:
@@ -182,7 +246,7 @@ class Mirror:
             if total and total > MAX_ARCHIVE_BYTES:
                 raise Refused(f"it announces {total} bytes, more than {MAX_ARCHIVE_BYTES}")
             self.version = version_of(response)
-            copy_body(response, part, have, end, total, self.timeout)
+            copy_body(response, part, have, end, total)
         if total and size_of(part) < total:
             raise TryAgain(f"the connection ended after {size_of(part)} of {total} bytes")
 
@@ -193,7 +257,7 @@ class Mirror:
             if self.version:
                 request.add_header("If-Range", self.version)
         try:
-            opener = urllib.request.build_opener(WebRedirects)
+            opener = urllib.request.build_opener(Web, WebRedirects)
             return opener.open(request, timeout=self.timeout)
         except urllib.error.HTTPError as error:
             if error.code == 416:
@@ -234,12 +298,9 @@ def version_of(response) -> str:
     return etag if etag and not weak else response.headers.get("Last-Modified", "")
 
 
-def copy_body(
-    response, part: Path, have: int, end: int | None, total: int | None, timeout: float
-) -> None:
+def copy_body(response, part: Path, have: int, end: int | None, total: int | None) -> None:
     """Appends the body to `part`, never past `end`, and leaves on disk what came before a break."""
     progress = Progress(have, total)
-    due, least = time.monotonic() + timeout, have + SLOWEST * timeout
     try:
         with open(part, "ab" if have else "wb") as file:
             while end is None or have < end:
@@ -253,10 +314,6 @@ def copy_body(
                 file.write(chunk)
                 file.flush()
                 have += len(chunk)
-                if time.monotonic() >= due:
-                    if have < least:
-                        raise TryAgain(f"fewer than {SLOWEST} bytes arrive in a second")
-                    due, least = time.monotonic() + timeout, have + SLOWEST * timeout
                 if have > MAX_ARCHIVE_BYTES:
                     part.unlink()
                     raise Refused(f"it sends more than {MAX_ARCHIVE_BYTES} bytes")

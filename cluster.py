@@ -1,13 +1,23 @@
-"""Which processes train together: what `TF_CONFIG` says. Read before anything slow is imported."""
+"""Which processes train together, as `TF_CONFIG` says, and how they find one another.
 
+Takes Python alone, so that a wrong `TF_CONFIG` is told before anything slow is imported.
+"""
+
+import contextlib
 import json
 import os
+import re
+import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from errors import UserError
 
 EXAMPLE = '{"cluster": {"worker": ["host0:4000", "host1:4000"]}, "task": {"type": "worker", "index": 0}}'  # fmt: skip  # noqa: E501
+
+ALL_ARE_HERE = b"all are here"
+ANSWER_SECONDS = 5  # for a caller to say who it is
 
 
 @dataclass(frozen=True)
@@ -19,6 +29,10 @@ class Cluster:
 
     def name(self, index: int) -> str:
         return f"worker {index} ({self.addresses[index]})"
+
+    def host_and_port(self, index: int) -> tuple[str, int]:
+        host, _, port = self.addresses[index].rpartition(":")
+        return host.strip("[]"), int(port)
 
 
 def to_tf_config(addresses: Sequence[str], index: int) -> str:
@@ -40,7 +54,7 @@ def from_environment() -> Cluster | None:
         jobs, task = config["cluster"], config["task"]
         addresses, index = tuple(jobs["worker"]), int(task["index"])
         whole = set(jobs) == {"worker"} == {task["type"]} and 0 <= index < len(addresses)
-        if not whole or not all(isinstance(address, str) for address in addresses):
+        if not whole or not all(map(_is_address, addresses)):
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
@@ -50,3 +64,72 @@ def from_environment() -> Cluster | None:
     if len(set(addresses)) < len(addresses):
         raise UserError(f"TF_CONFIG names an address twice among {', '.join(addresses)}.")
     return Cluster(addresses, index) if len(addresses) > 1 else None
+
+
+def _is_address(text: str) -> bool:
+    return bool(re.fullmatch(r"\S+:\d{1,5}", text)) and 0 < int(text.rpartition(":")[2]) < 2**16
+
+
+def meet(cluster: Cluster, timeout: float) -> None:
+    """Waits until all workers are there, for so many seconds at most.
+
+    TensorFlow by itself waits too, but deaf to Ctrl-C, and does not say for whom.
+    """
+    end = time.monotonic() + timeout
+    with _own_port(cluster) as door:
+        if cluster.index == 0:
+            absent = _receive(door, len(cluster.addresses), end)
+    if cluster.index != 0:
+        absent = [] if _call_chief(cluster, end) else [0]
+    if absent:
+        raise UserError(
+            f"{', '.join(map(cluster.name, absent))} did not answer within {timeout:g} seconds: "
+            "start the same command there too, each worker with its own index in TF_CONFIG."
+        )
+
+
+def _own_port(cluster: Cluster) -> socket.socket:
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    _, port = cluster.host_and_port(cluster.index)
+    try:
+        return socket.create_server(("", port), family=family, dualstack_ipv6=both)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on port {port} as {cluster.name(cluster.index)}: {error.strerror}; "
+            "stop what does, or name another port, everywhere, in TF_CONFIG."
+        ) from error
+
+
+def _receive(door: socket.socket, count: int, end: float) -> list[int]:
+    """Waits for all others to call, and lets them go at once; returns those who have not."""
+    callers: dict[int, socket.socket] = {}
+    with contextlib.ExitStack() as opened:
+        while absent := [index for index in range(1, count) if index not in callers]:
+            door.settimeout(max(end - time.monotonic(), 0.001))
+            try:
+                caller = opened.enter_context(door.accept()[0])
+            except TimeoutError:
+                return absent
+            caller.settimeout(ANSWER_SECONDS)
+            with contextlib.suppress(OSError, ValueError):  # a stranger, or one who left
+                callers[int(caller.recv(16))] = caller
+        for caller in callers.values():
+            with contextlib.suppress(OSError):
+                caller.sendall(ALL_ARE_HERE)
+    return []
+
+
+def _call_chief(cluster: Cluster, end: float) -> bool:
+    """Calls the chief until it says that all are there."""
+    while time.monotonic() < end:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(cluster.host_and_port(0), ANSWER_SECONDS) as chief,
+        ):
+            chief.sendall(str(cluster.index).encode())
+            chief.settimeout(max(end - time.monotonic(), 0.001))
+            if chief.recv(len(ALL_ARE_HERE)) == ALL_ARE_HERE:
+                return True
+        time.sleep(0.2)
+    return False

@@ -17,7 +17,7 @@ from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import Coordin
 # The one thing that has no public name: how long a silent worker counts as alive.
 from tensorflow.python.eager import context as tf_context
 
-from cluster import Cluster
+from cluster import Cluster, meet
 from errors import UserError
 
 STRATEGIES = ("auto", "off", "mirrored", "multi_worker")
@@ -158,6 +158,7 @@ def choose(strategy: str, cluster: Cluster | None, worker_timeout: float = 60) -
 
 
 def _join(cluster: Cluster, worker_timeout: float) -> tf.distribute.Strategy:
+    meet(cluster, START_TIMEOUT)
     tf_context.context().configure_coordination_service(
         service_type="standalone",
         service_leader="/job:worker/replica:0/task:0",

@@ -4,13 +4,14 @@ python launch_local.py --workers=2 -- run_trainer.py --use_synthetic_data
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl import flags
 
@@ -25,6 +26,8 @@ flags.DEFINE_integer("workers", 2, "Processes to start.", lower_bound=1)
 FLAG_GROUPS = {"Workers": ("workers",)}
 # Seconds that workers have to end of themselves once one of them has failed.
 PATIENCE = 20
+# Linux sends a process the signal that it asks for by this number when its parent has ended.
+PR_SET_PDEATHSIG = 1
 
 
 @exits_with_a_sentence
@@ -47,6 +50,7 @@ def launch(command: Sequence[str], count: int) -> int:
             errors="replace",
             # of its own, so that Ctrl-C reaches it once, from here
             start_new_session=True,
+            preexec_fn=_ending_with_launcher(),
         )
         for index in range(count)
     ]
@@ -62,6 +66,20 @@ def launch(command: Sequence[str], count: int) -> int:
         for reader in readers:
             reader.join()
     return status
+
+
+def _ending_with_launcher() -> Callable[[], None] | None:
+    """What a worker does as it starts, so as not to be left behind by a launcher that is killed."""
+    if sys.platform != "linux":
+        return None
+    tell_system, launcher = ctypes.CDLL(None).prctl, os.getpid()
+
+    def prepare() -> None:
+        tell_system(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        if os.getppid() != launcher:  # it had ended already
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return prepare
 
 
 def _wait(workers: Sequence[subprocess.Popen]) -> int:

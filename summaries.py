@@ -17,6 +17,7 @@ from metrics import Metrics
 from run_config import RunConfig
 
 GRID, GAP = 8, 2  # pictures a side, and pixels around each
+FILE_SUFFIX = ".cifar10-resnet.v2"  # by which --clean knows these event files from others
 DPI = 100  # half of what files get
 # what TensorBoard's table of hyperparameters shows of each run: these settings, until others are
 # chosen, and of `results` those of these names
@@ -31,7 +32,9 @@ class Summaries:
         self._log_path = log_path
         with self._telling():
             self._writers = {
-                name: tf.summary.create_file_writer(os.path.join(log_path, name))
+                name: tf.summary.create_file_writer(
+                    os.path.join(log_path, name), filename_suffix=FILE_SUFFIX
+                )
                 for name in ("train", "eval")
             }
 

@@ -16,6 +16,7 @@ import checkpoints
 from errors import UserError
 from resnet_model import ResNet
 from run_config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from summaries import FILE_SUFFIX
 from training import Trainer
 
 RUN = RunConfig(
@@ -151,6 +152,13 @@ def test_a_damaged_checkpoint_is_replaced_by_saving_its_step_again(folder, train
     trainer.step.assign(30)
     checkpoints.save(trainer.checkpoint, str(folder), 30)
     assert checkpoints.newest_intact(str(folder)) == (prefix_of(folder, 30), [])
+
+
+def test_an_intact_checkpoint_that_came_in_from_elsewhere_is_not_deleted_by_a_save(folder, tiny):
+    before = contents(folder)
+    text = refusal(checkpoints.save, tiny, str(folder), 15, 1)
+    assert f"{prefix_of(folder, 20)} came into the folder while this run was at step 15" in text
+    assert contents(folder) == before
 
 
 def test_the_same_run_saves_the_same_bytes_wherever_and_whenever(trainer, tmp_path):
@@ -742,8 +750,9 @@ def test_clean_deletes_checkpoints_and_summaries_and_nothing_else(folder, tmp_pa
     logs = tmp_path / "logs"
     others = [folder / "notes.txt", folder / "model.ckpt-notes.txt", folder / "sub" / "x.index"]
     others += [logs / "train" / "plot.png", logs / "events.out.tfevents.1", logs / "eval" / "a"]
+    others += [logs / "train" / "events.out.tfevents.3.host.1.v2"]  # another program's
     ours = [
-        logs / part / f"events.out.tfevents.{i}.host.1.v2"
+        logs / part / f"events.out.tfevents.{i}.host.1{FILE_SUFFIX}"
         for part in ("train", "eval")
         for i in (1, 2)
     ]
@@ -767,7 +776,7 @@ def test_clean_refuses_a_folder_with_a_checkpoint_that_somebody_else_wrote(folde
     tiny.write(prefix_of(folder, 99))
     logs = tmp_path / "logs"
     (logs / "train").mkdir(parents=True)
-    (logs / "train" / "events.out.tfevents.1").write_bytes(b"x")
+    (logs / "train" / f"events.out.tfevents.1{FILE_SUFFIX}").write_bytes(b"x")
     before, logs_before = contents(folder), contents(logs)
     text = refusal(checkpoints.clean, str(folder), str(logs))
     assert str(folder) in text
@@ -776,12 +785,19 @@ def test_clean_refuses_a_folder_with_a_checkpoint_that_somebody_else_wrote(folde
     assert contents(logs) == logs_before
 
 
-@pytest.mark.parametrize("what", ["another program's checkpoint", "documents", "a folder"])
+@pytest.mark.parametrize(
+    "what", ["another program's checkpoint", "another program's summaries", "documents", "a folder"]
+)
 def test_clean_refuses_a_folder_in_which_nothing_is_of_a_run(tiny, tmp_path, what):
     if what == "documents":
         (tmp_path / "thesis.txt").write_text("years of work")
     elif what == "a folder":
         (tmp_path / "photos").mkdir()
+    elif what == "another program's summaries":
+        (tmp_path / "log" / "train").mkdir(parents=True)
+        (tmp_path / "log" / "train" / "events.out.tfevents.1.host.1.v2").write_bytes(b"x")
+        (tmp_path / "log" / "plugins" / "profile" / "1").mkdir(parents=True)
+        (tmp_path / "log" / "plugins" / "profile" / "1" / "host.xplane.pb").write_bytes(b"x")
     else:
         tiny.save(str(tmp_path / "other"))
         assert (tmp_path / "checkpoint").exists()
@@ -795,7 +811,7 @@ def test_clean_refuses_a_folder_in_which_nothing_is_of_a_run(tiny, tmp_path, wha
 
 def test_clean_of_a_run_that_was_stopped_before_its_first_save_works(tmp_path):
     (tmp_path / "log" / "train").mkdir(parents=True)
-    (tmp_path / "log" / "train" / "events.out.tfevents.1").write_bytes(b"x")
+    (tmp_path / "log" / "train" / f"events.out.tfevents.1{FILE_SUFFIX}").write_bytes(b"x")
     checkpoints.clean(str(tmp_path), str(tmp_path / "log"))
     assert not list((tmp_path / "log" / "train").iterdir())
     with checkpoints.lock(str(tmp_path / "new")):

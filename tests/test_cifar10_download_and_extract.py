@@ -630,6 +630,32 @@ def test_server_that_drips_is_given_up_like_a_silent_one(get, site, data_dir):
     assert FOLDER not in os.listdir(data_dir)
 
 
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "rest"),
+    [
+        (b"HTTP/1.1 200 OK\r\nX: ", b"a"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (CHUNKED + b"1;", b"a"),
+        (CHUNKED + b"0\r\n", b"X: a\r\n"),
+    ],
+    ids=["a header", "answers before the answer", "a chunk's length", "headers after the archive"],
+)
+def test_server_that_never_comes_to_an_end_of_something_is_given_up(
+    get, site, data_dir, start, rest
+):
+    def endless(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(start)
+        while not site.closing.wait(0.02):
+            handler.wfile.write(rest)
+
+    site.faults += [endless] * program.TRIES
+    assert "bytes arrive in a second" in get("--timeout=0.2", status=1)
+    assert FOLDER not in os.listdir(data_dir)
+
+
 def test_server_that_stalls_midway_is_asked_again(get, site, data_dir):
     site.stall_after(HALF)
     get("--timeout=0.3")

@@ -1,10 +1,13 @@
 """Several replicas and workers do what one device does, and survive one another."""
 
+import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import pytest
 import replica_steps
 import tensorflow as tf
 from conftest import TRAIN_FILES, random_images, write_records
-from test_programs import error_of, run, values_in
+from test_programs import error_of, run, start, values_in
 
 import cluster
 import distribution
@@ -226,6 +229,23 @@ def test_a_worker_with_other_flags_or_data_than_the_chief_is_refused(data, tmp_p
     assert not list((tmp_path / "run").glob("*.index"))
 
 
+# tells that it is there by holding a FIFO open
+IDLE_WORKER = (
+    "import sys, time; f = open(sys.argv[1], 'w'); print(file=f, flush=True); time.sleep(99)"
+)
+
+
+def test_workers_end_with_a_launcher_that_is_killed(tmp_path):
+    os.mkfifo(tmp_path / "there")
+    (tmp_path / "worker.py").write_text(IDLE_WORKER)
+    launcher = start("launch_local.py", "--", tmp_path / "worker.py", tmp_path / "there")
+    with open(tmp_path / "there") as workers:
+        assert [workers.readline(), workers.readline()] == ["\n", "\n"]
+        launcher.kill()
+        assert workers.read() == "", "which is there once all have closed it"
+    launcher.communicate()
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -235,11 +255,20 @@ def test_a_worker_with_other_flags_or_data_than_the_chief_is_refused(data, tmp_p
         '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 2}}',
         '{"cluster": {"ps": ["a:1", "b:1"]}, "task": {"type": "ps", "index": 0}}',
         '{"cluster": {"worker": [1, 2]}, "task": {"type": "worker", "index": 0}}',
+        '{"cluster": {"worker": ["a", "b"]}, "task": {"type": "worker", "index": 0}}',
+        '{"cluster": {"worker": ["a:0", "b:1"]}, "task": {"type": "worker", "index": 0}}',
+        '{"cluster": {"worker": ["a:65536", "b:1"]}, "task": {"type": "worker", "index": 0}}',
     ],
 )
 def test_a_tf_config_that_names_no_place_for_this_process_is_refused(text, monkeypatch):
     monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(UserError, match="does not name this process"):
+        cluster.from_environment()
+
+
+def test_a_tf_config_with_an_address_twice_is_refused(monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", cluster.to_tf_config(["a:1", "b:1", "a:1"], 1))
+    with pytest.raises(UserError, match="names an address twice among a:1, b:1, a:1"):
         cluster.from_environment()
 
 
@@ -250,6 +279,58 @@ def test_a_tf_config_is_read_as_it_was_written(monkeypatch):
     monkeypatch.setenv("TF_CONFIG", cluster.to_tf_config(["a:1", "b:1"], 1))
     assert cluster.from_environment() == cluster.Cluster(("a:1", "b:1"), 1)
     assert cluster.from_environment().name(1) == "worker 1 (b:1)"
+
+
+def clusters(count: int) -> list[cluster.Cluster]:
+    """As each of so many workers on this machine sees its cluster."""
+    addresses = tuple(f"127.0.0.1:{port}" for port in launch_local.free_ports(count))
+    return [cluster.Cluster(addresses, index) for index in range(count)]
+
+
+def test_workers_meet_whatever_their_order_and_whoever_else_calls():
+    chief, *others = clusters(3)
+    with ThreadPoolExecutor(3) as pool:
+        meeting = [pool.submit(cluster.meet, other, 60) for other in others]
+        meeting.append(pool.submit(cluster.meet, chief, 60))
+        for said in (b"GET / HTTP/1.1\r\n\r\n", b"7", b""):
+            with contextlib.suppress(OSError):  # they may have met
+                socket.create_connection(chief.host_and_port(0), 60).sendall(said)
+        for each in meeting:
+            each.result()
+
+
+def test_workers_that_do_not_come_are_named():
+    chief, *others = clusters(3)
+    with ThreadPoolExecutor(2) as pool:
+        late = pool.submit(cluster.meet, others[0], 1)
+        with pytest.raises(UserError, match=r"^worker 2 \(\S+\) did not answer within 1 seconds"):
+            cluster.meet(chief, 1)
+        with pytest.raises(UserError, match=r"^worker 0 \(\S+\) did not answer"):
+            late.result()
+    nowhere = cluster.Cluster(("no.such.host.invalid:4000", others[0].addresses[0]), 1)
+    with pytest.raises(UserError, match="worker 0 "):
+        cluster.meet(nowhere, 0.1)
+
+
+def test_a_port_that_is_taken_is_told():
+    chief, other = clusters(2)
+    for each in (chief, other):
+        with socket.create_server(each.host_and_port(each.index)) as taken:
+            port = taken.getsockname()[1]
+            with pytest.raises(UserError, match=f"port {port} as worker {each.index} .*in use"):
+                cluster.meet(each, 1)
+
+
+def test_a_worker_that_waits_for_the_others_can_be_stopped(data, tmp_path):
+    chief = clusters(2)[0]
+    waiting = start(
+        *command(data, tmp_path),
+        env=environment(TF_CONFIG=cluster.to_tf_config(chief.addresses, 0)),
+    )
+    assert waiting.stdout.readline().startswith("Joining the others as worker 0")
+    waiting.send_signal(signal.SIGTERM)
+    assert waiting.wait(timeout=120) == -signal.SIGTERM
+    waiting.communicate()
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,22 @@ def test_sixteen_bits_are_brought_to_eight():
     np.testing.assert_array_equal(seen, np.repeat((grey >> 8)[:, :, None], 3, axis=2))
 
 
+@pytest.mark.parametrize(("kind", "channels"), [(2, 3), (4, 2), (6, 4)], ids=["RGB", "LA", "RGBA"])
+def test_sixteen_bits_of_colour_and_transparency_are_brought_to_eight(kind, channels):
+    image = np.random.default_rng(0).integers(0, 2**16, (32, 32, channels), np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in image)
+    png = b"\x89PNG\r\n\x1a\n"
+    for name, data in (
+        (b"IHDR", struct.pack(">IIBBBBB", 32, 32, 16, kind, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ):
+        check = struct.pack(">I", zlib.crc32(name + data))
+        png += struct.pack(">I", len(data)) + name + data + check
+    colours = image[:, :, :3] if channels > 2 else image[:, :, :1].repeat(3, axis=2)
+    np.testing.assert_array_equal(read_picture(png, "x"), colours >> 8)
+
+
 def test_the_first_picture_of_several_is_taken():
     first, second = (Image.fromarray(a) for a in (smooth(32, 32), 255 - smooth(32, 32)))
     animated = encoded(first, save_all=True, append_images=[second])

@@ -461,6 +461,49 @@ def test_a_request_that_does_not_say_its_length_is_limited_too(server):
         assert b" 413 " in client.recv(4096)
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        b'--x\r\nContent-Disposition: form-data; name="a"; filename="a.png"\r\n\r\n',
+        b"--x\r\n" * 1000,
+        b"--x--\r\n\r\n--x",
+        b"",
+    ],
+    ids=["cut off", "boundaries", "an end first", "empty"],
+)
+@pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "multipart/form-data; =;", ""])
+def test_forms_well_made_or_not_are_no_pictures_and_no_json(server, form, kind):
+    for path in ("/classify", PREDICT):
+        status, _, answer = server.ask("POST", path, form, **{"Content-Type": kind})
+        assert status == 400
+        assert list(json.loads(answer)) == ["error"]
+
+
+@pytest.mark.parametrize(
+    "request_head",
+    [
+        POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
+        POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n",
+        POST + b"Content-Length: -5\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n",
+        POST + b"Transfer-Encoding: gzip\r\n\r\n",
+        POST + b"X: " + bytes(20_000),
+        POST + b": x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: evil.example@localhost\r\n\r\n",
+        b"GET http://evil.example/ HTTP/1.1\r\nHost: evil.example\r\n\r\n",
+        b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\r\n\r\n",
+    ],
+)
+def test_a_request_that_is_not_http_or_means_two_things_gets_no_page(server, request_head):
+    with server.connect() as client:
+        client.sendall(request_head)
+        client.shutdown(socket.SHUT_WR)
+        answer = until_closed(client)
+    assert re.match(rb"HTTP/1.1 4\d\d |$", answer), answer
+    assert server.ask("GET", API)[0] == 200
+
+
 def test_json_that_would_grow_in_memory_is_refused_unread(server):
     for filling in (b"[],", b"{},", b"0,", b"[["):
         body = b'{"instances": [' + filling * (15 * MIB // len(filling)) + b"0]}"

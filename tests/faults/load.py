@@ -16,15 +16,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
 
 import checkpoints  # noqa: E402
 import cifar10_input  # noqa: E402
 import training  # noqa: E402
 from evaluation import score_checkpoints  # noqa: E402
-
-matplotlib.use("agg")
-from matplotlib import pyplot  # noqa: E402
+from plot_style import BLUE, VERMILLION, picture  # noqa: E402
 
 STEPS, EVERY, EVALUATIONS = 2_000, 20, 200
 BATCH = 16
@@ -83,16 +81,21 @@ def growth(values: list[float]) -> float:
 
 
 def draw(runs: dict[str, list[Sample]], file: Path) -> None:
-    figure, axes = pyplot.subplots(1, len(runs), figsize=(9, 3), layout="constrained")
-    for axis, (title, samples) in zip(axes, runs.items(), strict=True):
-        axis.set_title(title)
-        axis.plot([s.megabytes for s in samples], label="memory, MiB")
-        axis.plot([s.files for s in samples], label="open files")
-        axis.set_ylim(0)
-        axis.set_xlabel("samples")
-        axis.legend()
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=110)
+    title = "Memory and open files over a long run"
+    subtitle = "Of one process that trains, evaluates and saves, and then evaluates anew 200 times."
+    with picture(file, height=320, title=title, subtitle=subtitle) as figure:
+        axes = figure.subplots(1, len(runs), sharey=True)
+        for axis, (what, samples) in zip(axes, runs.items(), strict=True):
+            count = int(what.split()[0].replace(",", ""))
+            places = np.linspace(count / len(samples), count, len(samples))
+            for values, name, colour, lift in (
+                ([s.megabytes for s in samples], "memory, MiB", BLUE, -16),
+                ([s.files for s in samples], "open files", VERMILLION, 6),
+            ):
+                axis.plot(places, values, color=colour)
+                place = {"xytext": (0, lift), "textcoords": "offset points", "ha": "right"}
+                axis.annotate(name, (places[-1], values[-1]), color=colour, **place)
+            axis.set(title=what, ylim=(0, None), xlim=(0, count))
 
 
 def main() -> int:
@@ -100,8 +103,8 @@ def main() -> int:
     cifar10_input.SYNTHETIC_IMAGES = {"train": EVERY * BATCH, "test": 200}
     with tempfile.TemporaryDirectory() as folder:
         runs = {
-            f"{STEPS:,} steps, evaluating and saving every {EVERY}": train(folder),
-            f"{EVALUATIONS} evaluations": evaluate(folder),
+            f"{STEPS:,} steps, an evaluation and a checkpoint every {EVERY}": train(folder),
+            f"{EVALUATIONS} evaluations, each of a network of its own": evaluate(folder),
         }
     draw(runs, HERE / "load.png")
     failed = False

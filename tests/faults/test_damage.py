@@ -124,7 +124,9 @@ def test_a_copy_under_way_is_never_taken_for_whole(saved, tmp_path):
             data = (saved / name).read_bytes()
             for share in (0, 0.5, 0.99, 1):
                 (copy / name).write_bytes(data[: int(len(data) * share)])
-                newest, _ = checkpoints.newest_intact(str(copy))
+                newest, reasons = checkpoints.newest_intact(str(copy))
+                if (copy / checkpoints.STATE).exists() and share == 1:
+                    assert newest or reasons, "a training would begin anew amid the copies"
                 if newest:
                     step = checkpoints.read_run(newest)[1]
                     model = checkpoints.load_model(newest)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_distribution import Workers, assert_lost
 from test_programs import PROJECT, SMALL, error_of, run
 
 import checkpoints
@@ -97,14 +98,19 @@ def test_a_training_that_fills_the_disk_goes_on_once_there_is_room(make_disk, wr
     assert passed_over == []
     assert not (folder / ".saving").exists()
 
-    disk.remount("size=64m")
+    disk.remount("ro")
+    before = contents(folder)
+    refused = run(*command, status=1)
+    assert "Read-only file system" in refused.stderr
+    assert refused.stdout == "", "it has not begun to train"
+    disk.remount("rw,size=64m")
+    assert contents(folder) == before
     again = run(*command)
     assert f"Going on from {saved}, step {checkpoints.read_run(saved)[1]}." in again.stdout
     assert checkpoints.find(str(folder)) == str(folder / "model.ckpt-60")
 
     disk.remount("ro")
     before = contents(folder)
-    assert "Read-only file system" in error_of(*command)
     scored = run("run_evaluator.py", f"--path={path}", f"--ckpt_path={folder}")
     assert "step 60" in scored.stdout
     assert contents(folder) == before
@@ -125,6 +131,24 @@ def test_a_save_that_does_not_fit_leaves_the_last_checkpoint_as_it_was(make_disk
         assert contents(disk.path) == before
         assert checkpoints.newest_intact(str(disk.path)) == (saved, [])
         assert not (disk.path / ".saving").exists()
+
+
+def test_a_chief_whose_disk_fills_up_says_so_and_its_workers_whom_they_lost(
+    make_disk, write_cifar10
+):
+    disk = make_disk("3m")
+    workers = Workers(
+        2,
+        [
+            *("run_trainer.py", f"--path={write_cifar10()}", f"--ckpt_path={disk.path / 'run'}"),
+            *(*SMALL, "--num_iterations=200", "--save_per_iterations=5", "--max_ckpts=-1"),
+        ],
+    )
+    (status, error), other = workers.ends()
+    assert status == 1
+    assert re.fullmatch(rf"run_trainer.py: error: cannot save .*{FULL}.*\n", error), error
+    assert_lost(other, 0)
+    assert checkpoints.newest_intact(str(disk.path / "run"))[0]
 
 
 def test_summaries_that_do_not_fit_stop_the_training_in_a_sentence(make_disk):
