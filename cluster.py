@@ -46,6 +46,7 @@ def from_environment() -> Cluster | None:
     """The cluster that `TF_CONFIG` names; None where it names none, or this process alone."""
     text = os.environ.get("TF_CONFIG", "")
     if not text.strip():
+        os.environ.pop("TF_CONFIG", None)  # which TensorFlow would take for broken JSON
         return None
     try:
         config = json.loads(text)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -81,7 +82,7 @@ def run_layout(processes: int, devices: int, arguments: list[str]) -> dict[str, 
     addresses = [f"127.0.0.1:{port}" for port in launch_local.free_ports(processes)]
     running = []
     for index in range(processes):
-        config = cluster.to_tf_config(addresses, index) if processes > 1 else ""
+        config = cluster.to_tf_config(addresses, index) if processes > 1 else "{}"
         running.append(
             subprocess.Popen(
                 [sys.executable, __file__, *arguments, f"--devices={devices}"],
@@ -101,7 +102,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3, help="of which the fastest counts")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sync_batch_norm", action="store_true")
     parser.add_argument("--devices", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -109,20 +110,21 @@ def main() -> None:
         what = (options.layers, options.batch_size, options.steps, options.devices)
         print(json.dumps(measure(*what, options.sync_batch_norm)))
         return
-    best: dict[str, dict[str, float]] = {}
-    for _ in range(options.rounds):
-        for name, (processes, devices) in LAYOUTS.items():
-            found = run_layout(processes, devices, sys.argv[1:])
-            if name not in best or found["milliseconds"] < best[name]["milliseconds"]:
-                best[name] = found
-    alone = best["one process"]["milliseconds"]
+    rounds = [
+        {name: run_layout(*layout, sys.argv[1:]) for name, layout in LAYOUTS.items()}
+        for _ in range(options.rounds)
+    ]
     print(f"{'':26}{'ms a step':>10}{'of one':>8}{'MB sent':>9}{'MB expected':>12}")
-    for name, found in best.items():
-        workers = LAYOUTS[name][0]
+    for name, (processes, _) in LAYOUTS.items():
+        times = [found[name]["milliseconds"] for found in rounds]
+        ratios = [
+            found[name]["milliseconds"] / found["one process"]["milliseconds"] for found in rounds
+        ]
+        found = rounds[-1][name]
         # around the ring: each worker sends everything but one part of its own, twice
-        expected = 2 * (workers - 1) * found["values"] / 1e6
+        expected = 2 * (processes - 1) * found["values"] / 1e6
         print(
-            f"{name:26}{found['milliseconds']:10.1f}{found['milliseconds'] / alone:8.2f}"
+            f"{name:26}{median(times):10.1f}{median(ratios):8.2f}"
             f"{found['sent'] / 1e6:9.2f}{expected:12.2f}"
         )
 
