@@ -1,9 +1,11 @@
 """Takes training steps on so many virtual CPU devices and writes down what came of them.
 
-One process cannot hold two numbers of replicas, hence a program: replica_steps.py COUNT FILE.
+One process cannot hold two numbers of replicas, hence a program: replica_steps.py COUNT FILE
+NETWORK...
 """
 
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -37,10 +39,12 @@ def make_trainer(name: str, replicas: distribution.Replicas, sync_batch_norm: bo
     return training.Trainer(run, data_format, replicas=replicas, sync_batch_norm=sync_batch_norm)
 
 
-def take_steps(replicas: distribution.Replicas) -> dict[str, np.ndarray]:
-    """Every variable of every network after two steps, under NETWORK/VARIABLE."""
+def take_steps(
+    replicas: distribution.Replicas, networks: Sequence[str] = tuple(NETWORKS)
+) -> dict[str, np.ndarray]:
+    """Every variable of these networks after two steps, under NETWORK/VARIABLE."""
     found = {}
-    for name in NETWORKS:
+    for name in networks:
         trainer = make_trainer(name, replicas, sync_batch_norm=True)
         data = iter(tf.data.Dataset.from_tensor_slices(batches()))
         trainer.train_steps(data, 2)
@@ -73,4 +77,4 @@ if __name__ == "__main__":
     chosen = distribution.choose("auto", None)
     assert chosen.count == count
     assert distribution.choose("off", None).count == 1
-    np.savez(sys.argv[2], **take_steps(chosen))
+    np.savez(sys.argv[2], **take_steps(chosen, sys.argv[3:]))

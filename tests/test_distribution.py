@@ -35,17 +35,19 @@ def one_device() -> dict[str, np.ndarray]:
     return replica_steps.take_steps(distribution.Replicas())
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_replicas_take_the_steps_of_one_device(count, one_device, tmp_path):
+@pytest.mark.parametrize(("count", "networks"), [(2, [*replica_steps.NETWORKS]), (4, ["momentum"])])
+def test_replicas_take_the_steps_of_one_device(count, networks, one_device, tmp_path):
     file = tmp_path / "found.npz"
     subprocess.run(
-        [sys.executable, PROJECT / "tests/replica_steps.py", str(count), file],
+        [sys.executable, PROJECT / "tests/replica_steps.py", str(count), file, *networks],
         env=environment(TF_CPP_MIN_LOG_LEVEL="2"),
         check=True,
     )
     found = np.load(file)
-    assert set(found) == set(one_device)
-    for name, value in one_device.items():
+    kinds = {*networks, "apart", "shares"}
+    expected = {name: v for name, v in one_device.items() if name.split("/")[0] in kinds}
+    assert set(found) == set(expected)
+    for name, value in expected.items():
         if not name.startswith(("apart/", "shares")):
             np.testing.assert_allclose(found[name], value, rtol=2e-3, atol=2e-4, err_msg=name)
 
