@@ -211,6 +211,18 @@ def test_sigterm_to_any_worker_saves_once_and_ends_all_and_one_device_goes_on(
     assert_close_checkpoint(tmp_path / "model.ckpt-60", alone / "model.ckpt-60")
 
 
+def test_a_worker_that_falls_silent_counts_as_lost_after_its_time(data, tmp_path):
+    workers = Workers(2, command(data, tmp_path, "--worker_timeout=4"))
+    workers.wait_for("step 5/60")
+    chief, silent = workers.processes
+    silent.send_signal(signal.SIGSTOP)
+    try:
+        _, error = chief.communicate(timeout=120)
+    finally:
+        silent.kill()
+    assert_lost((chief.returncode, error), 1)
+
+
 def test_a_worker_with_other_flags_or_data_than_the_chief_is_refused(data, tmp_path):
     other = tmp_path / "other" / data.name
     other.mkdir(parents=True)
