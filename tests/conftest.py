@@ -1,22 +1,18 @@
 """What several test files need: data folders in miniature, and losing root's privileges."""
 
 import contextlib
-import fcntl
 import os
-import pty
-import struct
-import subprocess
-import sys
-import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+# a user's own choice of it would bring TensorFlow's messages into what the commands print
+os.environ.pop("TF_CPP_MIN_LOG_LEVEL", None)
+
 TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 NOBODY = 65534
-PROJECT = Path(__file__).resolve().parent.parent
 
 
 def write_records(file: Path, images: np.ndarray, labels: np.ndarray) -> None:
@@ -109,21 +105,3 @@ def as_nobody() -> Callable[[], contextlib.AbstractContextManager[None]]:
             os.seteuid(0)
 
     return nobody
-
-
-def in_terminal(*command: object, columns: int = 80, **keywords) -> tuple[int, str]:
-    """Runs a program of the project in a terminal; its exit status and all that it wrote there."""
-    program, *arguments = map(str, command)
-    here, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
-    process = subprocess.Popen(
-        [sys.executable, str(PROJECT / program), *arguments], **streams, **keywords
-    )
-    os.close(terminal)
-    written = b""
-    with contextlib.suppress(OSError):  # the end of a terminal is an error
-        while chunk := os.read(here, 4096):
-            written += chunk
-    os.close(here)
-    return process.wait(), written.decode()

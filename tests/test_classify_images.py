@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from commands import run
 from PIL import Image
-from test_programs import run
 
 import checkpoints
 import export

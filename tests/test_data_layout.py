@@ -1,17 +1,15 @@
 """What a folder holds, told by its files; and what is known of each data set's form."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run_code
 
 import data_layout
 from data_layout import CIFAR10_NAMES, LAYOUTS, Digest
 from errors import UserError
 
-PROJECT = Path(data_layout.__file__).parent
 FOLDERS = {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}
 FIRST_FILES = {
     "cifar10": "data_batch_1.bin",
@@ -22,7 +20,7 @@ FIRST_FILES = {
 
 def test_layouts_are_known_before_anything_slow_is_imported():
     code = "import data_layout, sys; sys.exit(bool({'tensorflow', 'numpy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
+    run_code(code)
 
 
 def test_the_official_archives_are_those_of_the_data_sets_own_page():

@@ -14,16 +14,15 @@ import numpy as np
 import pytest
 import replica_steps
 import tensorflow as tf
+from commands import PROJECT, error_of, run, start
 from conftest import TRAIN_FILES, random_images, write_records
-from test_programs import error_of, run, start, values_in
+from test_programs import values_in
 
 import cluster
 import distribution
 import launch_local
 import training
 from errors import UserError
-
-PROJECT = Path(__file__).resolve().parent.parent
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -119,13 +118,9 @@ class Workers:
     def __init__(self, count: int, command: list[str], *own: tuple[str, ...]):
         addresses = [f"127.0.0.1:{port}" for port in launch_local.free_ports(count)]
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, *command, *(own[index] if own else ())],
+            start(
+                *(*command, *(own[index] if own else ())),
                 env=environment(TF_CONFIG=cluster.to_tf_config(addresses, index)),
-                cwd=PROJECT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
             )
             for index in range(count)
         ]

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from commands import PROJECT, SMALL, error_of, run
 from conftest import random_images
 from PIL import Image
-from test_programs import PROJECT, SMALL, error_of, run
 
 import checkpoints
 import export

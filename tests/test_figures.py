@@ -5,13 +5,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import PROJECT, run, run_code
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -22,7 +22,6 @@ from network_trace import trace
 from resnet_model import ResNet
 from run_config import ModelConfig
 
-PROJECT = Path(__file__).resolve().parent.parent
 FILES = PROJECT / "files"
 HEADER = "step,epoch,train_loss,train_accuracy,test_accuracy,learning_rate,seconds"
 
@@ -54,23 +53,16 @@ def words(picture: Path) -> list[str]:
         return image.info["Description"].split(" | ")
 
 
-def run(script: str, *arguments: object, status: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, str(FILES / script), *map(str, arguments)],
-        cwd="/",  # the scripts find the project from anywhere
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+def draw(script: str, *arguments: object, status: int = 0) -> subprocess.CompletedProcess:
+    # the scripts find the project from anywhere
+    return run(f"files/{script}", *arguments, status=status, cwd="/")
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> Callable[[str], Counter[str]]:
     """The words in a drawing of each of the networks."""
     folder = tmp_path_factory.mktemp("drawn")
-    subprocess.run([sys.executable, "-c", DRAW_NETWORKS, folder], cwd=FILES, check=True)
+    run_code(DRAW_NETWORKS, folder, cwd=FILES)
     return lambda name: Counter(words(folder / f"{name}.png"))
 
 
@@ -140,9 +132,9 @@ def test_the_trace_tells_where_each_shortcut_starts_and_what_is_on_it(version):
 
 
 def test_the_pictures_in_the_folder_show_the_networks_as_they_are(tmp_path):
-    run("draw_network.py", f"--output={tmp_path / 'ResNet20_CIFAR10.png'}")
-    run("draw_parts.py", f"--output_dir={tmp_path}")
-    run("draw_curves.py", f"--output_dir={tmp_path}")
+    draw("draw_network.py", f"--output={tmp_path / 'ResNet20_CIFAR10.png'}")
+    draw("draw_parts.py", f"--output_dir={tmp_path}")
+    draw("draw_curves.py", f"--output_dir={tmp_path}")
     pictures = {file.name for file in tmp_path.iterdir()}
     assert pictures >= {"init_conv.png", "unit.png", "shortcut.png", "final.png"}
     for name in pictures:
@@ -155,7 +147,7 @@ def test_a_network_is_drawn_in_the_same_bytes_each_time(tmp_path):
     for folder in (tmp_path / "once", tmp_path / "again"):
         folder.mkdir()
         files = [folder / "plain8.png", folder / "plain8.pdf"]
-        run(
+        draw(
             *("draw_network.py", "--resnet_size=8", "--noshortcut_connections"),
             f"--output={files[0]},{files[1]}",
         )
@@ -164,9 +156,9 @@ def test_a_network_is_drawn_in_the_same_bytes_each_time(tmp_path):
 
 
 def test_the_scripts_refuse_in_a_sentence():
-    refused = run("draw_network.py", "--num_layers=18", status=1).stderr
+    refused = draw("draw_network.py", "--num_layers=18", status=1).stderr
     assert "--num_layers=18 is not a depth" in refused
-    assert "must end in .png or .pdf" in run("draw_network.py", "--output=a.jpg", status=1).stderr
+    assert "must end in .png or .pdf" in draw("draw_network.py", "--output=a.jpg", status=1).stderr
 
 
 def write_run(file: Path, *lines: str, header: str = HEADER) -> Path:
@@ -229,7 +221,7 @@ def test_curves_show_the_runs_that_are_there_and_no_others(tmp_path):
     results, output = tmp_path / "results", tmp_path / "drawn"
     results.mkdir()
     output.mkdir()
-    said = run("draw_curves.py", f"--results_dir={results}", f"--output_dir={output}").stdout
+    said = draw("draw_curves.py", f"--results_dir={results}", f"--output_dir={output}").stdout
     assert said.count("not drawn, for want of runs") == 3
     assert not list(output.iterdir())
 
@@ -237,7 +229,7 @@ def test_curves_show_the_runs_that_are_there_and_no_others(tmp_path):
     learning(results / "resnet110-fast.csv", 0.935)
     write_run(results / "resnet56-fast.csv", "200,0.5,1,0.5,,0.1,30")  # not tested yet
     learning(results / "plain110-fast.csv", 0.40)
-    said = run("draw_curves.py", f"--results_dir={results}", f"--output_dir={output}").stdout
+    said = draw("draw_curves.py", f"--results_dir={results}", f"--output_dir={output}").stdout
     assert f"left out: {results / 'resnet56-fast.csv'} has no test accuracy" in said
     assert f"left out: {results / 'plain20-fast.csv'} is not there" in said
 
@@ -253,7 +245,7 @@ def test_curves_show_the_runs_that_are_there_and_no_others(tmp_path):
 
     again = tmp_path / "again"
     shutil.copytree(output, again)
-    run("draw_curves.py", f"--results_dir={results}", f"--output_dir={output}")
+    draw("draw_curves.py", f"--results_dir={results}", f"--output_dir={output}")
     for file in output.iterdir():
         assert file.read_bytes() == (again / file.name).read_bytes()
 

@@ -1,10 +1,9 @@
 """Pictures from anywhere: what the network sees of whole ones, and what becomes of the others."""
 
 import io
+import os
 import random
 import struct
-import subprocess
-import sys
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run_code
 from PIL import Image
 
 import pictures
@@ -20,8 +20,6 @@ from pictures import read_picture, read_picture_file
 
 # pytest shows the warnings that the module keeps from its users
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
-
-PROJECT = Path(pictures.__file__).parent
 
 
 def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options: object) -> bytes:
@@ -363,14 +361,8 @@ def test_memory_stays_bounded_whatever_a_file_unpacks_to(tmp_path):
     }
     for name, data in cases.items():
         (tmp_path / name).write_bytes(data)
-    run = subprocess.run(
-        [sys.executable, "-c", MEMORY, *(tmp_path / name for name in cases)],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    grown = dict(zip(list(cases)[1:], map(int, run.stdout.split()), strict=True))
+    printed = run_code(MEMORY, *(tmp_path / name for name in cases)).stdout
+    grown = dict(zip(list(cases)[1:], map(int, printed.split()), strict=True))
     assert grown["photo.jpg"] < 40, "a photo is unpacked at an eighth of its size"
     assert grown["large.png"] < 160, "twice 16 million pixels of four bytes"
     assert grown["claims.png"] < 40
@@ -407,11 +399,4 @@ def test_no_warning_of_pillows_reaches_the_user(tmp_path):
     exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x0f\x01\x02\0\xff\0\0\0\xff\xff\xff\0"
     (tmp_path / "x.jpg").write_bytes(encoded(smooth(32, 32), "JPEG", exif=exif))
     code = f"import pictures; pictures.read_picture_file({str(tmp_path / 'x.jpg')!r})"
-    run = subprocess.run(
-        [sys.executable, "-W", "always", "-c", code],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stderr == ""
+    assert run_code(code, env=os.environ | {"PYTHONWARNINGS": "always"}).stderr == ""

@@ -3,11 +3,9 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
-from conftest import PROJECT, in_terminal
+from commands import in_terminal, run, run_code
 
 PROGRAMS = (
     *("run_trainer", "run_evaluator", "export_saved_model", "classify_images", "serve"),
@@ -32,14 +30,7 @@ print(json.dumps({{
 
 def answer(program: str, *flags: str, status: int = 1, **environment: str) -> str:
     """What a command says on stderr, or where that is not a failure on stdout."""
-    done = subprocess.run(
-        [sys.executable, program, *flags],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-    )
-    assert done.returncode == status, done.stderr
+    done = run(program, *flags, status=status, env=os.environ | environment)
     said, silent = (done.stderr, done.stdout) if status else (done.stdout, done.stderr)
     assert silent == ""
     return said
@@ -47,15 +38,7 @@ def answer(program: str, *flags: str, status: int = 1, **environment: str) -> st
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_shows_each_flag_in_one_group_and_each_group_on_a_screen(program):
-    described = json.loads(
-        subprocess.run(
-            [sys.executable, "-c", DESCRIBE.format(program=program)],
-            cwd=PROJECT,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    )
+    described = json.loads(run_code(DESCRIBE.format(program=program)).stdout)
     grouped = [name for names in described["groups"].values() for name in names]
     assert sorted(grouped) == sorted(described["flags"])
     for width, shown in described["help"].items():
@@ -80,12 +63,7 @@ def test_help_gives_defaults_and_choices_and_asking_for_it_is_no_failure():
 
 
 def test_absls_own_full_help_stays():
-    shown = subprocess.run(
-        [sys.executable, "run_trainer.py", "--helpfull"],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-    ).stdout
+    shown = run("run_trainer.py", "--helpfull", status=1).stdout
     assert "absl.logging" in shown
     assert "--recipe" in shown
 

@@ -5,43 +5,13 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import SMALL, error_of, run, run_code, start
 from conftest import write_cifar100
 from PIL import Image
-
-PROJECT = Path(__file__).resolve().parent.parent
-# 8 layers and small batches: a step takes a few milliseconds
-SMALL = ("--num_layers=8", "--batch_size=16", "--log_per_iterations=5")
-
-
-def start(*command: object, **keywords) -> subprocess.Popen:
-    program, *arguments = map(str, command)
-    return subprocess.Popen(
-        [sys.executable, str(PROJECT / program), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **keywords,
-    )
-
-
-def run(*command: object, status: int = 0, **keywords) -> subprocess.CompletedProcess:
-    process = start(*command, **keywords)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == status, out + err
-    assert "Traceback" not in err
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
-def error_of(*command: object, **keywords) -> str:
-    """The one sentence in which a command refuses its work."""
-    err = run(*command, status=1, **keywords).stderr
-    assert len(err.strip().splitlines()) == 1, err
-    return err
 
 
 def values_in(prefix: str | Path) -> dict[str, object]:
@@ -476,14 +446,7 @@ app.run(run_trainer.main)
 
 def test_a_trainer_interrupted_before_its_first_step_says_that_nothing_is_lost(data, tmp_path):
     flags = (f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL)
-    interrupted = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED_TRAINER, *flags],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert interrupted.returncode == 130
+    interrupted = run_code(INTERRUPTED_TRAINER, *flags, status=130)
     assert "interrupted; nothing is lost" in interrupted.stderr.splitlines()[-1]
     assert "Traceback" not in interrupted.stderr
     assert not list(tmp_path.glob("model*"))

@@ -1,12 +1,11 @@
 """The notebook runs from beginning to end, and what is kept of it shows just that."""
 
 import os
-from pathlib import Path
 
 import nbformat
+from commands import PROJECT
 from nbclient import NotebookClient
 
-PROJECT = Path(__file__).resolve().parent.parent
 NOTEBOOK = PROJECT / "examples" / "quickstart.ipynb"
 
 

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-PROJECT = Path(__file__).resolve().parent.parent
+from commands import PROJECT, run, run_code
 
 PROGRAMS = (
     ("run_trainer", "### The trainer's flags"),
@@ -43,14 +42,8 @@ def table_below(heading: str) -> dict[str, str]:
 
 
 def flags_of(program: str) -> dict[str, str]:
-    listed = subprocess.run(
-        [sys.executable, "-c", LIST_FLAGS.format(program=program)],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return dict(line.split("=", 1) for line in listed.stdout.splitlines())
+    listed = run_code(LIST_FLAGS.format(program=program)).stdout
+    return dict(line.split("=", 1) for line in listed.splitlines())
 
 
 @pytest.mark.parametrize(("program", "heading"), PROGRAMS)
@@ -78,13 +71,7 @@ def test_the_recipes_defaults_are_those_of_the_table():
 
 
 def test_the_download_scripts_table_lists_every_flag():
-    shown = subprocess.run(
-        [sys.executable, "cifar10_download_and_extract.py", "--help"],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    shown = run("cifar10_download_and_extract.py", "--help").stdout
     flags = set(re.findall(r"--(\w+)", shown.split("options:")[1])) - {"help"}
     assert set(table_below("### The download script's flags")) == flags
 
@@ -108,9 +95,7 @@ def commands() -> list[list[str]]:
 
 @functools.cache
 def flags_in_help(program: str) -> set[str]:
-    shown = subprocess.run(
-        [sys.executable, program, "--help"], cwd=PROJECT, capture_output=True, text=True
-    ).stdout
+    shown = run(program, "--help").stdout
     return set(re.findall(r"--(?:\[no\])?(\w+)", shown))
 
 

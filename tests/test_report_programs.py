@@ -1,35 +1,17 @@
 """`run_evaluator.py --report` and `plot_runs.py` as their users run them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tensorflow as tf
+from commands import PROJECT, error_of, run, run_code
 from conftest import random_images
 from PIL import Image
 
 import checkpoints
 from run_config import ModelConfig, RunConfig
 from training import Trainer
-
-PROJECT = Path(__file__).resolve().parent.parent
-
-
-def run(folder: Path, program: str, *arguments: str, status: int = 0) -> str:
-    """What a program printed; where it is to fail, it says why in a line."""
-    done = subprocess.run(
-        [sys.executable, str(PROJECT / program), *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    assert not status or len(done.stderr.splitlines()) == 1
-    return done.stderr if status else done.stdout
 
 
 def write_events(folder: Path, scale: float) -> None:
@@ -51,11 +33,8 @@ def test_the_evaluator_writes_its_report_and_its_pictures(tmp_path, write_cifar1
     checkpoint = Trainer(RunConfig(ModelConfig(num_layers=8))).checkpoint
     checkpoints.save(checkpoint, str(tmp_path / "run"), 0)
     wanted = ("--report=r.html", "--plot_dir=new/plots", "--output_json=s.json")
-    out = run(
-        tmp_path,
-        "run_evaluator.py",
-        *("--ckpt_path=run", f"--path={tmp_path}", *wanted),
-    )
+    command = ("run_evaluator.py", "--ckpt_path=run", f"--path={tmp_path}", *wanted)
+    out = run(*command, cwd=tmp_path).stdout
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     score = json.loads((tmp_path / "s.json").read_text())
     for told in (f"{100 * score['accuracy']:.2f} %", *wanted, tf.__version__, "fp32"):
@@ -85,12 +64,12 @@ def test_files_that_cannot_be_written_are_refused_before_the_evaluation(tmp_path
         ("--plot_dir=file", "cannot create the folder file"),
     ):
         # nothing is at --ckpt_path either, which would be told later
-        assert told in run(tmp_path, "run_evaluator.py", "--ckpt_path=none", flag, status=1)
+        assert told in error_of("run_evaluator.py", "--ckpt_path=none", flag, cwd=tmp_path)
 
 
 def test_a_report_is_of_one_checkpoint(tmp_path):
     flags = ("--ckpt_path=.", "--all_checkpoints", "--report=r.html")
-    refused = run(tmp_path, "run_evaluator.py", *flags, status=1)
+    refused = error_of("run_evaluator.py", *flags, cwd=tmp_path)
     assert "--report and --plot_dir show one checkpoint" in refused
 
 
@@ -110,12 +89,7 @@ assert "matplotlib.pyplot" not in sys.modules
 def test_curves_are_drawn_without_tensorflow(tmp_path):
     write_events(tmp_path / "a" / "log", 3)
     write_events(tmp_path / "b" / "run", 4)  # a --train_log_path
-    subprocess.run(
-        [sys.executable, "-c", WITHOUT_TENSORFLOW],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(PROJECT)},
-        check=True,
-    )
+    run_code(WITHOUT_TENSORFLOW, cwd=tmp_path, env={"PYTHONPATH": str(PROJECT)})
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.width == 1800
 
@@ -124,8 +98,8 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     for name in ("a/x/log", "b/x/log", "b/y/log"):
         write_events(tmp_path / name, 3)
     runs = ("--run=a/x", "--run=b/x/log", "--run=b/y/")
-    out = run(tmp_path, "plot_runs.py", *runs, "--output=c.svg", "--tag=loss", "--x=epoch")
-    assert out == "drew c.svg\n"
+    flags = (*runs, "--output=c.svg", "--tag=loss", "--x=epoch")
+    assert run("plot_runs.py", *flags, cwd=tmp_path).stdout == "drew c.svg\n"
     words = [f"<!-- {name} -->" for name in ("a/x", "b/x", "b/y", "epoch", "Learning curves")]
     drawn = (tmp_path / "c.svg").read_text(encoding="utf-8")
     assert all(word in drawn for word in words)
@@ -147,5 +121,5 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
 def test_what_cannot_be_drawn_is_refused_in_a_sentence(tmp_path, flags, told):
     write_events(tmp_path / "a" / "log", 3)
     (tmp_path / "empty" / "log" / "train").mkdir(parents=True)
-    assert told in run(tmp_path, "plot_runs.py", *flags, status=1)
+    assert told in error_of("plot_runs.py", *flags, cwd=tmp_path)
     assert not list(tmp_path.glob("c*"))

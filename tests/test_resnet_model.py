@@ -1,21 +1,19 @@
 """The network against hand-worked counts, an independent reference, and its own other layouts."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from commands import run_code
 from numpy_resnet import NumpyResNet, Values
 
 from errors import UserError
 from resnet_model import ResNet, Unit, resolve_data_format
 from run_config import ModelConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -558,14 +556,7 @@ for dtype in {DTYPES}:
         print(dtype, "refused", "--data_format=channels_last" in str(refusal))
 """
     environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "0", "CUDA_VISIBLE_DEVICES": ""}
-    output = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    ).stdout
+    output = run_code(code, env=environment).stdout
     assert output.splitlines() == [f"{dtype} refused True" for dtype in DTYPES]
 
 

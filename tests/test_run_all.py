@@ -1,21 +1,19 @@
 """The command that trains the table of results, on runs of a few steps."""
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 
 import checkpoints
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
 def run_all(tmp_path, monkeypatch):
     """The script as a module, with three tiny runs, writing to a folder of its own."""
-    script = ROOT / "files" / "results" / "run_all.py"
+    script = commands.PROJECT / "files" / "results" / "run_all.py"
     spec = importlib.util.spec_from_file_location("run_all", script)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "run_all", module)
@@ -92,7 +90,6 @@ def test_the_table_gives_the_mean_of_the_seeds_and_each_of_them(run_all):
 
 
 def test_the_readme_shows_the_table_that_the_results_give():
-    command = [sys.executable, "files/results/run_all.py", "--table"]
-    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    table = commands.run("files/results/run_all.py", "--table").stdout
     if table.count("\n") > 2:
-        assert table in (ROOT / "README.md").read_text()
+        assert table in (commands.PROJECT / "README.md").read_text()

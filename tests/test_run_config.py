@@ -3,13 +3,11 @@
 import dataclasses
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from commands import run_code
 
 from errors import UserError
 from run_config import (
@@ -23,8 +21,6 @@ from run_config import (
     training_config,
     units_per_block,
 )
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # A run in which no field has its default.
 UNUSUAL = RunConfig(
@@ -66,7 +62,7 @@ UNUSUAL = RunConfig(
 
 def test_descriptions_of_runs_do_not_wait_for_tensorflow():
     code = "import run_config, sys; sys.exit('tensorflow' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    run_code(code)
 
 
 # --- Depths ---------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import PROJECT, run, run_code
 from conftest import random_images
 from PIL import Image
 from selenium import webdriver
@@ -33,7 +34,6 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from errors import UserError
 
-PROJECT = Path(__file__).resolve().parent.parent
 NAMES = ("airplane", "automobile", "<b>bird</b>", "cat", "deer", "dog", "frog")
 API = "/v1/models/resnet"
 PREDICT = f"{API}:predict"
@@ -250,13 +250,7 @@ def test_the_readmes_client_works_as_it_is_printed(server, tmp_path):
     (client,) = re.findall(r"```python\n([^`]*8501[^`]*)```", readme)
     upload = encoded(photo(40, 40), "JPEG")
     (tmp_path / "cat.jpg").write_bytes(upload)
-    printed = subprocess.run(
-        [sys.executable, "-c", client.replace("8501", str(server.port))],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    printed = run_code(client.replace("8501", str(server.port)), cwd=tmp_path).stdout
     best = server.post("/classify", upload)[1]["classes"][0]
     probabilities = json.loads(printed)
     assert max(probabilities) == pytest.approx(best["probability"], abs=1e-5)
@@ -860,16 +854,7 @@ def eventually(happens: Callable[[], bool]) -> bool:
 
 def refusal(*arguments: object, status: int = 1, **keywords) -> str:
     """The sentence in which the command refuses to start."""
-    ended = subprocess.run(
-        [sys.executable, str(PROJECT / "serve.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        **keywords,
-    )
-    assert ended.returncode == status, ended
-    assert "Traceback" not in ended.stderr
-    return ended.stderr
+    return run("serve.py", *arguments, status=status, **keywords).stderr
 
 
 def test_what_cannot_be_served_is_refused_before_tensorflow_is_imported(saved_model, tmp_path):

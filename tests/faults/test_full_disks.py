@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import PROJECT, SMALL, error_of, run
 from PIL import Image
 from test_distribution import Workers, assert_lost
-from test_programs import PROJECT, SMALL, error_of, run
 
 import checkpoints
 import cifar10_download_and_extract

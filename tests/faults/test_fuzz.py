@@ -7,14 +7,13 @@ import contextlib
 import gzip
 import json
 import os
-import subprocess
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from commands import run
 from fuzzing import fuzzed, result_or_sentence
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -85,9 +84,7 @@ def test_a_description_is_a_run_or_a_sentence(text):
 
 def test_flags_are_refused_by_name_or_make_a_run(write_cifar10):
     folder = write_cifar10().parent
-    program = [sys.executable, str(Path(__file__).parent / "fuzz_flags.py")]
-    ended = subprocess.run(program, cwd=folder, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    run("tests/faults/fuzz_flags.py", cwd=folder)
 
 
 # --- Records --------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ import re
 import sys
 import time
 
+from commands import SMALL, start
 from conftest import random_images
-from test_programs import SMALL, start
 
 import checkpoints
 from progress import Progress

@@ -1,0 +1,68 @@
+"""Runs the project's commands as their users do: processes with output and exit status."""
+
+import contextlib
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+# 8 layers and small batches: a step takes a few milliseconds
+SMALL = ("--num_layers=8", "--batch_size=16", "--log_per_iterations=5")
+
+
+def start(*command: object, **keywords) -> subprocess.Popen:
+    program, *arguments = map(str, command)
+    return subprocess.Popen(
+        [sys.executable, str(PROJECT / program), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **keywords,
+    )
+
+
+def run(*command: object, status: int = 0, **keywords) -> subprocess.CompletedProcess:
+    process = start(*command, **keywords)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == status, out + err
+    assert "Traceback" not in err
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def error_of(*command: object, **keywords) -> str:
+    """The one sentence in which a command refuses its work."""
+    err = run(*command, status=1, **keywords).stderr
+    assert len(err.strip().splitlines()) == 1, err
+    return err
+
+
+def run_code(code: str, *arguments: object, status: int = 0, **keywords):
+    """Runs Python code that imports the project's modules, in a process of its own."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    keywords = {"cwd": PROJECT, "timeout": 240} | keywords
+    done = subprocess.run(command, capture_output=True, text=True, **keywords)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def in_terminal(*command: object, columns: int = 80, **keywords) -> tuple[int, str]:
+    """Runs a program of the project in a terminal; its exit status and all that it wrote there."""
+    program, *arguments = map(str, command)
+    here, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    process = subprocess.Popen(
+        [sys.executable, str(PROJECT / program), *arguments], **streams, **keywords
+    )
+    os.close(terminal)
+    written = b""
+    with contextlib.suppress(OSError):  # the end of a terminal is an error
+        while chunk := os.read(here, 4096):
+            written += chunk
+    os.close(here)
+    return process.wait(), written.decode()
