@@ -16,6 +16,8 @@ from errors import UserError
 
 EXAMPLE = '{"cluster": {"worker": ["host0:4000", "host1:4000"]}, "task": {"type": "worker", "index": 0}}'  # fmt: skip  # noqa: E501
 
+# Which of the devices train: --distribution_strategy, and what distribution.py makes of it.
+STRATEGIES = ("auto", "off", "mirrored", "multi_worker")
 ALL_ARE_HERE = b"all are here"
 ANSWER_SECONDS = 5  # for a caller to say who it is
 

@@ -20,7 +20,6 @@ from tensorflow.python.eager import context as tf_context
 from cluster import Cluster, meet
 from errors import UserError
 
-STRATEGIES = ("auto", "off", "mirrored", "multi_worker")
 # Seconds that the workers have to come together: schedulers start them minutes apart.
 START_TIMEOUT = 600
 
@@ -147,7 +146,7 @@ class Replicas:
 
 
 def choose(strategy: str, cluster: Cluster | None, worker_timeout: float = 60) -> Replicas:
-    """The replicas that a value of STRATEGIES stands for, on the devices that are visible."""
+    """The replicas that one of the STRATEGIES stands for, on the devices that are visible."""
     if strategy in ("auto", "multi_worker") and cluster and len(cluster.addresses) > 1:
         with _naming_the_lost(cluster):
             return Replicas(_join(cluster, worker_timeout), cluster)

@@ -214,7 +214,9 @@ class Progress:
 class NoProgress(Progress):
     """Shows nothing: where several workers train together, one of them tells of all."""
 
-    def __init__(self, profile_steps: tuple[int, int] | None = None):
+    def __init__(
+        self, *told: object, profile_steps: tuple[int, int] | None, **more: object
+    ) -> None:
         self._profile_steps = profile_steps
 
     def __exit__(self, *exception: object) -> None:

@@ -116,7 +116,7 @@ flags.DEFINE_integer(
 flags.DEFINE_enum(
     "distribution_strategy",
     "auto",
-    ["auto", "off", "mirrored", "multi_worker"],
+    list(cluster.STRATEGIES),
     "Devices: the workers of TF_CONFIG, all of this machine's GPUs, or one; auto is the most.",
 )
 flags.DEFINE_integer(

@@ -212,9 +212,14 @@ class Trainer:
         )
         return tf.nn.softmax_cross_entropy_with_logits(targets, logits)
 
+    @property
+    def steps_done(self) -> int:
+        """The number in `step`, which each replica has a copy of."""
+        return int(self.step.numpy())
+
     def means(self, reset: bool = False) -> tuple[float, float]:
         """Mean loss and accuracy over the steps since the last reset."""
-        step = int(self.step.numpy())
+        step = self.steps_done
         steps = max(step - self._means_since, 1)
         loss = float(self._loss_sum.numpy()) / steps
         accuracy = int(self._correct.numpy()) / (steps * self.run.training.batch_size)
@@ -226,13 +231,13 @@ class Trainer:
 
     def watch_next_step(self) -> None:
         """Has `norms` tell of the gradients of the step that comes next."""
-        self._watched = int(self.step.numpy()) + 1, self.optimizer.snapshot()
+        self._watched = self.steps_done + 1, self.optimizer.snapshot()
 
     def norms(self) -> dict[str, float]:
         """The norms of each block's weights, and of its gradients if the last step was watched."""
         weights = {v.name: v.numpy() for v in self.model.trainable_variables}
         norms = _block_norms("weight_norm", weights)
-        if self._watched and self._watched[0] == int(self.step.numpy()):
+        if self._watched and self._watched[0] == self.steps_done:
             gradients = self.optimizer.gradients_since(self._watched[1])
             norms |= _block_norms("gradient_norm", gradients)
         self._watched = None
@@ -262,7 +267,7 @@ class Trainer:
             what = f"the loss was not finite at step {bad_step}"
         elif not all(np.isfinite(v.numpy()).all() for v in self.model.variables):
             # ReLU turns what is not a number into zero, and so may hide it from the loss
-            what = f"the weights were no longer finite by step {int(self.step.numpy())}"
+            what = f"the weights were no longer finite by step {self.steps_done}"
         else:
             return
         good, _ = checkpoints.newest_intact(ckpt_path)
@@ -359,7 +364,7 @@ def train(
     say = print if chief else lambda line: None
     last_step = min(run.training.num_iterations, options.max_train_steps or 2**62)
     trainer, data = _ready(run, options, resume_from, replicas, last_step)
-    step = int(trainer.step.numpy())
+    step = trainer.steps_done
     if step >= last_step:
         reason = "finished" if step >= run.training.num_iterations else "past --max_train_steps"
         say(f"This run is {reason}: {resume_from} is step {step} of {run.training.num_iterations}.")
@@ -385,7 +390,11 @@ def train(
     saved, first_step, stopped_by = resume_from, step, 0
     with (
         StopSignals() as stop,
-        _progress(run, options, first_step, last_step, steps_per_epoch, chief) as progress,
+        (Progress if chief else NoProgress)(
+            *(run, first_step, last_step, steps_per_epoch),
+            log_path=options.train_log_path,
+            profile_steps=options.profile_steps,
+        ) as progress,
     ):
         dataset = training_batches(
             data.train_set,
@@ -457,9 +466,18 @@ def train(
     return Outcome(step, saved, metrics, stopped_by or None, summary)
 
 
+class _Data(NamedTuple):
+    """What a run sees: images to train on, with their mean; images to score."""
+
+    train_set: ImageSet
+    mean: np.ndarray
+    evaluation_split: str
+    evaluation: ImageSet | None
+
+
 def _ready(
     run: RunConfig, options: Options, resume_from: str | None, replicas: Replicas, last_step: int
-) -> "tuple[Trainer, _Data]":
+) -> tuple[Trainer, _Data]:
     """The network as the training begins or goes on with it, and its data."""
     with ThreadPoolExecutor(1) as reader:
         # The files are read while the network is built and traced.
@@ -479,7 +497,7 @@ def _ready(
             if replicas.is_chief:
                 checkpoints.restore_pretrained(trainer.model, run.training.pretrained)
             trainer.copy_from_chief()
-        if int(trainer.step.numpy()) < last_step:
+        if trainer.steps_done < last_step:
             trainer.trace()
         data = reading.result()
     if replicas.num_workers > 1:
@@ -492,29 +510,6 @@ def _ready(
             "trained on (their mean differs): give the same --path, or another --ckpt_path."
         )
     return trainer, data
-
-
-def _progress(
-    run: RunConfig,
-    options: Options,
-    first_step: int,
-    last_step: int,
-    steps_per_epoch: float,
-    chief: bool,
-) -> Progress:
-    if not chief:
-        return NoProgress(options.profile_steps)
-    steps = (first_step, last_step, steps_per_epoch)
-    return Progress(run, *steps, options.train_log_path, options.profile_steps)
-
-
-class _Data(NamedTuple):
-    """What a run sees: images to train on, with their mean; images to score."""
-
-    train_set: ImageSet
-    mean: np.ndarray
-    evaluation_split: str
-    evaluation: ImageSet | None
 
 
 def _read_data(run: RunConfig, options: Options) -> _Data:
