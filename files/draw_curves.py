@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from matplotlib.axes import Axes
 from matplotlib.transforms import offset_copy
 
+import program
 from errors import UserError, exits_with_a_sentence
 from plot_style import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, SKY, SMALL, picture
 
@@ -23,6 +24,8 @@ FOLDER = Path(__file__).resolve().parent
 FLAGS = flags.FLAGS
 flags.DEFINE_string("results_dir", str(FOLDER / "results"), "Folder of the runs' CSV files.")
 flags.DEFINE_string("output_dir", str(FOLDER), "Folder to draw into.")
+
+FLAG_GROUPS = {"Where from and where to": ("results_dir", "output_dir")}
 
 COLUMNS = (
     *("step", "epoch", "train_loss", "train_accuracy"),
@@ -63,8 +66,6 @@ Curve = tuple[np.ndarray, np.ndarray]
 
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
     results, output = Path(FLAGS.results_dir), Path(FLAGS.output_dir)
     for title, looks, file in (
         ("Residual networks", RESIDUAL, "resnet.png"),
@@ -235,4 +236,4 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main, FLAG_GROUPS)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from absl import app, flags
+from absl import flags
 
 import command_line
+import program
 from device import start_tensorflow
 from diagram import (
     GAP,
@@ -45,6 +46,8 @@ flags.register_validator(
     "the files must end in .png or .pdf",
 )
 
+FLAG_GROUPS = {"Network": command_line.NETWORK_FLAGS, "Where to": ("output",)}
+
 LEFT, RIGHT = 154, WIDTH - MARGIN  # of the layers in a row
 FIRST = 124  # how far down the first row is
 TURN = 20  # how far right of a row the way to the next one turns
@@ -55,8 +58,6 @@ Row = list[tuple[Unit, int]]  # each with how often it stands there, one after t
 
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
     config = with_given(ModelConfig(), command_line.given_network())
     stem = config.name.replace("resnet", "ResNet").replace("plain", "Plain") + "_CIFAR10"
     start_tensorflow("cpu")
@@ -164,4 +165,4 @@ def side_note(diagram: Diagram, y: float, heading: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main, FLAG_GROUPS)

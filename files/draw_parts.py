@@ -9,8 +9,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+import program
 from device import start_tensorflow
 from diagram import (
     HEIGHT,
@@ -32,6 +33,8 @@ FOLDER = Path(__file__).resolve().parent
 FLAGS = flags.FLAGS
 flags.DEFINE_string("output_dir", str(FOLDER), "Folder to draw into.")
 
+FLAG_GROUPS = {"Where to": ("output_dir",)}
+
 # the kinds of units, and the flag that chooses each
 UNITS = {
     "Plain": ("--shortcut_connections=False", ModelConfig(shortcut_connections=False)),
@@ -44,8 +47,6 @@ OUTPUTS = {"Plain": "F(x)", "Version 1": "ReLU(x + F(x))"}
 
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
     folder = Path(FLAGS.output_dir)
     start_tensorflow("cpu")
     from network_trace import trace
@@ -235,4 +236,4 @@ def draw_end(network: Network, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main, FLAG_GROUPS)
