@@ -372,7 +372,6 @@ def train(
 
     evaluate = Evaluator(trainer.model) if options.epochs_between_evals and chief else None
     steps_per_epoch = len(data.train_set.labels) / run.training.batch_size
-    steps_between_evals = max(1, round(options.epochs_between_evals * steps_per_epoch))
     metrics = None
 
     def reaches_threshold() -> bool:
@@ -410,10 +409,13 @@ def train(
         batches = iter(dataset)
         agree_every = 1 if replicas.num_workers == 1 else STEPS_BETWEEN_AGREEMENTS
         pauses = [options.log_per_iterations, options.save_per_iterations]
-        pauses += [steps_between_evals] if options.epochs_between_evals else []
         pauses += [agree_every] if agree_every > 1 else []
-        stations = [last_step, *progress.stations]
+        evaluation_due = 0  # never
         while True:
+            if options.epochs_between_evals and evaluation_due <= step:
+                images = options.epochs_between_evals * len(data.train_set.labels)
+                evaluation_due = _next_end(step, images, run.training.batch_size)
+            stations = [last_step, evaluation_due, *progress.stations]
             ahead = [every - step % every for every in pauses]
             ahead += [station - step for station in stations if station > step]
             count = min(options.steps_per_call, *ahead)
@@ -434,9 +436,7 @@ def train(
                 progress.update(step, *trainer.means(), rate)
             logging = ending or step % options.log_per_iterations == 0
             saving = ending or step % options.save_per_iterations == 0
-            evaluating = options.epochs_between_evals and (
-                step % steps_between_evals == 0 or step == last_step
-            )
+            evaluating = options.epochs_between_evals and step in (evaluation_due, last_step)
             if logging or saving or evaluating:
                 trainer.check_finite(options.ckpt_path)
             if logging:
@@ -464,6 +464,12 @@ def train(
             name = signal.Signals(stopped_by).name
             summary["stopped"] = f"by {name}; the same command goes on from there"
     return Outcome(step, saved, metrics, stopped_by or None, summary)
+
+
+def _next_end(step: int, images: int, batch_size: int) -> int:
+    """The first step after this one in which so many images, or a multiple of them, are through."""
+    done = step * batch_size // images
+    return -(-(done + 1) * images // batch_size)
 
 
 class _Data(NamedTuple):

@@ -90,6 +90,24 @@ def test_label_smoothing_trains_towards_smoothed_labels():
     assert loss == pytest.approx(-(targets * log_probabilities).sum(1).mean(), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("images", "batch_size", "ends"),
+    [
+        (50_000, 128, [391, 782, 1172]),  # 390.625 steps each
+        (7 * 50_000, 128, [2735, 5469, 8204, 10_938]),  # the last in the last step of 28 epochs
+        (10, 5, [2, 4, 6]),
+        (3, 8, [1, 2, 3]),  # several of them in a step
+    ],
+)
+def test_epochs_end_in_the_steps_that_see_their_last_images(images, batch_size, ends):
+    step, found = 0, []
+    while len(found) < len(ends):
+        step = training._next_end(step, images, batch_size)
+        found.append(step)
+    assert found == ends
+    assert training._next_end(ends[0] - 1, images, batch_size) == ends[0]
+
+
 def test_means_are_over_the_steps_since_the_last_reset():
     trainer = training.Trainer(make_run())
     losses = []
