@@ -76,11 +76,16 @@ class Worker:
             yield cls(child, stderr)
 
     def ask(self, do: str, **what: Any) -> Any:
-        """Has it do something and returns its answer."""
+        """Has it do something and returns its answer. Between two answers it is halted.
+
+        Otherwise its input pipeline would go on filling buffers while others have their turn.
+        """
         answer = ""
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError, ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGCONT)
             print(json.dumps({"do": do, **what}), file=self._child.stdin, flush=True)
             answer = self._child.stdout.readline()
+            os.killpg(self._child.pid, signal.SIGSTOP)
         if not answer:
             raise _failure(self._child, self._stderr)
         return json.loads(answer)
