@@ -7,6 +7,8 @@ size of a request, the bodies of all requests together, the connections, the tim
 
 import asyncio
 import base64
+import contextlib
+import ctypes
 import hashlib
 import io
 import os
@@ -116,6 +118,7 @@ class _Application(web.Application):
         self.workers = ThreadPoolExecutor(WORKERS)
         self.requests = 0
         self.body_bytes = 0
+        self._answered_bytes = 0
         self._hosts = {*LOOPBACK, host.lower()}
         self._anywhere = host in ANYWHERE
         if self._anywhere:
@@ -146,6 +149,15 @@ class _Application(web.Application):
         """
         host = host.strip("[]")
         return host in self._hosts or (self._anywhere and netutil.is_valid_ip(host))
+
+    def end_request(self, body_bytes: int) -> None:
+        """To be told of each. When all are answered, memory that large ones took is given back."""
+        self.requests -= 1
+        self._answered_bytes += body_bytes
+        if not self.requests and self._answered_bytes > MAX_BODY:
+            self._answered_bytes = 0
+            with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+                ctypes.CDLL(None).malloc_trim(0)
 
     async def finish(self) -> None:
         """Waits for the requests that are being answered, but not for ever."""
@@ -197,6 +209,7 @@ class _Handler(web.RequestHandler):
 
     def initialize(self) -> None:
         self.body = bytearray()
+        self._received = 0
         self._refusal: _Refusal | None = None
         self._ended = False
         self.application.requests += 1
@@ -221,6 +234,7 @@ class _Handler(web.RequestHandler):
             raise self._refusal
 
     def data_received(self, chunk: bytes) -> None:
+        self._received += len(chunk)
         if self._refusal:
             return
         self.body += chunk
@@ -253,7 +267,7 @@ class _Handler(web.RequestHandler):
         self._forget_body()
         if not self._ended:
             self._ended = True
-            self.application.requests -= 1
+            self.application.end_request(self._received)
 
     def write_error(self, status_code: int, **keywords: Any) -> None:
         error = keywords.get("exc_info", (None, None))[1]
