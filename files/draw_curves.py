@@ -17,8 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import offset_copy
 
 import program
-from errors import UserError, exits_with_a_sentence
-from plot_style import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, SKY, SMALL, picture
+import run_csv
+from errors import exits_with_a_sentence
+from plot_style import BLUE, INK, MUTED, ORANGE, PAPER, SMALL, picture
 
 FOLDER = Path(__file__).resolve().parent
 FLAGS = flags.FLAGS
@@ -27,10 +28,6 @@ flags.DEFINE_string("output_dir", str(FOLDER), "Folder to draw into.")
 
 FLAG_GROUPS = {"Where from and where to": ("results_dir", "output_dir")}
 
-COLUMNS = (
-    *("step", "epoch", "train_loss", "train_accuracy"),
-    *("test_accuracy", "learning_rate", "seconds"),
-)
 HIGHEST_ERROR, LOWEST_ACCURACY = 30, 60  # shown, in percent, unless a run ends beyond
 PAPERS_ACCURACY = 91.25  # of ResNet-20, in the first paper's table 6
 
@@ -56,9 +53,8 @@ RESIDUAL = {
 PLAIN = {"plain20-fast": LAYERS_20, "plain56-fast": LAYERS_56, "plain110-fast": LAYERS_110}
 SPEED = {
     "resnet20-paper": Look("paper's schedule", INK, "o"),
-    "resnet20-fast-seed0": Look("fast recipe, seed 0", BLUE, "s"),
-    "resnet20-fast-seed1": Look("fast recipe, seed 1", GREEN, "^"),
-    "resnet20-fast-seed2": Look("fast recipe, seed 2", SKY, "D"),
+    "resnet20-fast-seed2": Look("fast recipe, 41 epochs", BLUE, "s"),
+    "resnet20-fast-28-epochs": Look("fast recipe, 28 epochs", ORANGE, "^"),
 }
 
 Curve = tuple[np.ndarray, np.ndarray]
@@ -96,43 +92,13 @@ def read_runs(folder: Path, looks: dict[str, Look], x: str) -> list[Run]:
         if not file.exists():
             print(f"left out: {file} is not there")
             continue
-        run = Run(look, read_columns(file))
+        read = run_csv.read(file)
+        run = Run(look, read.columns | {"minutes": read.minutes})
         if len(run.curve(x, "test_accuracy")[0]):
             runs.append(run)
         else:
             print(f"left out: {file} has no test accuracy")
     return runs
-
-
-def read_columns(file: Path) -> dict[str, np.ndarray]:
-    """Reads a run's CSV file; an empty cell becomes `nan`."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file}: {error}.") from error
-    numbered = [(n, line) for n, line in enumerate(lines, 1) if not line.startswith("#")]
-    if not numbered or tuple(numbered[0][1].split(",")) != COLUMNS:
-        raise UserError(f"{file} does not begin with the columns {','.join(COLUMNS)}.")
-    rows = [_read_row(line, f"{file}, line {number},") for number, line in numbered[1:]]
-    table = np.array(rows).reshape(-1, len(COLUMNS))
-    columns = dict(zip(COLUMNS, table.T, strict=True))
-    if not (np.diff(columns["step"]) >= 0).all():
-        raise UserError(f"{file} has lines whose steps are not in order.")
-    return columns | {"minutes": columns["seconds"] / 60}
-
-
-def _read_row(line: str, where: str) -> list[float]:
-    cells = line.split(",")
-    if len(cells) != len(COLUMNS):
-        raise UserError(f"{where} has {len(cells)} cells where there are {len(COLUMNS)} columns.")
-    try:
-        row = [float(cell) if cell.strip() else np.nan for cell in cells]
-    except ValueError as error:
-        raise UserError(f"{where} has a cell that is not a number: {error}.") from error
-    for name, value in zip(COLUMNS, row, strict=True):
-        if name.endswith("accuracy") and not (np.isnan(value) or 0 <= value <= 1):
-            raise UserError(f"{where} has the {name} {value:g}, which is not between 0 and 1.")
-    return row
 
 
 def draw_errors(runs: Sequence[Run], title: str, file: Path) -> None:
@@ -163,7 +129,7 @@ def draw_speed(runs: Sequence[Run], file: Path) -> None:
         print(f"not drawn, for want of runs: {file}")
         return
     title = "How soon ResNet-20 is how accurate"
-    subtitle = "Test accuracy in percent over minutes of training"
+    subtitle = "Test accuracy in percent over minutes of training on two CPU cores"
     with picture(file, height=440, title=title, subtitle=subtitle) as figure:
         axes = figure.add_subplot()
         text = "{}: {:.1f} %, {:,.0f} min"

@@ -17,6 +17,7 @@ from PIL import Image
 
 import draw_curves
 import plot_style
+import run_csv
 from errors import UserError
 from network_trace import trace
 from resnet_model import ResNet
@@ -163,14 +164,14 @@ def test_the_scripts_refuse_in_a_sentence():
 
 def write_run(file: Path, *lines: str, header: str = HEADER) -> Path:
     text = "\n".join(
-        ["# python run_trainer.py --num_layers=20", "# TensorFlow 2.21", header, *lines]
+        ["# command: python run_trainer.py", "# versions: TensorFlow 2.21", header, *lines]
     )
     file.write_text(text + "\n")
     return file
 
 
 def test_a_run_is_read_with_gaps_where_nothing_was_measured(tmp_path):
-    columns = draw_curves.read_columns(
+    read = run_csv.read(
         write_run(
             tmp_path / "run.csv",
             "200,0.5,1.25,0.5,,0.1,30",
@@ -178,12 +179,22 @@ def test_a_run_is_read_with_gaps_where_nothing_was_measured(tmp_path):
             "400,1.02,1.0,0.75,,0.1,66",
         )
     )
-    np.testing.assert_array_equal(columns["step"], [200, 390, 400])
-    np.testing.assert_array_equal(columns["train_accuracy"], [0.5, np.nan, 0.75])
-    np.testing.assert_array_equal(columns["minutes"], [0.5, 1, 1.1])
-    run = draw_curves.Run(draw_curves.LAYERS_20, columns)
+    assert read.comments["versions"] == "TensorFlow 2.21"
+    np.testing.assert_array_equal(read.columns["step"], [200, 390, 400])
+    np.testing.assert_array_equal(read.columns["train_accuracy"], [0.5, np.nan, 0.75])
+    run = draw_curves.Run(draw_curves.LAYERS_20, read.columns)
     np.testing.assert_array_equal(run.curve("step", "train_accuracy"), [[200, 400], [0.5, 0.75]])
-    np.testing.assert_array_equal(run.curve("minutes", "test_accuracy"), [[1], [0.625]])
+    np.testing.assert_array_equal(run.curve("seconds", "test_accuracy"), [[60], [0.625]])
+
+
+def test_a_runs_minutes_are_those_of_its_usual_pace_whatever_came_between(tmp_path):
+    lines = ["100,,1,0.5,,0.1,20", "200,,1,0.5,,0.1,50", "250,,,,0.6,0.1,50"]
+    lines += ["300,,1,0.5,,0.1,80", "400,,1,0.5,,0.1,9080", "500,,1,0.5,,0.1,9110"]
+    read = run_csv.read(write_run(tmp_path / "run.csv", *lines))
+    # 20, 30, 30, 9000 and 30 seconds for a hundred steps
+    np.testing.assert_allclose(read.minutes, [0.5, 1, 1.25, 1.5, 2, 2.5])
+    untrained = run_csv.read(write_run(tmp_path / "run.csv", "0,,,,0.1,,0"))
+    assert np.isnan(untrained.minutes).all()
 
 
 @pytest.mark.parametrize(
@@ -198,7 +209,7 @@ def test_a_run_is_read_with_gaps_where_nothing_was_measured(tmp_path):
 def test_a_damaged_run_is_refused_where_it_is_damaged(lines, told, tmp_path):
     file = write_run(tmp_path / "run.csv", *lines)
     with pytest.raises(UserError, match=re.escape(told)) as refusal:
-        draw_curves.read_columns(file)
+        run_csv.read(file)
     assert str(refusal.value).startswith(str(file))
 
 
@@ -207,7 +218,7 @@ def test_another_file_is_not_taken_for_a_run(text, tmp_path):
     file = tmp_path / "run.csv"
     file.write_text(text)
     with pytest.raises(UserError, match="does not begin with the columns step,epoch"):
-        draw_curves.read_columns(file)
+        run_csv.read(file)
 
 
 def learning(file: Path, final: float) -> None:
@@ -226,6 +237,7 @@ def test_curves_show_the_runs_that_are_there_and_no_others(tmp_path):
     assert not list(output.iterdir())
 
     learning(results / "resnet20-fast-seed0.csv", 0.912)
+    learning(results / "resnet20-fast-28-epochs.csv", 0.914)
     learning(results / "resnet110-fast.csv", 0.935)
     write_run(results / "resnet56-fast.csv", "200,0.5,1,0.5,,0.1,30")  # not tested yet
     learning(results / "plain110-fast.csv", 0.40)
@@ -239,7 +251,7 @@ def test_curves_show_the_runs_that_are_there_and_no_others(tmp_path):
     assert labels("resnet.png") == ["20 layers: 8.8 %", "110 layers: 6.5 %"]
     assert labels("plain.png") == ["110 layers: 60.0 %"]
     assert labels("speed.png") == [
-        "fast recipe, seed 0: 91.2 %, 20 min",
+        "fast recipe, 28 epochs: 91.4 %, 20 min",
         "ResNet-20 in the paper: 91.25 %",
     ]
 

@@ -41,14 +41,14 @@ def test_a_run_leaves_its_curve_its_command_and_its_score(run_all, write_cifar10
     assert run_all.read_result(run) is None
     run_all.train(run, str(write_cifar10()), str(tmp_path / "runs"))
     result = run_all.read_result(run)
-    assert "--num_layers=8 --recipe=fast --seed=1 --dtype=bf16" in result.comments["command"]
-    assert "TensorFlow" in result.comments["versions"]
-    assert result.comments["parameters"] == "75290"
-    assert [row["step"] for row in result.rows] == ["3", "4", "6"]  # an epoch is 3.75 steps
-    last = result.rows[-1]
-    assert last["test_accuracy"] == f"{result.accuracy:.6g}"
-    assert float(last["epoch"]) == pytest.approx(1.6)
-    seconds = [float(row["seconds"]) for row in result.rows]
+    comments, columns = result.csv
+    assert "--num_layers=8 --recipe=fast --seed=1 --dtype=bf16" in comments["command"]
+    assert "TensorFlow" in comments["versions"]
+    assert comments["parameters"] == "75290"
+    assert columns["step"].tolist() == [3, 4, 6]  # an epoch is 3.75 steps
+    assert columns["test_accuracy"][-1] == float(f"{result.accuracy:.6g}")
+    assert columns["epoch"][-1] == pytest.approx(1.6)
+    seconds = columns["seconds"].tolist()
     assert seconds == sorted(seconds)
     assert seconds[0] > 0
 

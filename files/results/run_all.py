@@ -24,21 +24,19 @@ from typing import Any, NamedTuple
 RESULTS = Path(__file__).resolve().parent
 TOP = RESULTS.parents[1]
 PRETRAINED = RESULTS.parent / "pretrained"
-sys.path.insert(0, str(TOP))
+sys.path[:0] = [str(TOP), str(TOP / "files")]
 
 import output_files  # noqa: E402
+import run_csv  # noqa: E402
 from errors import exits_with_a_sentence  # noqa: E402
 from run_config import RunConfig  # noqa: E402
+from run_csv import COLUMNS, RunCsv  # noqa: E402
 
-# the columns of a CSV, and what they are called in a run's event files
-COLUMNS = {
-    "step": "step",
+# what some of a CSV's columns are called in a run's event files
+IN_EVENTS = {
     "epoch": "train_epoch",
-    "train_loss": "train_loss",
-    "train_accuracy": "train_accuracy",
     "test_accuracy": "eval_accuracy",
     "learning_rate": "train_learning_rate",
-    "seconds": "seconds",
 }
 
 
@@ -107,30 +105,17 @@ class Result(NamedTuple):
     """What a finished run's CSV says."""
 
     run: Run
-    comments: dict[str, str]
-    rows: list[dict[str, str]]
+    csv: RunCsv
 
     @property
     def accuracy(self) -> float:
-        return float(self.comments["test_accuracy"])
-
-    @property
-    def epochs(self) -> float:
-        return float(self.rows[-1]["epoch"])
-
-    @property
-    def minutes(self) -> float:
-        return float(self.rows[-1]["seconds"]) / 60
+        return float(self.csv.comments["test_accuracy"])
 
 
 def read_result(run: Run) -> Result | None:
     """The result of a run, or None where it is not finished."""
     file = RESULTS / f"{run.name}.csv"
-    if not file.exists():
-        return None
-    lines = file.read_text().splitlines()
-    comments = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
-    return Result(run, comments, list(csv.DictReader(x for x in lines if not x.startswith("#"))))
+    return Result(run, run_csv.read(file)) if file.exists() else None
 
 
 def table(results: Sequence[Result]) -> str:
@@ -157,9 +142,9 @@ def table(results: Sequence[Result]) -> str:
         ]
         folder = f"`files/pretrained/{run.network}`" if run.is_shipped else ""
         rows.append(
-            f"| {run.network} | {int(shipped.comments['parameters']):,} | {published[0]} | "
-            f"{published[1]} | {ours} | `{run.recipe}` | {shipped.epochs:.0f} | "
-            f"{statistics.fmean(r.minutes for r in group):.0f} | {folder} |"
+            f"| {run.network} | {int(shipped.csv.comments['parameters']):,} | {published[0]} | "
+            f"{published[1]} | {ours} | `{run.recipe}` | {shipped.csv.columns['epoch'][-1]:.0f} | "
+            f"{min(result.csv.minutes[-1] for result in group):.0f} | {folder} |"
         )
     return "\n".join(rows)
 
@@ -219,7 +204,9 @@ def _write_csv(run: Run, folder: str, score: dict[str, Any]) -> None:
     content.writelines(f"# {name}: {value}\n" for name, value in comments.items())
     writer = csv.writer(content, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows([_rounded(row.get(name)) for name in COLUMNS.values()] for row in rows)
+    writer.writerows(
+        [_rounded(row.get(IN_EVENTS.get(name, name))) for name in COLUMNS] for row in rows
+    )
     output_files.write(str(RESULTS / f"{run.name}.csv"), content.getvalue().encode())
 
 

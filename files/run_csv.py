@@ -1,0 +1,64 @@
+"""The CSV file that a run leaves in files/results: its comments, its columns, its pace."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from errors import UserError
+
+COLUMNS = (
+    *("step", "epoch", "train_loss", "train_accuracy"),
+    *("test_accuracy", "learning_rate", "seconds"),
+)
+
+
+class RunCsv(NamedTuple):
+    """What a file says: `# name: value` lines, and columns with `nan` for an empty cell."""
+
+    comments: dict[str, str]
+    columns: dict[str, np.ndarray]
+
+    @property
+    def minutes(self) -> np.ndarray:
+        """How long the training was under way at each row, by the median of its paces.
+
+        So it matters little whether the machine did other things for a while, or halted the run.
+        """
+        steps, seconds = (
+            np.insert(self.columns[name][np.isfinite(self.columns["train_loss"])], 0, 0)
+            for name in ("step", "seconds")
+        )
+        pace = np.median(np.diff(seconds) / np.diff(steps)) if len(steps) > 1 else np.nan
+        return self.columns["step"] * pace / 60
+
+
+def read(file: Path) -> RunCsv:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file}: {error}.") from error
+    comments = [line[2:].partition(": ") for line in lines if line.startswith("# ")]
+    numbered = [(n, line) for n, line in enumerate(lines, 1) if not line.startswith("#")]
+    if not numbered or tuple(numbered[0][1].split(",")) != COLUMNS:
+        raise UserError(f"{file} does not begin with the columns {','.join(COLUMNS)}.")
+    rows = [_read_row(line, f"{file}, line {number},") for number, line in numbered[1:]]
+    table = np.array(rows).reshape(-1, len(COLUMNS))
+    columns = dict(zip(COLUMNS, table.T, strict=True))
+    if not (np.diff(columns["step"]) >= 0).all():
+        raise UserError(f"{file} has lines whose steps are not in order.")
+    return RunCsv({name: value for name, _, value in comments}, columns)
+
+
+def _read_row(line: str, where: str) -> list[float]:
+    cells = line.split(",")
+    if len(cells) != len(COLUMNS):
+        raise UserError(f"{where} has {len(cells)} cells where there are {len(COLUMNS)} columns.")
+    try:
+        row = [float(cell) if cell.strip() else np.nan for cell in cells]
+    except ValueError as error:
+        raise UserError(f"{where} has a cell that is not a number: {error}.") from error
+    for name, value in zip(COLUMNS, row, strict=True):
+        if name.endswith("accuracy") and not (np.isnan(value) or 0 <= value <= 1):
+            raise UserError(f"{where} has the {name} {value:g}, which is not between 0 and 1.")
+    return row
