@@ -4,11 +4,15 @@ import contextlib
 import fcntl
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
 import termios
 from pathlib import Path
+
+import cluster
+import launch_local
 
 PROJECT = Path(__file__).resolve().parent.parent
 # 8 layers and small batches: a step takes a few milliseconds
@@ -66,3 +70,42 @@ def in_terminal(*command: object, columns: int = 80, **keywords) -> tuple[int, s
             written += chunk
     os.close(here)
     return process.wait(), written.decode()
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(PROJECT), **more}
+
+
+class Workers:
+    """So many processes of one command, of which each may have flags of its own."""
+
+    def __init__(self, count: int, command: list[str], *own: tuple[str, ...]):
+        addresses = [f"127.0.0.1:{port}" for port in launch_local.free_ports(count)]
+        self.processes = [
+            start(
+                *(*command, *(own[index] if own else ())),
+                env=environment(TF_CONFIG=cluster.to_tf_config(addresses, index)),
+            )
+            for index in range(count)
+        ]
+
+    def wait_for(self, text: str) -> None:
+        """Until the chief has said so."""
+        for line in self.processes[0].stdout:
+            if text in line:
+                return
+        raise AssertionError(f"never said {text!r}: {self.processes[0].stderr.read()}")
+
+    def ends(self) -> list[tuple[int, str]]:
+        """The status and the error output of each, once all have ended."""
+        return [
+            (p.returncode, error)
+            for p in self.processes
+            for _, error in [p.communicate(timeout=120)]
+        ]
+
+
+def assert_lost(end: tuple[int, str], index: int) -> None:
+    status, error = end
+    assert status == 1, error
+    assert re.fullmatch(rf"run_trainer.py: error: worker {index} \S+ was lost .*\n", error), error

@@ -1,4 +1,4 @@
-"""What several test files need: data folders in miniature, and losing root's privileges."""
+"""What several test files need: data in miniature, checkpoints read, root's privileges lost."""
 
 import contextlib
 import os
@@ -84,6 +84,14 @@ def write_pictures(folder: Path, num_classes: int, train: int = 15, test: int = 
     names = "".join(f"class {i}\n" for i in range(num_classes))
     (folder / "class_names.txt").write_text(names)
     return folder
+
+
+def values_in(prefix: str | Path) -> dict[str, object]:
+    """The values in a checkpoint, by their names there."""
+    import tensorflow as tf
+
+    reader = tf.train.load_checkpoint(str(prefix))
+    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
 
 
 @pytest.fixture

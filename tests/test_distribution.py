@@ -14,19 +14,14 @@ import numpy as np
 import pytest
 import replica_steps
 import tensorflow as tf
-from commands import PROJECT, error_of, run, start
-from conftest import TRAIN_FILES, random_images, write_records
-from test_programs import values_in
+from commands import PROJECT, Workers, assert_lost, environment, error_of, run, start
+from conftest import TRAIN_FILES, random_images, values_in, write_records
 
 import cluster
 import distribution
 import launch_local
 import training
 from errors import UserError
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(PROJECT), **more}
 
 
 @pytest.fixture(scope="module")
@@ -110,41 +105,6 @@ FLAGS += ("--log_per_iterations=1", "--init_lr=0.001", "--sync_batch_norm", "--m
 
 def command(data: Path, ckpt_path: Path, *more: str) -> list[str]:
     return ["run_trainer.py", f"--path={data}", f"--ckpt_path={ckpt_path}", *FLAGS, *more]
-
-
-class Workers:
-    """So many processes of one command, of which each may have flags of its own."""
-
-    def __init__(self, count: int, command: list[str], *own: tuple[str, ...]):
-        addresses = [f"127.0.0.1:{port}" for port in launch_local.free_ports(count)]
-        self.processes = [
-            start(
-                *(*command, *(own[index] if own else ())),
-                env=environment(TF_CONFIG=cluster.to_tf_config(addresses, index)),
-            )
-            for index in range(count)
-        ]
-
-    def wait_for(self, text: str) -> None:
-        """Until the chief has said so."""
-        for line in self.processes[0].stdout:
-            if text in line:
-                return
-        raise AssertionError(f"never said {text!r}: {self.processes[0].stderr.read()}")
-
-    def ends(self) -> list[tuple[int, str]]:
-        """The status and the error output of each, once all have ended."""
-        return [
-            (p.returncode, error)
-            for p in self.processes
-            for _, error in [p.communicate(timeout=120)]
-        ]
-
-
-def assert_lost(end: tuple[int, str], index: int) -> None:
-    status, error = end
-    assert status == 1, error
-    assert re.fullmatch(rf"run_trainer.py: error: worker {index} \S+ was lost .*\n", error), error
 
 
 def assert_close_checkpoint(one: Path, other: Path) -> None:

@@ -10,15 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import SMALL, error_of, run, run_code, start
-from conftest import write_cifar100
+from conftest import values_in, write_cifar100
 from PIL import Image
-
-
-def values_in(prefix: str | Path) -> dict[str, object]:
-    import tensorflow as tf
-
-    reader = tf.train.load_checkpoint(str(prefix))
-    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
 
 
 def assert_same_checkpoint(one: str | Path, other: str | Path) -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import PROJECT, SMALL, error_of, run
+from commands import PROJECT, SMALL, Workers, assert_lost, error_of, run
 from PIL import Image
-from test_distribution import Workers, assert_lost
 
 import checkpoints
 import cifar10_download_and_extract
