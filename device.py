@@ -67,16 +67,22 @@ def _without_keras() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_start() -> Iterator[None]:
-    """Keeps TensorFlow's start-up messages from the terminal, unless its log level was chosen.
-
-    Some are written straight to the process's standard error before any setting is read, hence
-    the detour at that level. They come out after all where the start fails.
-    """
+    """Keeps TensorFlow's start-up messages from the terminal, unless its log level was chosen."""
     if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
         yield
         return
     # Beside other workers even its errors: where one of them is lost, TensorFlow writes pages.
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3" if os.environ.get("TF_CONFIG") else "2"
+    with stderr_held_back():
+        yield
+
+
+@contextlib.contextmanager
+def stderr_held_back() -> Iterator[None]:
+    """Lets what is written to the process's standard error out only where the block fails.
+
+    For messages that TensorFlow writes straight there, whatever its log level is.
+    """
     sys.stderr.flush()
     terminal = os.dup(2)
     with tempfile.TemporaryFile() as said:

@@ -7,6 +7,7 @@ replica in one process is the usual case, and costs nothing.
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 
@@ -18,6 +19,7 @@ from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import Coordin
 from tensorflow.python.eager import context as tf_context
 
 from cluster import Cluster, meet
+from device import stderr_held_back
 from errors import UserError
 
 # Seconds that the workers have to come together: schedulers start them minutes apart.
@@ -165,7 +167,10 @@ def _join(cluster: Cluster, worker_timeout: float) -> tf.distribute.Strategy:
         heartbeat_timeout_in_ms=round(worker_timeout * 1000),
         coordinated_jobs=[CoordinatedJob(name="worker", num_tasks=len(cluster.addresses))],
     )
-    return tf.distribute.MultiWorkerMirroredStrategy()
+    # TensorFlow 2.20 tells of its server's start at every log level.
+    is_quiet = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "3"
+    with stderr_held_back() if is_quiet else contextlib.nullcontext():
+        return tf.distribute.MultiWorkerMirroredStrategy()
 
 
 @contextlib.contextmanager
