@@ -21,12 +21,9 @@ SMALL = ("--num_layers=8", "--batch_size=16", "--log_per_iterations=5")
 
 def start(*command: object, **keywords) -> subprocess.Popen:
     program, *arguments = map(str, command)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(
-        [sys.executable, str(PROJECT / program), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **keywords,
+        [sys.executable, str(PROJECT / program), *arguments], **(pipes | keywords)
     )
 
 
@@ -56,13 +53,10 @@ def run_code(code: str, *arguments: object, status: int = 0, **keywords):
 
 def in_terminal(*command: object, columns: int = 80, **keywords) -> tuple[int, str]:
     """Runs a program of the project in a terminal; its exit status and all that it wrote there."""
-    program, *arguments = map(str, command)
     here, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
-    process = subprocess.Popen(
-        [sys.executable, str(PROJECT / program), *arguments], **streams, **keywords
-    )
+    process = start(*command, **streams, **keywords)
     os.close(terminal)
     written = b""
     with contextlib.suppress(OSError):  # the end of a terminal is an error
@@ -83,7 +77,8 @@ class Workers:
         addresses = [f"127.0.0.1:{port}" for port in launch_local.free_ports(count)]
         self.processes = [
             start(
-                *(*command, *(own[index] if own else ())),
+                *command,
+                *(own[index] if own else ()),
                 env=environment(TF_CONFIG=cluster.to_tf_config(addresses, index)),
             )
             for index in range(count)

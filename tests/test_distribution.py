@@ -5,8 +5,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,11 +30,8 @@ def one_device() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(("count", "networks"), [(2, [*replica_steps.NETWORKS]), (4, ["momentum"])])
 def test_replicas_take_the_steps_of_one_device(count, networks, one_device, tmp_path):
     file = tmp_path / "found.npz"
-    subprocess.run(
-        [sys.executable, PROJECT / "tests/replica_steps.py", str(count), file, *networks],
-        env=environment(TF_CPP_MIN_LOG_LEVEL="2"),
-        check=True,
-    )
+    program = ("tests/replica_steps.py", count, file, *networks)
+    run(*program, env=environment(TF_CPP_MIN_LOG_LEVEL="2"))
     found = np.load(file)
     kinds = {*networks, "apart", "shares"}
     expected = {name: v for name, v in one_device.items() if name.split("/")[0] in kinds}
