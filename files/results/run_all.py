@@ -30,7 +30,6 @@ import output_files  # noqa: E402
 import run_csv  # noqa: E402
 from errors import exits_with_a_sentence  # noqa: E402
 from run_config import RunConfig  # noqa: E402
-from run_csv import COLUMNS, RunCsv  # noqa: E402
 
 # what some of a CSV's columns are called in a run's event files
 IN_EVENTS = {
@@ -105,7 +104,7 @@ class Result(NamedTuple):
     """What a finished run's CSV says."""
 
     run: Run
-    csv: RunCsv
+    csv: run_csv.RunCsv
 
     @property
     def accuracy(self) -> float:
@@ -203,9 +202,9 @@ def _write_csv(run: Run, folder: str, score: dict[str, Any]) -> None:
     content = io.StringIO()
     content.writelines(f"# {name}: {value}\n" for name, value in comments.items())
     writer = csv.writer(content, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(run_csv.COLUMNS)
     writer.writerows(
-        [_rounded(row.get(IN_EVENTS.get(name, name))) for name in COLUMNS] for row in rows
+        [_rounded(row.get(IN_EVENTS.get(name, name))) for name in run_csv.COLUMNS] for row in rows
     )
     output_files.write(str(RESULTS / f"{run.name}.csv"), content.getvalue().encode())
 
