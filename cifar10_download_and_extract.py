@@ -30,7 +30,7 @@ import urllib.request
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import errors
 from data_layout import IMAGE_BYTES, LAYOUTS, Digest, Layout
@@ -643,8 +643,15 @@ def whole_number(least: int, most: int, step: int = 1) -> Callable[[str], int]:
     return convert
 
 
+class FlagParser(argparse.ArgumentParser):
+    """One whose complaints are sentences, as those of the other programs."""
+
+    def error(self, message: str) -> NoReturn:
+        raise errors.UserError(f"{message}; --help lists the flags.")
+
+
 def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description="Puts CIFAR-10, CIFAR-100 or a synthetic stand-in where run_trainer.py looks.",
         allow_abbrev=False,
     )
