@@ -28,6 +28,7 @@ sys.path[:0] = [str(TOP), str(TOP / "files")]
 
 import output_files  # noqa: E402
 import run_csv  # noqa: E402
+from device import stderr_held_back  # noqa: E402
 from errors import exits_with_a_sentence  # noqa: E402
 from run_config import RunConfig  # noqa: E402
 
@@ -176,6 +177,7 @@ def train(run: Run, path: str, runs_dir: str) -> None:
     _write_csv(run, folder, score)
 
 
+@stderr_held_back()  # TensorFlow's start
 def _write_csv(run: Run, folder: str, score: dict[str, Any]) -> None:
     import tensorflow as tf
 
