@@ -73,10 +73,11 @@ def main(argv: list[str]) -> int:
 
 
 class Run(NamedTuple):
-    """A run's columns, with `nan` where nothing was measured, and how to draw it."""
+    """A run's columns, with `nan` where nothing was measured, its score, and how to draw it."""
 
     look: Look
     columns: dict[str, np.ndarray]
+    accuracy: float
 
     def curve(self, x: str, y: str) -> Curve:
         """Two columns, where both were measured."""
@@ -93,8 +94,8 @@ def read_runs(folder: Path, looks: dict[str, Look], x: str) -> list[Run]:
             print(f"left out: {file} is not there")
             continue
         read = run_csv.read(file)
-        run = Run(look, read.columns | {"minutes": read.minutes})
-        if len(run.curve(x, "test_accuracy")[0]):
+        run = Run(look, read.columns | {"minutes": read.minutes}, read.accuracy)
+        if len(run.curve(x, "test_accuracy")[0]) and np.isfinite(run.accuracy):
             runs.append(run)
         else:
             print(f"left out: {file} has no test accuracy")
@@ -152,15 +153,14 @@ class End(NamedTuple):
     text: str
 
 
-def draw_thick(
-    axes: Axes, run: Run, x: str, y_of: Callable[[np.ndarray], np.ndarray], text: str
-) -> End:
+def draw_thick(axes: Axes, run: Run, x: str, y_of: Callable[[Any], Any], text: str) -> End:
     """Draws a run's test accuracy, or what is made of it, as a thick line with markers."""
     x, accuracy = run.curve(x, "test_accuracy")
     y = y_of(accuracy)
     marks = [*range(0, len(x) - 1, max(1, len(x) // 8)), len(x) - 1]
     axes.plot(x, y, lw=1.8, markevery=marks, **marker(run.look))
-    return End(run.look, x[-1], y[-1], text.format(run.look.label, y[-1], x[-1]))
+    # what is written is the evaluator's score, as in the table: in fp32, not as the run computes
+    return End(run.look, x[-1], y[-1], text.format(run.look.label, y_of(run.accuracy), x[-1]))
 
 
 def marker(look: Look) -> dict[str, Any]:

@@ -20,6 +20,11 @@ class RunCsv(NamedTuple):
     columns: dict[str, np.ndarray]
 
     @property
+    def accuracy(self) -> float:
+        """The evaluator's score of the end on the test images; `nan` where there is none."""
+        return float(self.comments.get("test_accuracy", "nan"))
+
+    @property
     def minutes(self) -> np.ndarray:
         """How long the training was under way at each row, by the median of its paces.
 

@@ -46,7 +46,7 @@ def test_a_run_leaves_its_curve_its_command_and_its_score(run_all, write_cifar10
     assert "TensorFlow" in comments["versions"]
     assert comments["parameters"] == "75290"
     assert columns["step"].tolist() == [3, 4, 6]  # an epoch is 3.75 steps
-    assert columns["test_accuracy"][-1] == float(f"{result.accuracy:.6g}")
+    assert columns["test_accuracy"][-1] == float(f"{result.csv.accuracy:.6g}")
     assert columns["epoch"][-1] == pytest.approx(1.6)
     seconds = columns["seconds"].tolist()
     assert seconds == sorted(seconds)

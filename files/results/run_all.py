@@ -107,10 +107,6 @@ class Result(NamedTuple):
     run: Run
     csv: run_csv.RunCsv
 
-    @property
-    def accuracy(self) -> float:
-        return float(self.csv.comments["test_accuracy"])
-
 
 def read_result(run: Run) -> Result | None:
     """The result of a run, or None where it is not finished."""
@@ -131,7 +127,7 @@ def table(results: Sequence[Result]) -> str:
             continue
         group = [of_run[seed] for seed in run.seeds if seed in of_run]
         shipped = _middle(group)
-        errors = [100 * (1 - result.accuracy) for result in group]
+        errors = [100 * (1 - result.csv.accuracy) for result in group]
         ours = f"**{statistics.fmean(errors):.2f} %**"
         if len(errors) > 1:
             ours += " (" + ", ".join(f"{error:.2f}" for error in errors) + ")"
@@ -151,7 +147,7 @@ def table(results: Sequence[Result]) -> str:
 
 def _middle(group: Sequence[Result]) -> Result:
     """The result whose accuracy is the median (of an even number, the lower of the two)."""
-    return sorted(group, key=lambda result: result.accuracy)[(len(group) - 1) // 2]
+    return sorted(group, key=lambda result: result.csv.accuracy)[(len(group) - 1) // 2]
 
 
 def train(run: Run, path: str, runs_dir: str) -> None:
