@@ -17,8 +17,9 @@ demo: $(VENV)/ready
 		--log_per_iterations=100 --ckpt_path=runs/demo --clean
 	$(RUN) run_evaluator.py --ckpt_path=runs/demo
 
+# two files at a time: a test and the programs that it starts seldom fill two cores
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses=2 --dist=loadfile
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
