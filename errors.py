@@ -41,8 +41,20 @@ def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int 
             _silence_stdout()
             tell(UserError(f"cannot write {error.filename or 'the output'}: {error.strerror}."))
             return 1
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            advice = "a smaller --batch_size needs less."
+            tell(UserError(f"out of memory: {reason_of(error)}; {advice}"))
+            return 1
 
     return guarded
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether it is Python's or TensorFlow's; this module does not import TensorFlow."""
+    text = f"{type(error).__name__}: {error}"
+    return bool(re.match("MemoryError|ResourceExhaustedError.*(OOM|[Oo]ut of memory)", text, re.S))
 
 
 def _silence_stdout() -> None:
@@ -58,8 +70,12 @@ def reason_of(error: Exception) -> str:
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
+def printable(text: str) -> str:
+    """The text in one line without control characters, whatever a file or its name put into it."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 def tell(error: UserError) -> None:
     """Writes an error's sentence to stderr, in one line, whatever a file put into it."""
     label = emphasised("error:", sys.stderr, RED)
-    sentence = "".join(char if char.isprintable() else "?" for char in str(error))
-    print(f"{os.path.basename(sys.argv[0])}: {label} {sentence}", file=sys.stderr)
+    print(f"{os.path.basename(sys.argv[0])}: {label} {printable(str(error))}", file=sys.stderr)

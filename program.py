@@ -7,6 +7,7 @@ A program defines absl flags as usual, sorts their names into groups and ends in
 import difflib
 import inspect
 import itertools
+import os
 import re
 import shutil
 import sys
@@ -35,7 +36,7 @@ def run(
     def parse(argv: list[str]) -> list[str]:
         flags.DEFINE_flag(_HelpFlag(groups))
         try:
-            arguments = FLAGS(argv)
+            arguments = FLAGS([_at_home(argument) for argument in argv])
             if len(arguments) > 1 and not takes_arguments:
                 raise UserError(f"{arguments[1]!r} is no flag: flags begin with --; see --help.")
         except (flags.Error, UserError) as error:
@@ -44,6 +45,12 @@ def run(
         return arguments
 
     app.run(main, flags_parser=parse)
+
+
+def _at_home(argument: str) -> str:
+    """A flag such as --path=~/data as it is meant: shells leave a ~ alone behind a = sign."""
+    flag, equals, value = argument.partition("=")
+    return flag + equals + os.path.expanduser(value) if value.startswith("~") else argument
 
 
 class _HelpFlag(app.HelpFlag):
