@@ -206,6 +206,12 @@ def read_run(prefix: str) -> tuple[RunConfig, int]:
         raise UserError(f"{prefix} cannot be read as a checkpoint: {reason_of(error)}") from error
 
 
+def is_network_alone(prefix: str) -> bool:
+    """Whether a checkpoint lacks what only training needs, as one that `save_network` wrote."""
+    names = tf.train.load_checkpoint(prefix).get_variable_to_shape_map()
+    return not any(name.startswith("momentum/") for name in names)
+
+
 def restore(checkpoint: tf.train.Checkpoint, prefix: str) -> None:
     """Restores a whole run: every object of `checkpoint`, and every value of the file."""
     with _restoring(prefix):

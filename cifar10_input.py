@@ -83,11 +83,21 @@ def _count_records(file: str, layout: Layout) -> int:
     return size // layout.record_bytes
 
 
-def count_images(data: DataConfig, path: str | None, split: str) -> int:
-    """How many images the files of a split ("train" or "test") hold."""
+def count_training_images(data: DataConfig, path: str | None) -> int:
+    """How many images there are to train on, by the sizes of their files."""
     if data.dataset == "synthetic":
-        return SYNTHETIC_IMAGES[split]
-    return sum(count for _, count in check_files(*data_layout.find(path, data.dataset), split))
+        return _without_holdout(data, SYNTHETIC_IMAGES["train"])
+    files = check_files(*data_layout.find(path, data.dataset), "train")
+    return _without_holdout(data, sum(count for _, count in files))
+
+
+def _without_holdout(data: DataConfig, count: int) -> int:
+    if data.holdout >= count:
+        raise UserError(
+            f"--holdout={data.holdout} leaves nothing to train on: only {count} training images "
+            "are there."
+        )
+    return count - data.holdout
 
 
 def read_images(
@@ -159,12 +169,7 @@ def _check_labels(
 def load_training(data: DataConfig, path: str | None) -> tuple[ImageSet, ImageSet]:
     """The images to train on, and those held out: the last `data.holdout` training images."""
     examples = _load(data, path, "train")
-    kept = len(examples.labels) - data.holdout
-    if kept < 1:
-        raise UserError(
-            f"--holdout={data.holdout} leaves nothing to train on: only {len(examples.labels)} "
-            "training images are there."
-        )
+    kept = _without_holdout(data, len(examples.labels))
     return examples.part(slice(kept)), examples.part(slice(kept, None))
 
 

@@ -3,8 +3,9 @@
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from absl import flags
 
@@ -72,13 +73,14 @@ def _one_loudness(values: dict[str, bool]) -> bool:
 
 
 @contextlib.contextmanager
-def quiet_work() -> Iterator[None]:
-    """While entered, what goes to stdout is dropped if --quiet is given."""
+def quiet_work() -> Iterator[TextIO]:
+    """While entered, what goes to stdout is dropped if --quiet is given; yields the real stdout."""
+    stdout = sys.stdout
     if not flags.FLAGS.quiet:
-        yield
+        yield stdout
         return
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
+        yield stdout
 
 
 def given_flags(names: tuple[str, ...]) -> dict[str, Any]:

@@ -149,7 +149,7 @@ class Replicas:
 
 def choose(strategy: str, cluster: Cluster | None, worker_timeout: float = 60) -> Replicas:
     """The replicas that one of the STRATEGIES stands for, on the devices that are visible."""
-    if strategy in ("auto", "multi_worker") and cluster and len(cluster.addresses) > 1:
+    if cluster:
         with _naming_the_lost(cluster):
             return Replicas(_join(cluster, worker_timeout), cluster)
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")

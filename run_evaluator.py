@@ -76,19 +76,21 @@ def main(argv: list[str]) -> int:
             checkpoints.verify(prefix)
     data_format = resolve_data_format(FLAGS.data_format, FLAGS.dtype, device)
     scores = []
-    for scored in evaluation.score_checkpoints(
-        prefixes,
-        FLAGS.path,
-        FLAGS.split,
-        data_format,
-        FLAGS.dtype,
-        FLAGS.batch_size,
-        command_line.given_network() | command_line.given_flags(command_line.DATA_FLAGS),
-    ):
-        if FLAGS.verbose:
-            print(table(scored.run.settings()))
-        print(scored.line() if FLAGS.quiet else scored.report(), flush=True)
-        scores.append(scored.as_json())
+    with command_line.quiet_work() as stdout:
+        for scored in evaluation.score_checkpoints(
+            prefixes,
+            FLAGS.path,
+            FLAGS.split,
+            data_format,
+            FLAGS.dtype,
+            FLAGS.batch_size,
+            command_line.given_network() | command_line.given_flags(command_line.DATA_FLAGS),
+        ):
+            if FLAGS.verbose:
+                print(table(scored.run.settings()))
+            told = scored.line() if FLAGS.quiet else scored.report()
+            print(told, file=stdout, flush=True)
+            scores.append(scored.as_json())
     if FLAGS.output_json:
         told = scores if FLAGS.all_checkpoints else scores[0]
         output_files.write(FLAGS.output_json, (json.dumps(told, indent=2) + "\n").encode())

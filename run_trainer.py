@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 
 from absl import flags
@@ -221,6 +222,13 @@ def _exports_what_it_trains(values: dict[str, object]) -> bool:
 
 
 @flags.multi_flags_validator(
+    ["clean", "eval_only"], "--clean deletes what --eval_only is to evaluate: give one of them"
+)
+def _keeps_what_it_evaluates(values: dict[str, object]) -> bool:
+    return not all(values.values())
+
+
+@flags.multi_flags_validator(
     ["use_synthetic_data", "dataset", "coarse_labels"],
     "--use_synthetic_data is a data set of its own: leave out --dataset and --coarse_labels",
 )
@@ -245,8 +253,6 @@ def main(argv: list[str]) -> int:
     given["dataset"] = dataset
     ckpt_path = FLAGS.ckpt_path or _default_ckpt_path(dataset)
     log_path = FLAGS.train_log_path or os.path.join(ckpt_path, "log")
-    if FLAGS.export_dir:
-        folders.refuse_unwritable(FLAGS.export_dir, apart_from=[ckpt_path, log_path])
 
     workers = None
     if FLAGS.distribution_strategy in ("auto", "multi_worker"):
@@ -256,6 +262,9 @@ def main(argv: list[str]) -> int:
             "--distribution_strategy=multi_worker needs TF_CONFIG to name the workers, as in "
             f"{cluster.EXAMPLE}: launch_local.py sets it to try it on one machine."
         )
+    if FLAGS.export_dir and (workers is None or workers.index == 0):  # the chief
+        folders.refuse_patterns(FLAGS.export_dir)
+        folders.refuse_unwritable(FLAGS.export_dir, apart_from=[ckpt_path, log_path])
 
     device = start_tensorflow(FLAGS.device, FLAGS.verbose, FLAGS.num_gpus)
     import checkpoints
@@ -265,7 +274,7 @@ def main(argv: list[str]) -> int:
     import training
     from resnet_model import resolve_data_format
 
-    if workers:
+    if workers and not FLAGS.quiet:
         print(f"Joining the others as {workers.name(workers.index)}.", flush=True)
     # before TensorFlow computes anything, as it wants it
     replicas = distribution.choose(FLAGS.distribution_strategy, workers, FLAGS.worker_timeout)
@@ -292,29 +301,35 @@ def main(argv: list[str]) -> int:
     with replicas.ending_together(), contextlib.ExitStack() as held:
         replicas.refuse_differences(_flags_in_common())
 
-        def prepare() -> str:
-            held.enter_context(checkpoints.lock(ckpt_path))
-            if FLAGS.clean:
-                checkpoints.clean(ckpt_path, log_path, pretrained)
-            run, resume_from = training.prepare_run(
-                given, ckpt_path, FLAGS.path, FLAGS.train_epochs, pretrained
-            )
-            return json.dumps([run.to_json(), resume_from])
-
-        run, resume_from = json.loads(replicas.from_chief(prepare))
-        run = RunConfig.from_json(run)
-        if FLAGS.eval_only:
-            if resume_from is None:
-                raise UserError(f"there is no checkpoint in {ckpt_path} to evaluate.")
+        def evaluate() -> str:
+            newest = checkpoints.find(ckpt_path)
+            run, _ = checkpoints.read_run(newest)
             split = "holdout" if run.data.holdout else "test"
             path = None if run.data.dataset == "synthetic" else FLAGS.path
-            scores = evaluation.score_checkpoints(
-                [resume_from], path, split, options.data_format, options.dtype
-            )
+            with command_line.quiet_work():
+                (scored,) = evaluation.score_checkpoints(
+                    [newest], path, split, options.data_format, options.dtype, given=given
+                )
+            return scored.line() if FLAGS.quiet else scored.report()
+
+        def prepare() -> str:
+            held.enter_context(checkpoints.lock(ckpt_path))
+            with command_line.quiet_work():
+                run, resume_from = training.prepare_run(
+                    *(given, None if FLAGS.clean else ckpt_path),
+                    *(FLAGS.path, FLAGS.train_epochs, pretrained),
+                )
+            if FLAGS.clean:  # now that nothing stands in the way of the new run
+                checkpoints.clean(ckpt_path, log_path, pretrained)
+            return json.dumps([run.to_json(), resume_from])
+
+        if FLAGS.eval_only:
+            report = replicas.from_chief(evaluate)
             if replicas.is_chief:
-                scored = next(scores)
-                print(scored.line() if FLAGS.quiet else scored.report())
+                print(report)
             return 0
+        run, resume_from = json.loads(replicas.from_chief(prepare))
+        run = RunConfig.from_json(run)
         if FLAGS.verbose and replicas.is_chief:
             print(table(run.settings() | dataclasses.asdict(options)))
         with command_line.quiet_work():
@@ -325,8 +340,13 @@ def main(argv: list[str]) -> int:
                 export.export_saved_model(outcome.checkpoint, FLAGS.export_dir, layout, FLAGS.dtype)
     if replicas.is_chief:
         title = f"{run.model.name}, step {outcome.step} of {run.training.num_iterations}"
+        rows = {"evaluate": _evaluating(run, outcome.checkpoint)}
+        if outcome.stopped_by:
+            name = signal.Signals(outcome.stopped_by).name
+            again = "the same command without --clean" if FLAGS.clean else "the same command"
+            rows["stopped"] = f"by {name}; {again} goes on from there"
         print(emphasised(title, sys.stdout))
-        print(table(outcome.summary | {"evaluate": _evaluating(run, outcome.checkpoint)}))
+        print(table(outcome.summary | rows))
     return 128 + outcome.stopped_by if outcome.stopped_by else 0
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import tensorflow as tf
 import checkpoints
 from cifar10_input import (
     ImageSet,
-    count_images,
+    count_training_images,
     describe_data,
     load_split,
     load_training,
@@ -290,7 +290,7 @@ def _block_norms(kind: str, values: dict[str, np.ndarray]) -> dict[str, float]:
 
 def prepare_run(
     given: dict[str, Any],
-    ckpt_path: str,
+    ckpt_path: str | None,
     data_path: str | None,
     train_epochs: float | None = None,
     pretrained: str | None = None,
@@ -299,7 +299,7 @@ def prepare_run(
 
     A new run starts from the network of the `pretrained` checkpoint, where one is named.
     """
-    newest, passed_over = checkpoints.newest_intact(ckpt_path)
+    newest, passed_over = checkpoints.newest_intact(ckpt_path) if ckpt_path else (None, [])
     if newest:
         for reason in passed_over:
             print(f"Passed over: {reason}", file=sys.stderr, flush=True)
@@ -307,6 +307,12 @@ def prepare_run(
             print(f"The run in {ckpt_path} goes on; {pretrained} is not used.", flush=True)
         run, _ = checkpoints.read_run(newest)
         refuse_contradictions(run, given, newest)
+        if checkpoints.is_network_alone(newest):
+            raise UserError(
+                f"{newest} is a network without the rest of its training, which so cannot go on: "
+                f"start a new one from it with --pretrained_model_checkpoint_path={ckpt_path}, and "
+                "name another --ckpt_path."
+            )
     elif passed_over:
         raise UserError(
             f"{ckpt_path} holds no intact checkpoint to go on from: {passed_over[0]} "
@@ -314,7 +320,7 @@ def prepare_run(
         )
     else:
         run = _new_run(given, data_path, pretrained)
-    examples = count_images(run.data, data_path, "train") - run.data.holdout
+    examples = count_training_images(run.data, data_path)
     length = {}
     if train_epochs:
         steps = train_epochs * examples / run.training.batch_size
@@ -333,7 +339,7 @@ def _new_run(given: dict[str, Any], data_path: str | None, pretrained: str | Non
         network = {n: given.get(n) for n in dataclasses.asdict(model) if n != "batch_norm_decay"}
         named_by = "--pretrained_model_checkpoint_path"
         refuse_contradictions(origin, network, pretrained, named_by)
-        model = origin.model
+        model = dataclasses.replace(origin.model, batch_norm_decay=model.batch_norm_decay)
     for name in ("fine_tune", "recompute_mean"):
         if given.get(name) and not pretrained:
             raise UserError(
@@ -385,6 +391,13 @@ def train(
             return Outcome(step, resume_from, metrics)
     say(_opening(run, options, trainer, len(data.train_set.labels)))
     say(f"Going on from {resume_from}, step {step}." if resume_from else _beginning(run))
+    if options.profile_steps and not step < options.profile_steps[0] <= last_step:
+        say(f"Nothing is profiled: --profile_steps begins outside of {step + 1} to {last_step}.")
+
+    def save() -> str:
+        return checkpoints.save(
+            trainer.checkpoint, options.ckpt_path, trainer.steps_done, options.max_ckpts
+        )
 
     saved, first_step, stopped_by = resume_from, step, 0
     with (
@@ -394,6 +407,7 @@ def train(
             log_path=options.train_log_path,
             profile_steps=options.profile_steps,
         ) as progress,
+        _saving_unheard(save),
     ):
         dataset = training_batches(
             data.train_set,
@@ -454,16 +468,21 @@ def train(
                     progress.write(f"--stop_threshold={options.stop_threshold:g} is reached.")
                     ending = True
             if chief and (ending or saving):
-                saved = checkpoints.save(
-                    trainer.checkpoint, options.ckpt_path, step, options.max_ckpts
-                )
+                saved = save()
             if ending:
                 break
         summary = progress.finish(step, saved, data.evaluation and data.evaluation.images)
-        if stopped_by:
-            name = signal.Signals(stopped_by).name
-            summary["stopped"] = f"by {name}; the same command goes on from there"
     return Outcome(step, saved, metrics, stopped_by or None, summary)
+
+
+@contextlib.contextmanager
+def _saving_unheard(save: Callable[[], str]) -> Iterator[None]:
+    """Saves where nobody reads what is printed any more, as when Ctrl-C has ended a `| tee`."""
+    try:
+        yield
+    except BrokenPipeError:
+        print(f"Nobody reads the output any more; saved as {save()}.", file=sys.stderr)
+        raise
 
 
 def _next_end(step: int, images: int, batch_size: int) -> int:

@@ -70,6 +70,12 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(PROJECT), **more}
 
 
+def without_tensorflow(folder: Path) -> dict[str, str]:
+    """An environment in which importing TensorFlow ends the program."""
+    (folder / "tensorflow.py").write_text("raise SystemExit('tensorflow was imported')")
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
 class Workers:
     """So many processes of one command, of which each may have flags of its own."""
 

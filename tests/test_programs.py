@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import SMALL, error_of, run, run_code, start
+from commands import SMALL, error_of, run, run_code, start, without_tensorflow
 from conftest import values_in, write_cifar100
 from PIL import Image
+
+import checkpoints
 
 
 def assert_same_checkpoint(one: str | Path, other: str | Path) -> None:
@@ -71,8 +73,7 @@ def test_a_newcomers_commands_work_one_after_the_other(tmp_path):
 
 @pytest.mark.parametrize("program", ["run_trainer.py", "run_evaluator.py"])
 def test_help_and_wrong_flags_answer_without_importing_tensorflow(program, tmp_path):
-    (tmp_path / "tensorflow.py").write_text("raise SystemExit('tensorflow was imported')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = without_tensorflow(tmp_path)
     shown = run(program, "--help", env=environment).stdout
     for flag in ("path", "ckpt_path", "num_layers", "data_format", "dtype", "device"):
         assert f"--{flag}" in shown or f"--[no]{flag}" in shown
@@ -227,6 +228,56 @@ def test_clean_starts_over(data, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_clean_deletes_nothing_before_the_new_run_is_known_to_be_possible(
+    data, uninterrupted, tmp_path
+):
+    command = ("run_trainer.py", f"--ckpt_path={uninterrupted}", "--clean")
+    assert "no data" in error_of(*command, cwd=tmp_path)
+    assert "leaves nothing" in error_of(*command, f"--path={data}", "--holdout=400")
+    assert "was trained before" in error_of(*command, f"--path={data}", "--fine_tune")
+    assert "--eval_only" in error_of(*command, f"--path={data}", "--eval_only")
+    assert (uninterrupted / "model.ckpt-60.index").exists()
+
+
+def test_who_stops_a_run_begun_with_clean_is_told_to_go_on_without_it(data, tmp_path):
+    process = start(
+        *("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL, "--clean")
+    )
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, _ = process.communicate(timeout=240)
+    stopped = "by SIGINT; the same command without --clean goes on from there"
+    assert table_in(out)["stopped"] == stopped
+
+
+def test_a_network_without_its_training_is_refused_as_a_run_to_go_on_with(
+    data, uninterrupted, tmp_path
+):
+    code = "import sys, checkpoints; checkpoints.save_network(*sys.argv[1:])"
+    run_code(code, uninterrupted / "model.ckpt-60", tmp_path)
+    error = error_of("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}")
+    assert f"--pretrained_model_checkpoint_path={tmp_path}" in error
+    scored = run("run_evaluator.py", f"--path={data}", f"--ckpt_path={tmp_path}").stdout
+    assert "resnet8, step 60" in scored
+
+
+def test_steps_to_profile_that_do_not_come_are_told_of(data, tmp_path):
+    command = ("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL)
+    command += ("--num_iterations=4", "--profile_steps=2,3")
+    assert "Nothing is profiled" not in run(*command, "--max_train_steps=3").stdout
+    assert "--profile_steps begins outside of 4 to 4." in run(*command).stdout
+
+
+def test_a_home_folder_behind_an_equals_sign_is_found(data, uninterrupted):
+    home = {**os.environ, "HOME": str(uninterrupted.parent)}
+    scored = run(
+        "run_evaluator.py", f"--path={data}", f"--ckpt_path=~/{uninterrupted.name}", env=home
+    )
+    assert f"{uninterrupted}/model.ckpt-60 (resnet8, step 60)" in scored.stdout
+
+
 def test_a_second_trainer_in_the_same_folder_is_refused(data, tmp_path):
     command = ("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL)
     first = start(*command)
@@ -284,6 +335,18 @@ def test_without_data_the_trainer_says_how_to_get_it(tmp_path):
     error = error_of("run_trainer.py", cwd=tmp_path)
     assert "python cifar10_download_and_extract.py" in error
     assert "--use_synthetic_data" in error
+
+
+OUT_OF_MEMORY = """
+import tensorflow as tf
+from errors import exits_with_a_sentence
+raise SystemExit(exits_with_a_sentence(lambda: tf.zeros([10**6, 10**7]))())
+"""
+
+
+def test_what_does_not_fit_into_memory_ends_in_one_sentence():
+    error = run_code(OUT_OF_MEMORY, status=1).stderr.splitlines()[-1]
+    assert re.search(r"error: out of memory: OOM .*; a smaller --batch_size needs less\.$", error)
 
 
 def test_a_gpu_that_is_not_there_is_refused_by_name_of_what_to_install(tmp_path):
@@ -367,7 +430,9 @@ def test_what_the_evaluator_cannot_score_ends_in_one_sentence(data, uninterrupte
 def test_eval_only_scores_the_holdout_of_its_run_and_trains_nothing(data, tmp_path):
     command = ("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL)
     run(*command, "--holdout=100", "--num_iterations=3")
+    before = sorted(os.listdir(tmp_path))
     shown = run(*command, "--eval_only").stdout
+    assert sorted(os.listdir(tmp_path)) == before
     assert "on holdout images" in shown
     assert re.search(r"images +100", shown)
     scored = run(
@@ -380,6 +445,17 @@ def test_eval_only_scores_the_holdout_of_its_run_and_trains_nothing(data, tmp_pa
             "run_evaluator.py", f"--path={data}", f"--ckpt_path={tmp_path}", "--split=train"
         ).stdout,
     )
+
+
+def test_eval_only_needs_the_test_file_alone_and_disturbs_no_trainer(data, uninterrupted, tmp_path):
+    for name in ("test_batch.bin", "batches.meta.txt"):
+        (tmp_path / name).write_bytes((data / name).read_bytes())
+    command = ("run_trainer.py", f"--path={tmp_path}", "--eval_only", "--quiet")
+    with checkpoints.lock(str(uninterrupted)):
+        shown = run(*command, f"--ckpt_path={uninterrupted}").stdout
+    assert shown.startswith(f"{uninterrupted}/model.ckpt-60 on test images: accuracy ")
+    assert "no checkpoint is at" in error_of(*command, f"--ckpt_path={tmp_path / 'typo'}")
+    assert not (tmp_path / "typo").exists()
 
 
 def test_generated_pictures_need_no_files(tmp_path):
@@ -421,7 +497,7 @@ def test_what_cannot_be_transferred_ends_in_one_sentence(data, uninterrupted, tm
     assert "num_layers=8" in error
     # in a folder apart from that of a run from scratch
     nothing = error_of(*command, "--eval_only", cwd=tmp_path)
-    assert f"no checkpoint in runs/{uninterrupted.name}-transfer " in nothing
+    assert f"no checkpoint in runs/{uninterrupted.name}-transfer: " in nothing
     spared = error_of(*command, f"--ckpt_path={uninterrupted}", "--clean")
     assert f"--clean would delete {uninterrupted}" in spared
     assert (uninterrupted / "model.ckpt-60.index").exists()
@@ -457,13 +533,27 @@ def test_a_program_interrupted_while_it_imports_ends_in_one_sentence(program, tm
     ]
 
 
-def test_a_run_whose_output_nobody_reads_any_more_ends_quietly(data, tmp_path):
-    process = start("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL)
-    assert process.stdout.readline().startswith("Training")
-    process.stdout.close()  # as `… | head -1` does
+@pytest.mark.parametrize("interrupted", [False, True])  # `… | head`; Ctrl-C on `… | tee log`
+def test_a_run_whose_output_nobody_reads_any_more_saves_and_goes_on_from_there(
+    data, tmp_path, uninterrupted, interrupted
+):
+    command = (
+        *("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL),
+        *("--num_iterations=60", "--save_per_iterations=1000"),
+    )
+    process = start(*command)
+    for line in process.stdout:
+        if line.startswith("step 10/"):
+            break
+    process.stdout.close()
+    if interrupted:
+        process.send_signal(signal.SIGINT)
     err = process.stderr.read()
     assert process.wait(timeout=240) == 128 + signal.SIGPIPE
-    assert "Traceback" not in err
+    (saved,) = re.findall(r"^Nobody reads the output any more; saved as (\S+)\.\n$", err)
+    again = run(*command)
+    assert f"Going on from {saved}, step " in again.stdout
+    assert_same_checkpoint(uninterrupted / "model.ckpt-60", tmp_path / "model.ckpt-60")
 
 
 def test_a_folder_of_ones_own_pictures_becomes_a_network_that_knows_them(tmp_path):
