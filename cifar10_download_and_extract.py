@@ -216,7 +216,7 @@ def describe(error: Exception) -> str:
     if isinstance(reason, TimeoutError):
         return "nothing arrived within the --timeout"
     text = " ".join(str(reason).split()) or type(reason).__name__
-    return "".join(char if char.isprintable() else "?" for char in text)[:200]
+    return errors.printable(text)[:200]
 
 
 class Mirror:
@@ -674,22 +674,19 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
         help="seconds to wait for a silent server (default: %(default)g)",
     )
     add("--synthetic", action="store_true", help="write a generated stand-in; download nothing")
-    add(
-        "--synthetic_train_images",
-        metavar="N",
-        type=train,
-        default=10000,
-        help="(default: %(default)s)",
-    )
-    add(
-        "--synthetic_test_images",
-        metavar="N",
-        type=test,
-        default=2000,
-        help="(default: %(default)s)",
-    )
-    add("--seed", metavar="N", type=seed, default=0, help="of the stand-in (default: %(default)s)")
+    of_stand_in = {
+        "synthetic_train_images": (train, 10000, ""),
+        "synthetic_test_images": (test, 2000, ""),
+        "seed": (seed, 0, "of the stand-in "),
+    }
+    for name, (convert, default, what) in of_stand_in.items():
+        add(f"--{name}", metavar="N", type=convert, help=f"{what}(default: {default})")
     flags = parser.parse_args(argv)
+    for name, (_, default, _) in of_stand_in.items():
+        if getattr(flags, name) is None:
+            setattr(flags, name, default)
+        elif not flags.synthetic:
+            parser.error(f"--{name} is of the generated stand-in: give --synthetic too")
     if flags.synthetic and (flags.url or flags.sha256 or flags.keep_archive):
         parser.error("--synthetic downloads nothing: leave out --url, --sha256 and --keep_archive")
     if flags.synthetic and flags.dataset != "cifar10":

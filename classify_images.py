@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from absl import flags
 
 import device
 import program
-from errors import UserError, exits_with_a_sentence, tell
+from errors import UserError, exits_with_a_sentence, printable, tell
 from pictures import EXTENSIONS, read_picture_file
 
 FLAGS = flags.FLAGS
@@ -43,6 +43,7 @@ def main(argv: list[str]) -> int:
     folder = FLAGS.saved_model
     if folder is not None and not os.path.isfile(os.path.join(folder, "saved_model.pb")):
         raise UserError(f"{folder} is not a SavedModel: name the folder that holds saved_model.pb.")
+    answer, classes = _load()
     names, images, all_read = [], [], True
     for name, picture in itertools.chain.from_iterable(map(_read, argv[1:])):
         if isinstance(picture, UserError):
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
         else:
             names.append(name)
             images.append(picture)
-    results = _classify(names, images) if images else []
+    results = _classify(answer, classes, names, images)
     # a file's name may hold characters that the terminal's encoding lacks
     sys.stdout.reconfigure(errors="backslashreplace")
     if FLAGS.json:
@@ -83,8 +84,8 @@ def _pictures_in(folder: str) -> list[str]:
     return sorted(names)
 
 
-def _classify(names: list[str], images: list[np.ndarray]) -> list[dict[str, Any]]:
-    """The likeliest classes of each picture."""
+def _load() -> tuple[Callable[[np.ndarray], dict[str, Any]], list[str]]:
+    """The network as a function of pixels, and its classes."""
     device.start_tensorflow(FLAGS.device)
     import checkpoints
     import export
@@ -92,11 +93,18 @@ def _classify(names: list[str], images: list[np.ndarray]) -> list[dict[str, Any]
 
     if FLAGS.saved_model is None:
         network = export.load_classifier(checkpoints.find(FLAGS.ckpt_path))
-        classes = [name.decode() for name in network.class_names.numpy()]
-        answer = network.from_pixels
-    else:
-        network = answer = SavedNetwork(FLAGS.saved_model)
-        classes = network.class_names
+        return network.from_pixels, [name.decode() for name in network.class_names.numpy()]
+    network = SavedNetwork(FLAGS.saved_model)
+    return network, network.class_names
+
+
+def _classify(
+    answer: Callable[[np.ndarray], dict[str, Any]],
+    classes: list[str],
+    names: list[str],
+    images: list[np.ndarray],
+) -> list[dict[str, Any]]:
+    """The likeliest classes of each picture."""
     probabilities: list[np.ndarray] = []
     for start in range(0, len(images), BATCH_SIZE):
         batch = np.stack(images[start : start + BATCH_SIZE])
@@ -116,8 +124,8 @@ def _classify(names: list[str], images: list[np.ndarray]) -> list[dict[str, Any]
 def _table(results: list[dict[str, Any]]) -> str:
     """A line for each class; the picture's name stands on the first of its lines."""
     rows = [
-        (result["picture"] if i == 0 else "", guess["name"], f"{guess['probability']:.4f}")
-        for result in results
+        (name if i == 0 else "", guess["name"], f"{guess['probability']:.4f}")
+        for name, result in ((printable(result["picture"]), result) for result in results)
         for i, guess in enumerate(result["classes"])
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

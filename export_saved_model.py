@@ -44,6 +44,7 @@ def _lite_is_one(values: dict[str, object]) -> bool:
 
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
+    folders.refuse_patterns(FLAGS.export_dir)
     folders.refuse_unwritable(FLAGS.export_dir)
 
     start_tensorflow("cpu")  # whatever the export is for, nothing large is computed here

@@ -5,6 +5,8 @@ import os
 import re
 import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 
 from errors import UserError
@@ -15,7 +17,7 @@ def refuse_patterns(path: str) -> None:
     if re.search(r"[*?\[\]\\]", path):
         raise UserError(
             f"{path} has one of * ? [ ] \\ in it, which TensorFlow cannot have in the path of what "
-            "it saves: name another folder."
+            "it saves or loads: name another folder."
         )
 
 
@@ -33,7 +35,8 @@ def new(path: str) -> Iterator[str]:
     """A folder to write into, which becomes `path` once the block has ended well."""
     folder = _beside(path)
     try:
-        yield folder
+        with _ended_by_sigterm():
+            yield folder
         os.replace(folder, os.path.realpath(path))
     except BrokenPipeError:
         raise  # of who read the output, not of the folder
@@ -43,9 +46,25 @@ def new(path: str) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """While entered, SIGTERM ends the program by an exception, as Ctrl-C does: it tidies up."""
+    if threading.current_thread() is not threading.main_thread():  # where there are no signals
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _beside(path: str) -> str:
     """Creates a folder beside `path`, where there must be nothing or an empty folder."""
-    refuse_patterns(path)
     wanted = os.path.realpath(path)
     try:
         if os.path.lexists(wanted) and os.listdir(wanted):

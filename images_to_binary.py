@@ -23,7 +23,7 @@ from tqdm import tqdm
 import folders
 import program
 from data_layout import LAYOUTS, MAX_CLASSES
-from errors import UserError, exits_with_a_sentence
+from errors import UserError, exits_with_a_sentence, printable
 from pictures import read_picture_file
 
 FLAGS = flags.FLAGS
@@ -73,6 +73,8 @@ def files_below(folder: Path) -> list[str]:
     for place, inside, files in os.walk(folder, onerror=fail):
         inside[:] = [name for name in inside if not name.startswith(".")]
         found += [os.path.join(place, name) for name in files if not name.startswith(".")]
+        # a link to a folder could lead in circles: it is told of as no file, and not followed
+        found += [path for name in inside if os.path.islink(path := os.path.join(place, name))]
     return sorted(found)
 
 
@@ -149,11 +151,6 @@ def write_records(classes: Mapping[str, Sequence[str]], records: BinaryIO) -> np
     records.flush()
     print(f"{len(labels)} of {len(expected)} files are pictures that can be read")
     return np.frombuffer(labels, np.uint8)
-
-
-def printable(text: str) -> str:
-    """A file's name may hold line breaks, a terminal's commands, or bytes that are no text."""
-    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def split(labels: np.ndarray, test_share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

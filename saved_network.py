@@ -8,6 +8,7 @@ import tensorflow as tf
 from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
 
+import folders
 from errors import UserError
 from pictures import SIDE
 
@@ -20,6 +21,7 @@ class SavedNetwork:
     """A loaded SavedModel and its classes. Any number of threads may call it."""
 
     def __init__(self, folder: str):
+        folders.refuse_patterns(folder)
         try:
             # kept, because its signatures would let go of its variables
             self._loaded = tf.saved_model.load(folder)
@@ -61,7 +63,13 @@ class SavedNetwork:
         """The outputs of a signature for a batch."""
         tensor = {self.inputs[signature].name: tf.constant(inputs)}
         outputs = self._loaded.signatures[signature](**tensor)
-        return {name: value.numpy() for name, value in outputs.items()}
+        answer = {name: value.numpy() for name, value in outputs.items()}
+        if not all(np.isfinite(value).all() for value in answer.values()):
+            raise UserError(
+                "the network's answer is not made of finite numbers: these pictures are too bright "
+                "for its precision, or its weights are damaged."
+            )
+        return answer
 
     def describe_signatures(self) -> dict[str, Any]:
         """The signatures as plain values for JSON, under TensorFlow's own names."""

@@ -13,7 +13,7 @@ from tornado.netutil import bind_sockets
 
 import device
 import program
-from errors import UserError, exits_with_a_sentence
+from errors import UserError, exits_with_a_sentence, reason_of
 
 FLAGS = flags.FLAGS
 
@@ -58,9 +58,9 @@ def main(argv: list[str]) -> int:
 def _listen(host: str, port: int) -> list[socket.socket]:
     try:
         return bind_sockets(port, host, backlog=1024)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of names that cannot be a machine's
         raise UserError(
-            f"cannot listen on {host}, port {port}: {error.strerror}. Choose others with --host "
+            f"cannot listen on {host}, port {port}: {reason_of(error)}. Choose others with --host "
             "and --port; --port=0 takes any free one."
         ) from error
 

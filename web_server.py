@@ -226,7 +226,9 @@ class _Handler(web.RequestHandler):
         origin = self.request.headers.get("Origin")
         length = self.request.headers.get("Content-Length", "")
         if not self.application.is_own(self.request.host_name):
-            self._refuse(421, f"this server is not {self.request.host_name:.100}.")
+            name = f"{self.request.host_name:.100}"
+            advice = f"ask for it by its IP address, or start it with --host={name}"
+            self._refuse(421, f"this server is not {name}: {advice}.")
         elif origin and origin.partition("://")[2] != self.request.host:
             self._refuse(403, "pages of other sites get no answers here.")
         elif length.isdecimal() and int(length[:20]) > MAX_READ:

@@ -3,12 +3,13 @@
 import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from commands import run
+from commands import run, without_tensorflow
 from PIL import Image
 
 import checkpoints
@@ -104,6 +105,19 @@ def test_a_saved_model_answers_in_json_as_the_checkpoint_does(prefix, pictures, 
         np.testing.assert_allclose(shares, [share for _, share in guesses], 1e-4)
 
 
+def test_the_network_is_looked_for_before_any_picture_is_read(pictures):
+    done = run("classify_images.py", "text.png", "--ckpt_path=typo", status=1, cwd=pictures)
+    assert "no checkpoint is at typo" in done.stderr
+    assert "text.png" not in done.stderr
+
+
+def test_a_pictures_name_cannot_command_the_terminal(prefix, pictures, tmp_path):
+    shutil.copy(pictures / "big.jpg", tmp_path / "a\x1b]0;b\x07\nc.jpg")
+    shown = run("classify_images.py", f"--ckpt_path={prefix}", "--top=1", tmp_path).stdout
+    assert shown.startswith(f"{tmp_path}/a?]0;b??c.jpg  ")
+    assert shown.count("\n") == 1
+
+
 def test_a_layout_that_has_no_kernels_here_is_told_of_in_a_sentence(prefix, pictures, tmp_path):
     with contextlib.suppress(UserError):
         resolve_data_format("channels_first", "fp16", "cpu")
@@ -118,8 +132,7 @@ def test_a_layout_that_has_no_kernels_here_is_told_of_in_a_sentence(prefix, pict
 
 
 def test_what_needs_no_network_is_told_without_importing_tensorflow(prefix, pictures, tmp_path):
-    (tmp_path / "tensorflow.py").write_text("raise SystemExit('tensorflow was imported')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = without_tensorflow(tmp_path)
 
     def stopped(*arguments: object) -> str:
         done = run("classify_images.py", *arguments, status=1, env=environment, cwd=pictures)
@@ -133,4 +146,3 @@ def test_what_needs_no_network_is_told_without_importing_tensorflow(prefix, pict
     assert "--top" in stopped("big.jpg", checkpoint, "--top=0")
     assert "name the picture files" in stopped(checkpoint)
     assert "holds saved_model.pb" in stopped("big.jpg", "--saved_model=more")
-    assert stopped("text.png", checkpoint, "--json").startswith("[]\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from commands import PROJECT, SMALL, error_of, run
+from commands import PROJECT, SMALL, error_of, run, without_tensorflow
 from conftest import random_images
 from PIL import Image
 
@@ -310,12 +310,6 @@ def test_an_export_that_does_not_fit_leaves_nothing(prefix, tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def without_tensorflow(folder: Path) -> dict[str, str]:
-    """An environment in which importing TensorFlow ends the program."""
-    (folder / "tensorflow.py").write_text("raise SystemExit('tensorflow was imported')")
-    return {**os.environ, "PYTHONPATH": str(folder)}
-
-
 def test_wrong_flags_and_folders_are_told_before_tensorflow_is_imported(prefix, tmp_path):
     environment = without_tensorflow(tmp_path)
     command = ("export_saved_model.py", f"--ckpt_path={prefix}")
@@ -325,8 +319,11 @@ def test_wrong_flags_and_folders_are_told_before_tensorflow_is_imported(prefix, 
         lite = run(*command, "--export_dir=x", "--format=tflite", other, status=1, env=environment)
         assert "channels_last and fp32" in lite.stderr
     assert "not empty" in error_of(*command, f"--export_dir={tmp_path}", env=environment)
+    pattern = f"--export_dir={tmp_path / 'new[1]'}"
+    assert "TensorFlow cannot have" in error_of(*command, pattern, env=environment)
 
     trainer = ("run_trainer.py", f"--ckpt_path={tmp_path / 'run'}")
+    assert "TensorFlow cannot have" in error_of(*trainer, pattern, env=environment)
     for folder, reason in ((tmp_path, "will hold"), (tmp_path / "tensorflow.py", "directory")):
         assert reason in error_of(*trainer, f"--export_dir={folder}", env=environment)
     both = run(*trainer, f"--export_dir={tmp_path}", "--eval_only", status=1, env=environment)
