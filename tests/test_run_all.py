@@ -1,6 +1,9 @@
 """The command that trains the table of results, on runs of a few steps."""
 
 import importlib.util
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -87,6 +90,67 @@ def test_the_table_gives_the_mean_of_the_seeds_and_each_of_them(run_all):
         "| resnet8 | 75,290 | 12.35 % | 11.00 % | **8.83 %** (10.00, 8.00, 8.50) | `fast` | 41 | "
         "10 | `files/pretrained/resnet8` |"
     ]
+
+
+# A trainer that takes its time to save.
+SLOW_TRAINER = """
+import signal, sys, time
+def save(number, frame):
+    time.sleep(1)
+    open(sys.argv[1], "w").close()
+    sys.exit(130)
+signal.signal(signal.SIGINT, save)
+print("training", flush=True)
+signal.pause()
+"""
+
+
+def test_ctrl_c_waits_for_the_trainer_to_save(tmp_path):
+    (tmp_path / "trainer.py").write_text(SLOW_TRAINER)
+    code = "import sys; sys.path.insert(0, 'files/results'); import run_all; "
+    code += "run_all._run_program(*sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "trainer.py", tmp_path / "saved"],
+        **{"cwd": commands.PROJECT, "stdout": subprocess.PIPE, "start_new_session": True},
+    )
+    assert process.stdout.readline() == b"training\n"
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+    assert process.wait(timeout=60) == 130
+    assert (tmp_path / "saved").exists()
+
+
+def test_what_is_there_is_left_as_it_is_unless_it_is_asked_for_again(run_all, monkeypatch):
+    trained = []
+    monkeypatch.setattr(run_all, "train", lambda run, *where: trained.append(run.name))
+    monkeypatch.setattr(run_all, "ship", lambda *where: None)
+    fake_csv(run_all, run_all.RUNS[1], 0.5)
+    for flags, expected in (
+        ([], ["tiny0", "tiny2"]),
+        (["--again"], ["tiny0", "tiny1", "tiny2"]),
+        (["--only=tiny1"], []),
+        (["--only=tiny1", "--again"], ["tiny1"]),
+    ):
+        trained.clear()
+        monkeypatch.setattr(sys, "argv", ["run_all.py", *flags])
+        assert run_all.main() == 0
+        assert trained == expected
+
+
+def test_the_shipped_networks_are_whole_and_those_of_the_table(monkeypatch):
+    monkeypatch.syspath_prepend(commands.PROJECT / "files" / "results")
+    run_all = importlib.import_module("run_all")
+    shipped = sorted(run_all.PRETRAINED.iterdir())
+    assert shipped
+    for folder in shipped:
+        prefix = checkpoints.find(str(folder))  # by its digests
+        run, step = checkpoints.read_run(prefix)
+        (first, *others) = [r for r in run_all.RUNS if r.network == folder.name and r.is_shipped]
+        middle = run_all._middle([run_all.read_result(seed) for seed in (first, *others)])
+        assert run.model.name == folder.name
+        assert (run.training.recipe, run.training.seed) == ("fast", middle.run.seed)
+        assert step == run.training.num_iterations == middle.csv.columns["step"][-1]
+        assert checkpoints.is_network_alone(prefix)
+    assert sum(f.stat().st_size for f in run_all.PRETRAINED.rglob("*")) < 30 * 2**20
 
 
 def test_the_readme_shows_the_table_that_the_results_give():

@@ -4,16 +4,19 @@
 
 Each run leaves `files/results/NAME.csv`, its curves with the command that made them, and, of
 several seeds the one in the middle, its weights in `files/pretrained/`. What is there already is
-left as it is; Ctrl-C saves, and the same command goes on from there. `--table` prints the table.
+left as it is, unless `--again` is given; Ctrl-C saves, and the same command goes on from there.
+`--table` prints the table.
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import json
 import os
 import platform
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -152,25 +155,24 @@ def _middle(group: Sequence[Result]) -> Result:
 
 def train(run: Run, path: str, runs_dir: str) -> None:
     """Trains a run to its end, from wherever it stands, and writes its CSV."""
-    folder = os.path.join(runs_dir, run.name)
-    command = [sys.executable, "run_trainer.py", f"--path={os.path.abspath(path)}", *run.flags()]
-    status = subprocess.run(
-        [*command, f"--ckpt_path={os.path.abspath(folder)}"], cwd=TOP, check=False
-    ).returncode
-    if status:
-        raise SystemExit(status)
+    folder = os.path.abspath(os.path.join(runs_dir, run.name))
+    where = (f"--path={os.path.abspath(path)}", f"--ckpt_path={folder}")
     scores = os.path.join(folder, "scores.json")
-    subprocess.run(
-        [
-            *(sys.executable, "run_evaluator.py", f"--path={os.path.abspath(path)}"),
-            *(f"--ckpt_path={os.path.abspath(folder)}", f"--output_json={os.path.abspath(scores)}"),
-        ],
-        cwd=TOP,
-        check=True,
-    )
+    _run_program("run_trainer.py", *where, *run.flags())
+    _run_program("run_evaluator.py", *where, f"--output_json={scores}")
     with open(scores) as file:
         score = json.load(file)
     _write_csv(run, folder, score)
+
+
+def _run_program(*words: str) -> None:
+    """Runs one of the project's programs to its end, and ends with it where it fails."""
+    # Ctrl-C reaches that program too, which may take a while to save: this one waits for it.
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    status = subprocess.call([sys.executable, *words], cwd=TOP)
+    signal.signal(signal.SIGINT, before)
+    if status:
+        raise SystemExit(status)
 
 
 @stderr_held_back()  # TensorFlow's start
@@ -212,9 +214,11 @@ def _rounded(value: float | None) -> str:
 
 
 def _processor() -> str:
-    with open("/proc/cpuinfo") as lines:
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:  # Linux alone has it
+        for line in lines:
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor()
 
 
 def ship(runs: Sequence[Run], runs_dir: str) -> None:
@@ -225,7 +229,10 @@ def ship(runs: Sequence[Run], runs_dir: str) -> None:
     if None in results:
         return
     middle = _middle(results).run
-    prefix = checkpoints.find(os.path.join(runs_dir, middle.name))
+    trained = os.path.join(runs_dir, middle.name)
+    if not os.path.isdir(trained):  # its CSV came with the project
+        return
+    prefix = checkpoints.find(trained)
     folder = PRETRAINED / middle.network
     for _, old in checkpoints.list_checkpoints(str(folder)):
         checkpoints.delete(old)
@@ -241,6 +248,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument(
         "--only", action="append", choices=[run.name for run in RUNS], help="only this; repeatable"
     )
+    parser.add_argument("--again", action="store_true", help="those too whose results are there")
     parser.add_argument("--table", action="store_true", help="train nothing: print the table")
     return parser.parse_args()
 
@@ -254,7 +262,9 @@ def main() -> int:
     for run in RUNS:
         if flags.only and run.name not in flags.only:
             continue
-        if not read_result(run):
+        if read_result(run) and not flags.again:
+            print(f"== {run.name} is there", flush=True)
+        else:
             print(f"== {run.name}", flush=True)
             train(run, flags.path, flags.runs_dir)
             if run.is_shipped:
