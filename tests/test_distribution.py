@@ -1,10 +1,10 @@
 """Several replicas and workers do what one device does, and survive one another."""
 
-import contextlib
 import os
 import re
 import signal
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,9 +12,19 @@ import numpy as np
 import pytest
 import replica_steps
 import tensorflow as tf
-from commands import PROJECT, Workers, assert_lost, environment, error_of, run, start
+from commands import (
+    PROJECT,
+    Workers,
+    assert_lost,
+    environment,
+    error_of,
+    run,
+    start,
+    without_tensorflow,
+)
 from conftest import TRAIN_FILES, random_images, values_in, write_records
 
+import checkpoints
 import cluster
 import distribution
 import launch_local
@@ -154,7 +164,7 @@ def test_sigterm_to_any_worker_saves_once_and_ends_all_and_one_device_goes_on(
     workers.wait_for("step 25/60")
     workers.processes[1].send_signal(signal.SIGTERM)
     assert [status for status, _ in workers.ends()] == [128 + signal.SIGTERM] * 2
-    (step,) = {int(file.stem.split("-")[1]) for file in tmp_path.glob("*.index")} - {20}
+    step = max(step for step, _ in checkpoints.list_checkpoints(str(tmp_path)))
     assert 25 < step < 60
     went_on = run(*command(data, tmp_path))
     assert f"model.ckpt-{step}, step {step}" in went_on.stdout
@@ -210,6 +220,16 @@ def test_workers_end_with_a_launcher_that_is_killed(tmp_path):
     launcher.communicate()
 
 
+def test_the_launcher_ends_the_others_where_one_fails_and_with_its_status(tmp_path, monkeypatch):
+    (tmp_path / "worker.py").write_text(
+        "import json, os, sys, time\n"
+        "index = json.loads(os.environ['TF_CONFIG'])['task']['index']\n"
+        "sys.exit(3) if index == 1 else time.sleep(99)\n"
+    )
+    monkeypatch.setattr(launch_local, "PATIENCE", 0.1)
+    assert launch_local.launch([str(tmp_path / "worker.py")], 3) == 3
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -254,13 +274,21 @@ def clusters(count: int) -> list[cluster.Cluster]:
 def test_workers_meet_whatever_their_order_and_whoever_else_calls():
     chief, *others = clusters(3)
     with ThreadPoolExecutor(3) as pool:
-        meeting = [pool.submit(cluster.meet, other, 60) for other in others]
-        meeting.append(pool.submit(cluster.meet, chief, 60))
+        meeting = [pool.submit(cluster.meet, early, 60) for early in (others[0], chief)]
         for said in (b"GET / HTTP/1.1\r\n\r\n", b"7", b""):
-            with contextlib.suppress(OSError):  # they may have met
-                socket.create_connection(chief.host_and_port(0), 60).sendall(said)
+            call_once_it_listens(chief.host_and_port(0)).sendall(said)
+        meeting.append(pool.submit(cluster.meet, others[1], 60))
         for each in meeting:
             each.result()
+
+
+def call_once_it_listens(address: tuple[str, int]) -> socket.socket:
+    for _ in range(600):
+        try:
+            return socket.create_connection(address, 60)
+        except ConnectionRefusedError:
+            time.sleep(0.1)
+    raise AssertionError(f"nobody listens at {address}")
 
 
 def test_workers_that_do_not_come_are_named():
@@ -312,7 +340,6 @@ def test_the_lost_worker_is_the_one_where_tensorflows_message_begins(message, lo
 
 
 def test_a_cluster_that_is_asked_for_but_not_named_is_told_before_tensorflow_starts(tmp_path):
-    (tmp_path / "tensorflow.py").write_text("raise SystemExit('tensorflow was imported')")
-    without = environment(PYTHONPATH=str(tmp_path), TF_CONFIG="")
+    without = without_tensorflow(tmp_path) | {"TF_CONFIG": ""}
     wrong = ("run_trainer.py", "--distribution_strategy=multi_worker", "--use_synthetic_data")
     assert "needs TF_CONFIG" in error_of(*wrong, env=without)

@@ -12,6 +12,7 @@ from commands import run_code
 from errors import UserError
 from run_config import (
     CIFAR10_NAMES,
+    RECIPES,
     DataConfig,
     ModelConfig,
     RunConfig,
@@ -252,18 +253,19 @@ def test_the_papers_learning_rates_keep_their_proportions_in_other_lengths(
     np.testing.assert_allclose(rates[[0, *boundaries]], factors, rtol=2e-7)
 
 
-@pytest.mark.parametrize("recipe", ["paper", "one_cycle"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_learning_rates_are_proportional_to_the_initial_one(recipe):
     one = TrainingConfig(recipe=recipe, num_iterations=200, init_lr=1.0)
     three = dataclasses.replace(one, init_lr=3.0)
     np.testing.assert_allclose(learning_rates(three), 3 * learning_rates(one), rtol=2e-7)
 
 
+@pytest.mark.parametrize("recipe", ["one_cycle", "fast"])
 @pytest.mark.parametrize("num_iterations", [100, 16_000])
 def test_one_cycle_goes_straight_up_to_its_peak_and_straight_down_to_almost_nothing(
-    num_iterations,
+    recipe, num_iterations
 ):
-    training = TrainingConfig(recipe="one_cycle", num_iterations=num_iterations, init_lr=0.2)
+    training = TrainingConfig(recipe=recipe, num_iterations=num_iterations, init_lr=0.2)
     rates = learning_rates(training)
     peak = num_iterations // 5
     assert rates.shape == (num_iterations,)
@@ -279,7 +281,7 @@ def test_one_cycle_goes_straight_up_to_its_peak_and_straight_down_to_almost_noth
     assert rates[-1] <= 0.2 / (num_iterations - peak) * 1.01
 
 
-@pytest.mark.parametrize("recipe", ["paper", "one_cycle"])
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("num_iterations", [1, 2, 3, 5, 7, 11])
 def test_every_step_of_the_shortest_runs_has_a_learning_rate(recipe, num_iterations):
     rates = learning_rates(TrainingConfig(recipe=recipe, num_iterations=num_iterations))
@@ -317,6 +319,23 @@ def test_one_cycle_brings_its_own_values():
         nesterov=True,
         weight_decay=5e-4,
         label_smoothing=0.0,
+        seed=0,
+    )
+
+
+def test_fast_brings_its_own_values():
+    assert training_config({"recipe": "fast"}) == TrainingConfig(
+        recipe="fast",
+        num_iterations=16_000,
+        batch_size=128,
+        optimizer="muon",
+        init_lr=0.2,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=5e-4,
+        label_smoothing=0.1,
+        alternate_flips=True,
+        cutout=9,
         seed=0,
     )
 
