@@ -15,6 +15,8 @@ import cluster
 import launch_local
 
 PROJECT = Path(__file__).resolve().parent.parent
+# all but the download script, whose flags are argparse's
+PROGRAMS = sorted(p.stem for p in PROJECT.glob("*.py") if "\n    program.run(main" in p.read_text())
 # 8 layers and small batches: a step takes a few milliseconds
 SMALL = ("--num_layers=8", "--batch_size=16", "--log_per_iterations=5")
 

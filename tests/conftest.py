@@ -86,12 +86,19 @@ def write_pictures(folder: Path, num_classes: int, train: int = 15, test: int = 
     return folder
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """What the files of a folder hold, those in deeper ones too, by their paths within it."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
 def values_in(prefix: str | Path) -> dict[str, object]:
-    """The values in a checkpoint, by their names there."""
+    """The values in a checkpoint, by their names there, without TensorFlow's own bookkeeping."""
     import tensorflow as tf
 
     reader = tf.train.load_checkpoint(str(prefix))
-    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+    names = reader.get_variable_to_shape_map()
+    return {n: reader.get_tensor(n) for n in names if not n.startswith("_CHECKPOINTABLE")}
 
 
 @pytest.fixture

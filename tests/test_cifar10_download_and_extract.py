@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import contents
 
 import cifar10_download_and_extract as program
 import synthetic_data
@@ -932,10 +933,6 @@ def test_leftovers_of_a_killed_unpacking_are_cleared(get, data_dir):
 # --- The synthetic stand-in -----------------------------------------------------------------------
 
 SMALL = ("--synthetic", "--synthetic_train_images=20", "--synthetic_test_images", "7")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_synthetic_files_hold_the_generated_images_as_planes(run, data_dir):

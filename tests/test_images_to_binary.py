@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import contents
 from PIL import Image
 
 import images_to_binary as program
@@ -73,10 +74,6 @@ def refusal(run) -> Callable[..., str]:
 def records(folder: Path, split: str) -> np.ndarray:
     data = (folder / f"pictures_{split}.bin").read_bytes()
     return np.frombuffer(data, np.uint8).reshape(-1, 3073)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def expected_records(image_dir: Path) -> list[bytes]:

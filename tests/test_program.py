@@ -5,12 +5,7 @@ import os
 import re
 
 import pytest
-from commands import in_terminal, run, run_code
-
-PROGRAMS = (
-    *("run_trainer", "run_evaluator", "export_saved_model", "classify_images", "serve"),
-    *("images_to_binary", "plot_runs", "launch_local"),
-)
+from commands import PROGRAMS, in_terminal, run, run_code
 
 DESCRIBE = """
 import json, sys

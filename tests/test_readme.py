@@ -9,20 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import PROJECT, run, run_code
+from commands import PROGRAMS, PROJECT, run, run_code
 
 from run_config import TrainingConfig
 
-PROGRAMS = (
-    ("run_trainer", "### The trainer's flags"),
-    ("run_evaluator", "### The evaluator's flags"),
-    ("export_saved_model", "### The exporter's flags"),
-    ("classify_images", "### The classifier's flags"),
-    ("serve", "### The server's flags"),
-    ("images_to_binary", "### The importer's flags"),
-    ("plot_runs", "### The curves' flags"),
-    ("launch_local", "### The launcher's flags"),
-)
+HEADINGS = {
+    "run_trainer": "### The trainer's flags",
+    "run_evaluator": "### The evaluator's flags",
+    "export_saved_model": "### The exporter's flags",
+    "classify_images": "### The classifier's flags",
+    "serve": "### The server's flags",
+    "images_to_binary": "### The importer's flags",
+    "plot_runs": "### The curves' flags",
+    "launch_local": "### The launcher's flags",
+}
 
 LIST_FLAGS = """
 import {program}
@@ -48,15 +48,15 @@ def flags_of(program: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in listed.splitlines())
 
 
-@pytest.mark.parametrize(("program", "heading"), PROGRAMS)
-def test_the_tables_list_every_flag_and_no_other(program, heading):
-    assert sorted(table_below(heading)) == sorted(flags_of(program))
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_tables_list_every_flag_and_no_other(program):
+    assert sorted(table_below(HEADINGS[program])) == sorted(flags_of(program))
 
 
-@pytest.mark.parametrize(("program", "heading"), PROGRAMS)
-def test_the_tables_give_the_defaults_that_the_programs_have(program, heading):
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_tables_give_the_defaults_that_the_programs_have(program):
     actual = flags_of(program)
-    for name, shown in table_below(heading).items():
+    for name, shown in table_below(HEADINGS[program]).items():
         value = actual[name].lower().removesuffix(".0")
         if name == "momentum":  # the same in all recipes
             value = str(TrainingConfig().momentum)
@@ -113,6 +113,15 @@ def test_the_commands_have_flags_that_there_are(program):
     given = [word for command in commands() if command[0] == program for word in command[1:]]
     flags = {re.match(r"--(\w+)", word)[1] for word in given if word.startswith("--")}
     assert flags <= flags_in_help(program)
+
+
+def test_the_makefile_has_what_is_to_be_made_and_its_commands_have_flags_that_there_are():
+    makefile = (PROJECT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    targets = set(re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split())
+    asked_for = {line.split()[1] for line in "".join(blocks("sh")).splitlines() if "make " in line}
+    assert {"demo", "test"} <= asked_for <= targets
+    for program, words in re.findall(r"^\t\$\(RUN\) (run_\w+\.py)(.*)$", makefile, re.M):
+        assert set(re.findall(r"--(\w+)", words)) <= flags_in_help(program)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import values_in
 from numpy_resnet import NumpyResNet
 
 import checkpoints
@@ -73,12 +74,6 @@ def start(folder: Path, pretrained: str | None, stop: int | None = None, **given
 
 def variables_in(prefix: str) -> dict[str, np.ndarray]:
     return {v.name: v.numpy() for v in checkpoints.load_model(prefix).variables}
-
-
-def everything_in(prefix: str) -> dict[str, object]:
-    reader = tf.train.load_checkpoint(prefix)
-    names = reader.get_variable_to_shape_map()
-    return {n: reader.get_tensor(n) for n in names if not n.startswith("_CHECKPOINTABLE")}
 
 
 def refusal(function, *args, **keywords) -> str:
@@ -211,7 +206,7 @@ def test_without_fine_tuning_everything_is_trained_from_there_on(pretrained, tmp
 
 
 def test_only_what_is_trained_has_momentum(pretrained, tmp_path):
-    tuned = everything_in(start(tmp_path, pretrained, 3, fine_tune=True))
+    tuned = values_in(start(tmp_path, pretrained, 3, fine_tune=True))
     slots = {name: value for name, value in tuned.items() if name.startswith("momentum/")}
     assert sorted(value.shape for value in slots.values()) == [(10,), (256, 10)]
     assert all(np.any(value) for value in slots.values())
@@ -334,7 +329,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_never_interrupted(pretrained, t
     whole = start(tmp_path / "whole", pretrained, fine_tune=fine_tune)
     start(tmp_path / "parts", pretrained, 5, fine_tune=fine_tune)
     resumed = start(tmp_path / "parts", None)  # it knows by itself what it is
-    ours, theirs = everything_in(whole), everything_in(resumed)
+    ours, theirs = values_in(whole), values_in(resumed)
     assert ours.keys() == theirs.keys()
     assert {"data_mean/.ATTRIBUTES/VARIABLE_VALUE"} < ours.keys()
     for name, value in ours.items():
@@ -363,8 +358,8 @@ def test_a_run_that_is_there_goes_on_and_says_that_the_pretrained_network_is_not
         out = capsys.readouterr().out
         assert f"The run in {tmp_path / 'both'} goes on; {named} is not used." in out
         assert "restored" not in out
-    for name, value in everything_in(alone).items():
-        np.testing.assert_array_equal(value, everything_in(both)[name], err_msg=name)
+    for name, value in values_in(alone).items():
+        np.testing.assert_array_equal(value, values_in(both)[name], err_msg=name)
 
 
 def test_a_run_of_a_version_that_knew_no_pretrained_networks_goes_on(tmp_path):

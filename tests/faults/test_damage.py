@@ -53,7 +53,9 @@ def assert_is_passed_over(folder: Path, capsys) -> None:
 DAMAGES: dict[str, Callable[[Path, Path], object]] = {
     "empty": lambda file, other: file.write_bytes(b""),
     "cut to a byte": lambda file, other: os.truncate(file, 1),
+    "cut to a tenth": lambda file, other: os.truncate(file, file.stat().st_size // 10),
     "cut in half": lambda file, other: os.truncate(file, file.stat().st_size // 2),
+    "cut near its end": lambda file, other: os.truncate(file, file.stat().st_size * 19 // 20),
     "a byte short": lambda file, other: os.truncate(file, file.stat().st_size - 1),
     "another step's": lambda file, other: shutil.copy(other, file),
     "missing": lambda file, other: file.unlink(),

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import PROJECT, SMALL, Workers, assert_lost, error_of, run
+from conftest import contents
 from PIL import Image
 
 import checkpoints
@@ -60,11 +61,6 @@ def make_disk(tmp_path) -> Iterator[Callable[..., Disk]]:
     yield make
     for disk in made:
         subprocess.run(["umount", str(disk.path)], check=True)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (file for file in folder.rglob("*") if file.is_file() and file.name != "ballast")
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +182,8 @@ def test_figures_that_do_not_fit_leave_the_earlier_ones(make_disk):
     disk = make_disk()
     file = str(disk.path / "scores.json")
     output_files.write(file, b"{}")
-    before = contents(disk.path)
     disk.fill()
+    before = contents(disk.path)
     with pytest.raises(UserError, match=rf"cannot write \S+scores\.json: {FULL}"):
         output_files.write(file, bytes(400_000))
     assert contents(disk.path) == before
