@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import math
 import signal
 import sys
@@ -477,11 +478,12 @@ def train(
 
 @contextlib.contextmanager
 def _saving_unheard(save: Callable[[], str]) -> Iterator[None]:
-    """Saves where nobody reads what is printed any more, as when Ctrl-C has ended a `| tee`."""
+    """Saves where nobody reads what is printed any more: the terminal, or the `| tee`, has gone."""
     try:
         yield
-    except BrokenPipeError:
-        print(f"Nobody reads the output any more; saved as {save()}.", file=sys.stderr)
+    except OSError as error:
+        if error.errno in (errno.EPIPE, errno.EIO):
+            print(f"Nobody reads the output any more; saved as {save()}.", file=sys.stderr)
         raise
 
 
@@ -577,14 +579,17 @@ def _beginning(run: RunConfig) -> str:
 
 
 class StopSignals:
-    """While entered, Ctrl-C and SIGTERM ask for a tidy end (`signal`); a second one insists."""
+    """While entered, Ctrl-C, SIGTERM and a closed terminal ask for a tidy end; a second insists."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._handlers: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             self._handlers[number] = signal.signal(number, self._handle)
         return self
 
@@ -593,6 +598,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.signal is not None:
+        # of a closed terminal, the system tells and then the shell: that is not to insist
+        if self.signal is not None and number != signal.SIGHUP:
             raise SystemExit(128 + number)
-        self.signal = number
+        self.signal = self.signal or number

@@ -1,10 +1,13 @@
 """The commands themselves, run as their users run them: processes, files, exit statuses."""
 
+import fcntl
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -530,6 +533,46 @@ def test_a_program_interrupted_while_it_imports_ends_in_one_sentence(program, tm
     assert interrupted.stderr.splitlines() == [
         f"{program}: interrupted; nothing is lost: start the same command again."
     ]
+
+
+def test_a_run_whose_terminal_is_closed_saves_and_goes_on_from_there(data, tmp_path, uninterrupted):
+    command = (
+        *("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL),
+        *("--num_iterations=60", "--save_per_iterations=1000"),
+    )
+    here, terminal = pty.openpty()
+    process = start(
+        *command,
+        **dict.fromkeys(("stdin", "stdout", "stderr"), terminal),
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # whose hanging up is told to it
+    )
+    os.close(terminal)
+    shown = b""
+    while b"step 10/" not in shown:
+        shown += os.read(here, 4096)
+    os.close(here)
+    process.send_signal(signal.SIGHUP)  # as a shell does too, after the system
+    assert process.wait(timeout=240) != 0
+    saved, _ = checkpoints.newest_intact(str(tmp_path))
+    again = run(*command)
+    assert f"Going on from {saved}, step " in again.stdout
+    assert_same_checkpoint(uninterrupted / "model.ckpt-60", tmp_path / "model.ckpt-60")
+
+
+def test_a_run_under_nohup_does_not_mind_a_closed_terminal(data, tmp_path):
+    command = ("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL)
+    process = start(
+        *(*command, "--num_iterations=60"),
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    for line in process.stdout:
+        if line.startswith("step 10/"):
+            process.send_signal(signal.SIGHUP)
+            break
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "step 60/60" in out
 
 
 @pytest.mark.parametrize("interrupted", [False, True])  # `… | head`; Ctrl-C on `… | tee log`
