@@ -138,6 +138,18 @@ def score_checkpoints(
             yield Scored(prefix, step, run, split, evaluator(examples), examples.images)
 
 
+def score_newest(
+    directory: str, path: str | None, data_format: str, dtype: str, given: dict[str, Any]
+) -> Scored:
+    """Scores a run's newest checkpoint: on its holdout, or on the test images where it has none."""
+    prefix = checkpoints.find(directory)
+    run, _ = checkpoints.read_run(prefix)
+    path = None if run.data.dataset == "synthetic" else path
+    split = "holdout" if run.data.holdout else "test"
+    (scored,) = score_checkpoints([prefix], path, split, data_format, dtype, given=given)
+    return scored
+
+
 def _images_for(
     run: RunConfig, prefix: str, path: str | None, dataset: str | None, split: str
 ) -> ImageSet:

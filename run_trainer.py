@@ -302,13 +302,9 @@ def main(argv: list[str]) -> int:
         replicas.refuse_differences(_flags_in_common())
 
         def evaluate() -> str:
-            newest = checkpoints.find(ckpt_path)
-            run, _ = checkpoints.read_run(newest)
-            split = "holdout" if run.data.holdout else "test"
-            path = None if run.data.dataset == "synthetic" else FLAGS.path
             with command_line.quiet_work():
-                (scored,) = evaluation.score_checkpoints(
-                    [newest], path, split, options.data_format, options.dtype, given=given
+                scored = evaluation.score_newest(
+                    ckpt_path, FLAGS.path, options.data_format, options.dtype, given
                 )
             return scored.line() if FLAGS.quiet else scored.report()
 
@@ -340,13 +336,14 @@ def main(argv: list[str]) -> int:
                 export.export_saved_model(outcome.checkpoint, FLAGS.export_dir, layout, FLAGS.dtype)
     if replicas.is_chief:
         title = f"{run.model.name}, step {outcome.step} of {run.training.num_iterations}"
-        rows = {"evaluate": _evaluating(run, outcome.checkpoint)}
+        rows = dict(outcome.summary)
         if outcome.stopped_by:
             name = signal.Signals(outcome.stopped_by).name
             again = "the same command without --clean" if FLAGS.clean else "the same command"
             rows["stopped"] = f"by {name}; {again} goes on from there"
+        rows["evaluate"] = _evaluating(run, outcome.checkpoint)
         print(emphasised(title, sys.stdout))
-        print(table(outcome.summary | rows))
+        print(table(rows))
     return 128 + outcome.stopped_by if outcome.stopped_by else 0
 
 

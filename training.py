@@ -396,6 +396,7 @@ def train(
         say(f"Nothing is profiled: --profile_steps begins outside of {step + 1} to {last_step}.")
 
     def save() -> str:
+        trainer.check_finite(options.ckpt_path)
         return checkpoints.save(
             trainer.checkpoint, options.ckpt_path, trainer.steps_done, options.max_ckpts
         )
@@ -452,7 +453,7 @@ def train(
             logging = ending or step % options.log_per_iterations == 0
             saving = ending or step % options.save_per_iterations == 0
             evaluating = options.epochs_between_evals and step in (evaluation_due, last_step)
-            if logging or saving or evaluating:
+            if logging or evaluating:
                 trainer.check_finite(options.ckpt_path)
             if logging:
                 progress.log_training(step, *trainer.means(reset=True), rate, trainer.norms)
