@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from commands import PROGRAMS, PROJECT, run, run_code
+from PIL import Image
 
 from run_config import TrainingConfig
 
@@ -151,18 +152,21 @@ def test_the_marked_commands_run(checkout):
 
 def test_the_marked_code_runs(checkout, write_cifar10):
     import checkpoints
+    import export
     from run_config import ModelConfig, RunConfig
     from training import Trainer
 
     write_cifar10()
     checkpoint = Trainer(RunConfig(ModelConfig(num_layers=20))).checkpoint
-    checkpoints.save(checkpoint, str(checkout / "runs" / "resnet20"), 7)
+    saved = checkpoints.save(checkpoint, str(checkout / "runs" / "resnet20"), 7)
+    export.export_saved_model(saved, str(checkout / "savedmodels" / "resnet20"))
+    Image.new("RGB", (40, 60), "orange").save(checkout / "cat.jpg")
     (checkout / "readme.py").write_text("\n".join(blocks("python", marked=True)))
     done = subprocess.run(
         [sys.executable, "readme.py"], cwd=checkout, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("(1, 10)\n")
+    assert re.match(r"\[b'\w+'\] \[\d\.\d*\]\n\(1, 10\)\n", done.stdout), done.stdout
     assert re.search(r"^loss \d\.\d{3}, accuracy [01]\.\d{3}$", done.stdout, flags=re.M)
     _, step = checkpoints.read_run(checkpoints.find(str(checkout / "runs" / "ten-steps")))
     assert step == 10
