@@ -395,8 +395,10 @@ def train(
     if options.profile_steps and not step < options.profile_steps[0] <= last_step:
         say(f"Nothing is profiled: --profile_steps begins outside of {step + 1} to {last_step}.")
 
-    def save() -> str:
+    def check() -> None:
         trainer.check_finite(options.ckpt_path)
+
+    def save() -> str:
         return checkpoints.save(
             trainer.checkpoint, options.ckpt_path, trainer.steps_done, options.max_ckpts
         )
@@ -409,7 +411,7 @@ def train(
             log_path=options.train_log_path,
             profile_steps=options.profile_steps,
         ) as progress,
-        _saving_unheard(save),
+        _saving_unheard(check, save),
     ):
         dataset = training_batches(
             data.train_set,
@@ -453,8 +455,8 @@ def train(
             logging = ending or step % options.log_per_iterations == 0
             saving = ending or step % options.save_per_iterations == 0
             evaluating = options.epochs_between_evals and step in (evaluation_due, last_step)
-            if logging or evaluating:
-                trainer.check_finite(options.ckpt_path)
+            if logging or saving or evaluating:
+                check()
             if logging:
                 progress.log_training(step, *trainer.means(reset=True), rate, trainer.norms)
                 progress.show_once(
@@ -478,12 +480,13 @@ def train(
 
 
 @contextlib.contextmanager
-def _saving_unheard(save: Callable[[], str]) -> Iterator[None]:
+def _saving_unheard(check: Callable[[], None], save: Callable[[], str]) -> Iterator[None]:
     """Saves where nobody reads what is printed any more: the terminal, or the `| tee`, has gone."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.EPIPE, errno.EIO):
+            check()
             print(f"Nobody reads the output any more; saved as {save()}.", file=sys.stderr)
         raise
 
