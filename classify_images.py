@@ -124,8 +124,12 @@ def _classify(
 def _table(results: list[dict[str, Any]]) -> str:
     """A line for each class; the picture's name stands on the first of its lines."""
     rows = [
-        (name if i == 0 else "", guess["name"], f"{guess['probability']:.4f}")
-        for name, result in ((printable(result["picture"]), result) for result in results)
+        (
+            printable(result["picture"]) if i == 0 else "",
+            guess["name"],
+            f"{guess['probability']:.4f}",
+        )
+        for result in results
         for i, guess in enumerate(result["classes"])
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -88,8 +88,7 @@ def main(argv: list[str]) -> int:
         ):
             if FLAGS.verbose:
                 print(table(scored.run.settings()))
-            told = scored.line() if FLAGS.quiet else scored.report()
-            print(told, file=stdout, flush=True)
+            print(scored.line() if FLAGS.quiet else scored.report(), file=stdout, flush=True)
             scores.append(scored.as_json())
     if FLAGS.output_json:
         told = scores if FLAGS.all_checkpoints else scores[0]

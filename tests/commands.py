@@ -44,6 +44,14 @@ def error_of(*command: object, **keywords) -> str:
     return err
 
 
+def wait_for(process: subprocess.Popen, text: str) -> None:
+    """Until the process has printed it."""
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"never said {text!r}: {process.communicate()}")
+
+
 def run_code(code: str, *arguments: object, status: int = 0, **keywords):
     """Runs Python code that imports the project's modules, in a process of its own."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
@@ -94,10 +102,7 @@ class Workers:
 
     def wait_for(self, text: str) -> None:
         """Until the chief has said so."""
-        for line in self.processes[0].stdout:
-            if text in line:
-                return
-        raise AssertionError(f"never said {text!r}: {self.processes[0].stderr.read()}")
+        wait_for(self.processes[0], text)
 
     def ends(self) -> list[tuple[int, str]]:
         """The status and the error output of each, once all have ended."""

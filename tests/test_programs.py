@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import SMALL, error_of, run, run_code, start, without_tensorflow
+from commands import SMALL, error_of, run, run_code, start, wait_for, without_tensorflow
 from conftest import values_in, write_cifar100
 from PIL import Image
 
@@ -152,10 +152,8 @@ def test_a_killed_run_ends_bit_for_bit_like_one_never_interrupted(data, tmp_path
         *("--num_iterations=60", "--save_per_iterations=20", "--max_ckpts=-1"),
     )
     process = start(*command)
-    for line in process.stdout:  # past the first checkpoint, and on its way to the second
-        if line.startswith("step 30/"):
-            process.send_signal(signal.SIGKILL)
-            break
+    wait_for(process, "step 30/")  # past the first checkpoint, and on its way to the second
+    process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     again = run(*command)
@@ -172,10 +170,8 @@ def test_an_interrupted_run_saves_says_where_and_goes_on_from_there(
         *("--num_iterations=60", "--save_per_iterations=1000"),
     )
     process = start(*command)
-    for line in process.stdout:
-        if line.startswith("step 10/"):
-            process.send_signal(number)
-            break
+    wait_for(process, "step 10/")
+    process.send_signal(number)
     out, err = process.communicate(timeout=240)
     assert process.returncode == status, out + err
     saved = re.search(r"saved as +(\S+/model\.ckpt-(\d+))", out)
@@ -245,10 +241,8 @@ def test_who_stops_a_run_begun_with_clean_is_told_to_go_on_without_it(data, tmp_
     process = start(
         *("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL, "--clean")
     )
-    for line in process.stdout:
-        if line.startswith("step 5/"):
-            process.send_signal(signal.SIGINT)
-            break
+    wait_for(process, "step 5/")
+    process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=240)
     stopped = "by SIGINT; the same command without --clean goes on from there"
     assert table_in(out)["stopped"] == stopped
@@ -284,8 +278,7 @@ def test_a_second_trainer_in_the_same_folder_is_refused(data, tmp_path):
     command = ("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL)
     first = start(*command)
     try:
-        while not first.stdout.readline().startswith("step 5/"):
-            assert first.poll() is None
+        wait_for(first, "step 5/")
         assert "another trainer" in error_of(*command)
     finally:
         first.kill()
@@ -566,10 +559,8 @@ def test_a_run_under_nohup_does_not_mind_a_closed_terminal(data, tmp_path):
         *(*command, "--num_iterations=60"),
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )
-    for line in process.stdout:
-        if line.startswith("step 10/"):
-            process.send_signal(signal.SIGHUP)
-            break
+    wait_for(process, "step 10/")
+    process.send_signal(signal.SIGHUP)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert "step 60/60" in out
@@ -584,9 +575,7 @@ def test_a_run_whose_output_nobody_reads_any_more_saves_and_goes_on_from_there(
         *("--num_iterations=60", "--save_per_iterations=1000"),
     )
     process = start(*command)
-    for line in process.stdout:
-        if line.startswith("step 10/"):
-            break
+    wait_for(process, "step 10/")
     process.stdout.close()
     if interrupted:
         process.send_signal(signal.SIGINT)

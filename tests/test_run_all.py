@@ -14,21 +14,27 @@ import checkpoints
 
 
 @pytest.fixture
-def run_all(tmp_path, monkeypatch):
-    """The script as a module, with three tiny runs, writing to a folder of its own."""
-    script = commands.PROJECT / "files" / "results" / "run_all.py"
-    spec = importlib.util.spec_from_file_location("run_all", script)
+def script(monkeypatch):
+    """The script as a module."""
+    file = commands.PROJECT / "files" / "results" / "run_all.py"
+    spec = importlib.util.spec_from_file_location("run_all", file)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "run_all", module)
     spec.loader.exec_module(module)
-    few = ("--num_iterations=6", "--batch_size=4", "--log_per_iterations=3")
-    runs = [module.Run(f"tiny{seed}", 8, seed=seed, more=few) for seed in range(3)]
-    monkeypatch.setattr(module, "RUNS", runs)
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
-    monkeypatch.setattr(module, "PRETRAINED", tmp_path / "pretrained")
-    monkeypatch.setattr(module, "PAPER_ERROR", {8: 12.345})
-    monkeypatch.setattr(module, "REPRODUCTION_ERROR", {8: 11.0})
     return module
+
+
+@pytest.fixture
+def run_all(script, tmp_path, monkeypatch):
+    """The script with three tiny runs, writing to a folder of its own."""
+    few = ("--num_iterations=6", "--batch_size=4", "--log_per_iterations=3")
+    runs = [script.Run(f"tiny{seed}", 8, seed=seed, more=few) for seed in range(3)]
+    monkeypatch.setattr(script, "RUNS", runs)
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    monkeypatch.setattr(script, "PRETRAINED", tmp_path / "pretrained")
+    monkeypatch.setattr(script, "PAPER_ERROR", {8: 12.345})
+    monkeypatch.setattr(script, "REPRODUCTION_ERROR", {8: 11.0})
+    return script
 
 
 def fake_csv(run_all, run, accuracy: float) -> None:
@@ -136,21 +142,19 @@ def test_what_is_there_is_left_as_it_is_unless_it_is_asked_for_again(run_all, mo
         assert trained == expected
 
 
-def test_the_shipped_networks_are_whole_and_those_of_the_table(monkeypatch):
-    monkeypatch.syspath_prepend(commands.PROJECT / "files" / "results")
-    run_all = importlib.import_module("run_all")
-    shipped = sorted(run_all.PRETRAINED.iterdir())
+def test_the_shipped_networks_are_whole_and_those_of_the_table(script):
+    shipped = sorted(script.PRETRAINED.iterdir())
     assert shipped
     for folder in shipped:
         prefix = checkpoints.find(str(folder))  # by its digests
         run, step = checkpoints.read_run(prefix)
-        (first, *others) = [r for r in run_all.RUNS if r.network == folder.name and r.is_shipped]
-        middle = run_all._middle([run_all.read_result(seed) for seed in (first, *others)])
+        (first, *others) = [r for r in script.RUNS if r.network == folder.name and r.is_shipped]
+        middle = script._middle([script.read_result(seed) for seed in (first, *others)])
         assert run.model.name == folder.name
         assert (run.training.recipe, run.training.seed) == ("fast", middle.run.seed)
         assert step == run.training.num_iterations == middle.csv.columns["step"][-1]
         assert checkpoints.is_network_alone(prefix)
-    assert sum(f.stat().st_size for f in run_all.PRETRAINED.rglob("*")) < 30 * 2**20
+    assert sum(f.stat().st_size for f in script.PRETRAINED.rglob("*")) < 30 * 2**20
 
 
 def test_the_readme_shows_the_table_that_the_results_give():
