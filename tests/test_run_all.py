@@ -98,6 +98,16 @@ def test_the_table_gives_the_mean_of_the_seeds_and_each_of_them(run_all):
     ]
 
 
+def test_the_table_has_residual_networks_first_and_deeper_ones_later(script, tmp_path, monkeypatch):
+    runs = [script.Run(f"run{i}", *shape) for i, shape in enumerate([(20, False), (56,), (20,)])]
+    monkeypatch.setattr(script, "RUNS", runs)
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    for run in runs:
+        fake_csv(script, run, 0.9)
+    rows = script.table([script.read_result(run) for run in runs]).splitlines()[2:]
+    assert [row.split()[1] for row in rows] == ["resnet20", "resnet56", "plain20"]
+
+
 # A trainer that takes its time to save.
 SLOW_TRAINER = """
 import signal, sys, time

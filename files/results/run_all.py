@@ -118,14 +118,17 @@ def read_result(run: Run) -> Result | None:
 
 
 def table(results: Sequence[Result]) -> str:
-    """The README's table in Markdown: a row for each network and recipe that is finished."""
+    """The README's table in Markdown: a row for each network and recipe that is finished.
+
+    The residual networks stand first, then the plain ones, each by their depth.
+    """
     rows = [
         "| network | parameters | paper | best reproduction | ours | recipe | epochs "
         "| minutes on 2 cores | checkpoint |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     of_run = {result.run: result for result in results}
-    for run in of_run:
+    for run in sorted(of_run, key=lambda run: (not run.shortcut_connections, run.num_layers)):
         if run != run.seeds[0]:
             continue
         group = [of_run[seed] for seed in run.seeds if seed in of_run]
