@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 
 # a user's own choice of it would bring TensorFlow's messages into what the commands print
 os.environ.pop("TF_CPP_MIN_LOG_LEVEL", None)
+# A suite in the background (`make test &` in a script) ignores Ctrl-C, and its commands would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 NOBODY = 65534
