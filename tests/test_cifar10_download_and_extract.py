@@ -872,12 +872,9 @@ def start(data_dir: Path, site: Site) -> subprocess.Popen:
     """The real program, at the moment when half of the archive is on the disk."""
     command = [sys.executable, SCRIPT, f"--data_dir={data_dir}", "--url", site.url]
     command += ["--sha256", sha256(GOOD)]
-    # A shell that starts the tests in the background makes them, and so this, deaf to Ctrl-C.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 30
     while program.size_of(data_dir / PART) < HALF:
         assert process.poll() is None, process.stderr.read()

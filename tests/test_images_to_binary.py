@@ -330,12 +330,10 @@ def test_who_stops_it_while_pictures_are_read_finds_nothing_left(
             os.kill(os.getpid(), number)
         return read_picture_file(file)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
         patch.setattr(program, "read_picture_file", read)
         with pytest.raises(end):
             run()
-    signal.signal(signal.SIGINT, before)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert os.listdir(tmp_path) == ["photos"]
     run()
