@@ -118,7 +118,7 @@ def draw_errors(runs: Sequence[Run], title: str, file: Path) -> None:
             draw_thick(axes, run, "step", lambda accuracy: 100 * (1 - accuracy), text)
             for run in runs
         ]
-        highest = max(HIGHEST_ERROR, *(1.15 * end.y for end in ends))
+        highest = max(HIGHEST_ERROR, *(1.5 * end.y for end in ends))
         axes.set(xlabel="iteration", ylim=(0, min(highest, 100)))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         label_ends(axes, ends)
