@@ -28,7 +28,7 @@ flags.DEFINE_string("output_dir", str(FOLDER), "Folder to draw into.")
 
 FLAG_GROUPS = {"Where from and where to": ("results_dir", "output_dir")}
 
-HIGHEST_ERROR, LOWEST_ACCURACY = 30, 60  # shown, in percent, unless a run ends beyond
+HIGHEST_ERROR, LOWEST_ACCURACY = 30, 60  # shown, in percent; more where a run ends near or beyond
 PAPERS_ACCURACY = 91.25  # of ResNet-20, in the first paper's table 6
 
 
