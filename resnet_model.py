@@ -23,7 +23,7 @@ def resolve_data_format(data_format: str, dtype: str, device: str) -> str:
     """Turns `auto` into a layout for the device (`cpu`, `gpu`); refuses what its kernels lack."""
     if data_format == "auto":
         return "channels_first" if device == "gpu" else "channels_last"
-    if data_format == "channels_first" and device == "cpu" and not _cpu_computes_nchw(dtype):
+    if data_format == "channels_first" and device == "cpu" and not _cpu_trains(data_format, dtype):
         raise UserError(
             f"this CPU's kernels lack channels_first in {dtype} "
             "(they have it in fp32 and bf16, with oneDNN on): use --data_format=channels_last."
@@ -31,15 +31,17 @@ def resolve_data_format(data_format: str, dtype: str, device: str) -> str:
     return data_format
 
 
-def _cpu_computes_nchw(dtype: str) -> bool:
-    # Asked of TensorFlow itself: the answer hangs on its build, the processor and the environment.
+def _cpu_trains(data_format: str, dtype: str) -> bool:
+    """Returns whether this CPU can train in this data format and precision."""
+    # Only TensorFlow knows: the answer depends on its build, the processor and the environment, and
+    # one kernel may be there without the next. So take a step of the smallest network that uses
+    # every kernel, on images so small that the last block still has a pixel.
     try:
         with tf.device("cpu"):
-            image, kernel = (
-                tf.zeros([1, 1, 2, 2], DTYPES[dtype]),
-                tf.zeros([1, 1, 1, 1], DTYPES[dtype]),
-            )
-            tf.nn.conv2d(image, kernel, 1, "SAME", data_format="NCHW")
+            network = ResNet(ModelConfig(num_layers=8), data_format, dtype)
+            with tf.GradientTape() as tape:
+                logits = network(tf.zeros([1, 4, 4, 3]), training=True)
+            tape.gradient(logits, network.trainable_variables)
         return True
     except tf.errors.OpError:
         return False

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -533,14 +532,53 @@ def test_layouts_are_chosen_for_the_device():
         assert resolve_data_format("channels_first", dtype, "gpu") == "channels_first"
 
 
-def cpu_multiplies_in_fp16() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "avx512_fp16" in cpuinfo.read_text()
+@pytest.fixture
+def every_kernel(monkeypatch) -> None:
+    """A CPU with channels_first in every precision, whatever this one has."""
+
+    def by_way_of_channels_last(kernel: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
+        def compute(x: tf.Tensor, *arguments, data_format: str) -> tf.Tensor:
+            if data_format == "NHWC":
+                return kernel(x, *arguments, data_format="NHWC")
+            y = kernel(tf.transpose(x, [0, 2, 3, 1]), *arguments, data_format="NHWC")
+            return tf.transpose(y, [0, 3, 1, 2])
+
+        return compute
+
+    for name in ("conv2d", "avg_pool2d"):
+        monkeypatch.setattr(tf.nn, name, by_way_of_channels_last(getattr(tf.nn, name)))
 
 
-@pytest.mark.skipif(cpu_multiplies_in_fp16(), reason="this CPU may have channels_first in fp16")
-def test_channels_first_in_fp16_is_refused_on_a_cpu():
-    with pytest.raises(UserError, match=r"channels_first in fp16.*--data_format=channels_last"):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_channels_first_is_accepted_on_a_cpu_that_has_every_kernel(every_kernel, dtype):
+    assert resolve_data_format("channels_first", dtype, "cpu") == "channels_first"
+
+
+# TensorFlow raises UnimplementedError; an error of oneDNN becomes AbortedError.
+@pytest.mark.parametrize("error", [tf.errors.UnimplementedError, tf.errors.AbortedError])
+@pytest.mark.parametrize("only_its_gradient", [False, True])
+# A processor with AVX-512 FP16 has the convolution in fp16, but not the average pooling.
+@pytest.mark.parametrize("missing", ["conv2d", "avg_pool2d"])
+def test_channels_first_is_refused_on_a_cpu_that_lacks_one_kernel_of_a_training_step(
+    every_kernel, monkeypatch, missing, only_its_gradient, error
+):
+    kernel = getattr(tf.nn, missing)
+
+    @tf.custom_gradient
+    def without_gradient(x: tf.Tensor):
+        def gradient(upstream: tf.Tensor):
+            raise error(None, None, "only supports NHWC on device type CPU")
+
+        return tf.identity(x), gradient
+
+    def lacking(*arguments, **keywords) -> tf.Tensor:
+        if only_its_gradient:
+            return without_gradient(kernel(*arguments, **keywords))
+        raise error(None, None, "only supports NHWC on device type CPU")
+
+    monkeypatch.setattr(tf.nn, missing, lacking)
+    sentence = r"channels_first in fp16 .*: use --data_format=channels_last\.$"
+    with pytest.raises(UserError, match=sentence):
         resolve_data_format("channels_first", "fp16", "cpu")
 
 
