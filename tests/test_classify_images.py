@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from commands import run, without_tensorflow
 from PIL import Image
+from programs import run, without_tensorflow
 
 import checkpoints
 import export

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from commands import run_code
+from programs import run_code
 
 import data_layout
 from data_layout import CIFAR10_NAMES, LAYOUTS, Digest

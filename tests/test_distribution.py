@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import replica_steps
 import tensorflow as tf
-from commands import (
+from conftest import TRAIN_FILES, random_images, values_in, write_records
+from programs import (
     PROJECT,
     Workers,
     assert_lost,
@@ -22,7 +23,6 @@ from commands import (
     start,
     without_tensorflow,
 )
-from conftest import TRAIN_FILES, random_images, values_in, write_records
 
 import checkpoints
 import cluster

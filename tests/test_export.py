@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from commands import PROJECT, SMALL, error_of, run, without_tensorflow
 from conftest import random_images
 from PIL import Image
+from programs import PROJECT, SMALL, error_of, run, without_tensorflow
 
 import checkpoints
 import export

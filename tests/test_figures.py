@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import PROJECT, run, run_code
 from matplotlib.figure import Figure
 from PIL import Image
+from programs import PROJECT, run, run_code
 
 import draw_curves
 import plot_style

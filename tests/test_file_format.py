@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import tensorflow as tf
-from commands import PROJECT
+from programs import PROJECT
 
 import checkpoints
 from run_config import ModelConfig, RunConfig, TrainingConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import PROJECT, error_of, run
+from programs import PROJECT, error_of, run
 
 import checkpoints
 from run_config import learning_rates

@@ -4,7 +4,7 @@ import os
 import threading
 
 import pytest
-from commands import run_code
+from programs import run_code
 
 import output_files
 from errors import UserError

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import run_code
 from PIL import Image
+from programs import run_code
 
 import pictures
 from errors import UserError

@@ -5,7 +5,7 @@ import os
 import re
 
 import pytest
-from commands import PROGRAMS, in_terminal, run, run_code
+from programs import PROGRAMS, in_terminal, run, run_code
 
 DESCRIBE = """
 import json, sys

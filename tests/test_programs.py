@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import SMALL, error_of, run, run_code, start, wait_for, without_tensorflow
 from conftest import values_in, write_cifar100
 from PIL import Image
+from programs import SMALL, error_of, run, run_code, start, wait_for, without_tensorflow
 
 import checkpoints
 

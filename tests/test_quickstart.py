@@ -3,8 +3,8 @@
 import os
 
 import nbformat
-from commands import PROJECT
 from nbclient import NotebookClient
+from programs import PROJECT
 
 NOTEBOOK = PROJECT / "examples" / "quickstart.ipynb"
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import tensorflow as tf
-from commands import PROJECT, error_of, run, run_code
 from conftest import random_images
 from PIL import Image
+from programs import PROJECT, error_of, run, run_code
 
 import checkpoints
 from run_config import ModelConfig, RunConfig

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import tensorflow as tf
-from commands import run_code
 from numpy_resnet import NumpyResNet, Values
+from programs import run_code
 
 from errors import UserError
 from resnet_model import ResNet, Unit, resolve_data_format

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import commands
+import programs
 import pytest
 
 import checkpoints
@@ -16,7 +16,7 @@ import checkpoints
 @pytest.fixture
 def script(monkeypatch):
     """The script as a module."""
-    file = commands.PROJECT / "files" / "results" / "run_all.py"
+    file = programs.PROJECT / "files" / "results" / "run_all.py"
     spec = importlib.util.spec_from_file_location("run_all", file)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "run_all", module)
@@ -127,7 +127,7 @@ def test_ctrl_c_waits_for_the_trainer_to_save(tmp_path):
     code += "run_all._run_program(*sys.argv[1:])"
     process = subprocess.Popen(
         [sys.executable, "-c", code, tmp_path / "trainer.py", tmp_path / "saved"],
-        **{"cwd": commands.PROJECT, "stdout": subprocess.PIPE, "start_new_session": True},
+        **{"cwd": programs.PROJECT, "stdout": subprocess.PIPE, "start_new_session": True},
     )
     assert process.stdout.readline() == b"training\n"
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
@@ -168,6 +168,6 @@ def test_the_shipped_networks_are_whole_and_those_of_the_table(script):
 
 
 def test_the_readme_shows_the_table_that_the_results_give():
-    table = commands.run("files/results/run_all.py", "--table").stdout
+    table = programs.run("files/results/run_all.py", "--table").stdout
     assert table.count("\n") > 2
-    assert table in (commands.PROJECT / "README.md").read_text()
+    assert table in (programs.PROJECT / "README.md").read_text()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import run_code
+from programs import run_code
 
 from errors import UserError
 from run_config import (

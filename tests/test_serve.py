@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import PROJECT, run, run_code, without_tensorflow
 from conftest import random_images
 from PIL import Image
+from programs import PROJECT, run, run_code, without_tensorflow
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement

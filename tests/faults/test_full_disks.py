@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import PROJECT, SMALL, Workers, assert_lost, error_of, run
 from conftest import contents
 from PIL import Image
+from programs import PROJECT, SMALL, Workers, assert_lost, error_of, run
 
 import checkpoints
 import cifar10_download_and_extract

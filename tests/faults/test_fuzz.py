@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from commands import run
 from fuzzing import fuzzed, result_or_sentence
 from hypothesis import example, given
 from hypothesis import strategies as st
+from programs import run
 
 import cifar10_download_and_extract
 import cifar10_input

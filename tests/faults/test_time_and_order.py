@@ -7,8 +7,8 @@ import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
-from commands import SMALL, start
 from conftest import random_images
+from programs import SMALL, start
 
 import checkpoints
 from progress import Progress
