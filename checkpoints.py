@@ -16,11 +16,11 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 
-import folders
 import summaries
-from errors import UserError, reason_of
+from cifar10_resnet import storage
+from cifar10_resnet.config import RunConfig
+from cifar10_resnet.errors import UserError, reason_of
 from resnet_model import ResNet
-from run_config import RunConfig
 
 NAME = "model.ckpt"
 EVENTS = f"events.out.tfevents.*{summaries.FILE_SUFFIX}"
@@ -117,7 +117,7 @@ def newest_intact(directory: str) -> tuple[str | None, list[str]]:
 
 def find(path: str) -> str:
     """The prefix that `path` names: itself, or the newest checkpoint of that folder. Verified."""
-    folders.refuse_patterns(path)
+    storage.refuse_patterns(path)
     if os.path.isdir(path):
         found = list_checkpoints(path)
         if not found:
@@ -268,7 +268,7 @@ def lock(directory: str) -> Iterator[None]:
 
     The system drops the lock with the process, however that ends: nothing stale stays behind.
     """
-    folders.refuse_patterns(directory)
+    storage.refuse_patterns(directory)
     try:
         os.makedirs(directory, exist_ok=True)
         file = open(os.path.join(directory, LOCK), "w")  # noqa: SIM115

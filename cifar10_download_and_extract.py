@@ -32,8 +32,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-import errors
-from data_layout import IMAGE_BYTES, LAYOUTS, Digest, Layout
+from cifar10_resnet import errors
+from cifar10_resnet.formats import FORMATS, IMAGE_BYTES, Digest, Format
 
 README_FILE = "readme.html"  # CIFAR-10's archive has one
 MANIFEST = ".sha256"
@@ -64,7 +64,7 @@ class Refused(Exception):
 
 
 class BadData(Exception):
-    """The data is not in a data set's binary layout. The text says where."""
+    """The data is not in a data set's binary format. The text says where."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -361,7 +361,7 @@ def obtain_archive(flags: argparse.Namespace, part: Path, digest: Digest) -> Non
     if part.exists() and digest_of(part, digest.algorithm) == digest:
         return
     problems = []
-    for url in flags.url or [flags.layout.archive.url]:
+    for url in flags.url or [flags.file_format.archive.url]:
         print(f"downloading {url}", flush=True)
         try:
             return download_verified(Mirror(url, flags.timeout), part, digest)
@@ -370,8 +370,8 @@ def obtain_archive(flags: argparse.Namespace, part: Path, digest: Digest) -> Non
             problems.append(f"{url}: {problem}")
     kept = f" (the {size_of(part)} bytes in {part} are kept)" if size_of(part) else ""
     raise errors.UserError(
-        f"cannot download {flags.layout.title}: {'; '.join(problems)}; check the address and the "
-        f"network and run the same command again{kept}, name a mirror with --url, or make the "
+        f"cannot download {flags.file_format.title}: {'; '.join(problems)}; check the address and "
+        f"the network and run the same command again{kept}, name a mirror with --url, or make the "
         "generated stand-in with --synthetic."
     )
 
@@ -433,13 +433,13 @@ def check_member(member: tarfile.TarInfo) -> None:
 
 
 def unpack_member(
-    member: tarfile.TarInfo, stream: BoundedReader, folder: Path, layout: Layout
+    member: tarfile.TarInfo, stream: BoundedReader, folder: Path, file_format: Format
 ) -> str | None:
     """Writes the member if it is one of the data set's files, else skips it; returns which."""
     if member.type == tarfile.DIRTYPE:
         return None  # no bytes follow a folder's header
     place, _, name = member.name.removeprefix("./").rpartition("/")
-    is_ours = place == layout.folder and name in (*layout.files, README_FILE)
+    is_ours = place == file_format.folder and name in (*file_format.files, README_FILE)
     wanted = is_ours and member.type in TAR_FILES
     limit = MAX_BATCH_BYTES if name.endswith(".bin") else MAX_TEXT_BYTES
     if not wanted:
@@ -455,26 +455,26 @@ def unpack_member(
     return name if wanted else None
 
 
-def unpack_tar(stream: BoundedReader, folder: Path, layout: Layout) -> None:
+def unpack_tar(stream: BoundedReader, folder: Path, file_format: Format) -> None:
     # tarfile's own reader follows long names and sparse maps, and its extractors write what the
     # archive says. Here only the data set's own names can ever be written.
     unpacked = set()
     while (block := stream.read(tarfile.BLOCKSIZE)).strip(b"\0"):
         member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         check_member(member)
-        unpacked.add(unpack_member(member, stream, folder, layout))
+        unpacked.add(unpack_member(member, stream, folder, file_format))
     while rest := stream.read(CHUNK_BYTES):  # to the end, where gzip keeps its checksum
         if rest.strip(b"\0"):
             raise BadData("something follows the end of its tar")
-    if missing := [name for name in layout.files if name not in unpacked]:
-        raise BadData(f"it holds no {layout.folder}/{missing[0]}")
+    if missing := [name for name in file_format.files if name not in unpacked]:
+        raise BadData(f"it holds no {file_format.folder}/{missing[0]}")
 
 
-def unpack(archive: Path, layout: Layout, folder: Path) -> None:
+def unpack(archive: Path, file_format: Format, folder: Path) -> None:
     """Writes the data set's files from a .tar.gz into `folder`, and nothing else anywhere."""
     try:
         with gzip.open(archive) as stream:
-            unpack_tar(BoundedReader(stream), folder, layout)
+            unpack_tar(BoundedReader(stream), folder, file_format)
     except (gzip.BadGzipFile, zlib.error, EOFError, tarfile.TarError) as error:
         raise BadData(f"it is damaged or not a .tar.gz at all ({describe(error)})") from error
 
@@ -482,30 +482,30 @@ def unpack(archive: Path, layout: Layout, folder: Path) -> None:
 # --- The data folder ------------------------------------------------------------------------------
 
 
-def check_folder(folder: Path, layout: Layout) -> dict[str, str]:
+def check_folder(folder: Path, file_format: Format) -> dict[str, str]:
     """Checks each file of a data folder, its size and labels; returns their SHA-256 digests."""
-    for name in layout.files:
+    for name in file_format.files:
         if not (folder / name).is_file():
             raise BadData(f"{name} is missing")
     try:
-        counts = [len(layout.read_names(str(folder), label)) for label in layout.labels]
+        counts = [len(file_format.read_names(str(folder), label)) for label in file_format.labels]
     except errors.UserError as error:
         raise BadData(str(error).rstrip(".")) from error
-    return {name: check_file(folder / name, layout, counts) for name in layout.files}
+    return {name: check_file(folder / name, file_format, counts) for name in file_format.files}
 
 
-def check_file(path: Path, layout: Layout, class_counts: Sequence[int]) -> str:
+def check_file(path: Path, file_format: Format, class_counts: Sequence[int]) -> str:
     has_records = path.suffix == ".bin"
-    if has_records and (problem := layout.size_problem(path.name, path.stat().st_size)):
+    if has_records and (problem := file_format.size_problem(path.name, path.stat().st_size)):
         raise BadData(problem)
     digest, record = hashlib.sha256(), 0
     with open(path, "rb") as file:
         # whole records, so that every chunk starts with a label
-        while chunk := file.read(CHUNK_RECORDS * layout.record_bytes):
+        while chunk := file.read(CHUNK_RECORDS * file_format.record_bytes):
             digest.update(chunk)
             if has_records:
-                columns = [chunk[i :: layout.record_bytes] for i in range(len(class_counts))]
-                if problem := layout.label_problem(path.name, columns, class_counts, record):
+                columns = [chunk[i :: file_format.record_bytes] for i in range(len(class_counts))]
+                if problem := file_format.label_problem(path.name, columns, class_counts, record):
                     raise BadData(problem)
                 record += CHUNK_RECORDS
     return digest.hexdigest()
@@ -528,19 +528,19 @@ def read_manifest(folder: Path) -> tuple[str, dict[str, str]] | None:
     return source[1] if source else "", {name: digest for digest, name in entries}
 
 
-def verify(folder: Path, layout: Layout, recorded: dict[str, str] | None) -> None:
+def verify(folder: Path, file_format: Format, recorded: dict[str, str] | None) -> None:
     """Raises BadData unless every file is whole and, where digests are recorded, unchanged."""
-    for name, digest in check_folder(folder, layout).items():
+    for name, digest in check_folder(folder, file_format).items():
         if recorded is not None and recorded.get(name) != digest:
             raise BadData(f"{name} differs from its SHA-256 in {MANIFEST}")
 
 
-def own_files(layout: Layout) -> tuple[str, ...]:
+def own_files(file_format: Format) -> tuple[str, ...]:
     # The manifest comes last: a folder being emptied never passes for one without a manifest.
-    return (*layout.files, README_FILE, MANIFEST)
+    return (*file_format.files, README_FILE, MANIFEST)
 
 
-def refuse_foreign_files(folder: Path, layout: Layout) -> None:
+def refuse_foreign_files(folder: Path, file_format: Format) -> None:
     """Raises UserError where replacing the folder would delete something of the user's."""
     if folder.is_symlink() or not folder.is_dir():
         raise errors.UserError(
@@ -548,17 +548,18 @@ def refuse_foreign_files(folder: Path, layout: Layout) -> None:
             "--data_dir, then run the same command again."
         )
     for entry in folder.iterdir():
-        if entry.name not in own_files(layout) or (entry.is_dir() and not entry.is_symlink()):
+        if entry.name not in own_files(file_format) or (entry.is_dir() and not entry.is_symlink()):
             raise errors.UserError(
-                f"{folder} holds no complete {layout.title}, but it holds {entry.name!r}, which is "
-                "not this program's to delete: move that folder away or give another --data_dir."
+                f"{folder} holds no complete {file_format.title}, but it holds {entry.name!r}, "
+                "which is not this program's to delete: move that folder away or give another "
+                "--data_dir."
             )
 
 
-def remove_folder(folder: Path, layout: Layout) -> None:
+def remove_folder(folder: Path, file_format: Format) -> None:
     if os.path.lexists(folder):
-        refuse_foreign_files(folder, layout)
-        for name in own_files(layout):
+        refuse_foreign_files(folder, file_format)
+        for name in own_files(file_format):
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()
 
@@ -572,33 +573,35 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_folder(folder: Path, layout: Layout, source: str, fill: Callable[[Path], None]) -> None:
+def write_folder(
+    folder: Path, file_format: Format, source: str, fill: Callable[[Path], None]
+) -> None:
     """Makes the data folder with `fill`, beside its place, and moves it there once it is whole."""
     part = folder.with_name(f"{folder.name}.part")
-    remove_folder(part, layout)
+    remove_folder(part, file_format)
     part.mkdir()
     try:
         fill(part)
-        write_manifest(part, source, check_folder(part, layout))
+        write_manifest(part, source, check_folder(part, file_format))
         for path in (*part.iterdir(), part):
             sync(path)
-        remove_folder(folder, layout)
+        remove_folder(folder, file_format)
         part.rename(folder)
         sync(folder.parent)
     finally:
-        remove_folder(part, layout)
+        remove_folder(part, file_format)
 
 
 def write_synthetic(folder: Path, train_images: int, test_images: int, seed: int) -> None:
-    """Writes the stand-in in CIFAR-10's layout: a label, then the red, green and blue planes."""
+    """Writes the stand-in in CIFAR-10's format: a label, then the red, green and blue planes."""
     # Only here, so that the download runs where nothing but Python is installed yet.
     import numpy as np
 
     import synthetic_data
 
-    layout = LAYOUTS["cifar10"]
+    file_format = FORMATS["cifar10"]
     for split, num_images in (("train", train_images), ("test", test_images)):
-        names = layout.split_files(split)
+        names = file_format.split_files(split)
         images, labels = synthetic_data.make_split(split, num_images, seed)
         planes = images.transpose(0, 3, 1, 2).reshape(num_images, IMAGE_BYTES)
         records = np.concatenate([labels[:, np.newaxis], planes], axis=1)
@@ -606,7 +609,7 @@ def write_synthetic(folder: Path, train_images: int, test_images: int, seed: int
             (folder / name).write_bytes(batch.tobytes())
     meta = "".join(f"{name}\n" for name in synthetic_data.CLASS_NAMES)
     # CIFAR-10's ends in an empty line too
-    (folder / layout.labels[0].names_file).write_bytes(f"{meta}\n".encode())
+    (folder / file_format.labels[0].names_file).write_bytes(f"{meta}\n".encode())
 
 
 # --- The program ----------------------------------------------------------------------------------
@@ -658,8 +661,8 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     train = whole_number(5, 5 * MAX_SYNTHETIC_BATCH, step=5)
     test = whole_number(1, MAX_SYNTHETIC_BATCH)
     seed = whole_number(0, 2**32 - 1)
-    official = {name: layout for name, layout in LAYOUTS.items() if layout.archive}
-    folders = " or ".join(layout.folder for layout in official.values())
+    official = {name: file_format for name, file_format in FORMATS.items() if file_format.archive}
+    folders = " or ".join(file_format.folder for file_format in official.values())
     add = parser.add_argument
     add("--dataset", choices=official, default="cifar10", help="(default: %(default)s)")
     add("--data_dir", metavar="DIR", default=".", help=f"gets {folders} (default: %(default)s)")
@@ -691,7 +694,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--synthetic downloads nothing: leave out --url, --sha256 and --keep_archive")
     if flags.synthetic and flags.dataset != "cifar10":
         parser.error("--synthetic has ten classes and stands in for CIFAR-10: leave out --dataset")
-    flags.layout = official[flags.dataset]
+    flags.file_format = official[flags.dataset]
     flags.data_dir = Path(flags.data_dir).expanduser()
     return flags
 
@@ -727,13 +730,13 @@ def already_there(folder: Path, flags: argparse.Namespace) -> bool:
     if not os.path.lexists(folder):
         return False
     if not folder.is_dir():
-        refuse_foreign_files(folder, flags.layout)
+        refuse_foreign_files(folder, flags.file_format)
     source, recorded = read_manifest(folder) or ("", None)
     refuse_other_data(folder, source, flags)
     try:
-        verify(folder, flags.layout, recorded)
+        verify(folder, flags.file_format, recorded)
     except BadData as problem:
-        refuse_foreign_files(folder, flags.layout)
+        refuse_foreign_files(folder, flags.file_format)
         print(f"{folder} is not complete ({problem}) and will be replaced", flush=True)
         return False
     how = "its structure was" if recorded is None else "its structure and digests were"
@@ -742,9 +745,9 @@ def already_there(folder: Path, flags: argparse.Namespace) -> bool:
 
 
 def fetch_and_unpack(folder: Path, flags: argparse.Namespace) -> None:
-    layout = flags.layout
-    digest = flags.sha256 or layout.archive.digest
-    kept = flags.data_dir / layout.archive.file
+    file_format = flags.file_format
+    digest = flags.sha256 or file_format.archive.digest
+    kept = flags.data_dir / file_format.archive.file
     part = kept.with_name(f"{kept.name}.part")
     # An archive that was there before this run is the user's: it is read and left alone.
     archive = kept if kept.exists() else part
@@ -757,13 +760,13 @@ def fetch_and_unpack(folder: Path, flags: argparse.Namespace) -> None:
         )
     print(f"unpacking {archive}", flush=True)
     try:
-        fill = functools.partial(unpack, archive, layout)
-        write_folder(folder, layout, archive_source(digest), fill)
+        fill = functools.partial(unpack, archive, file_format)
+        write_folder(folder, file_format, archive_source(digest), fill)
     except BadData as problem:
         part.unlink(missing_ok=True)
         raise errors.UserError(
             f"cannot unpack {archive}: {problem}; nothing of it was kept, so give the --url and "
-            f"--sha256 of an archive that holds {layout.title}'s binary version."
+            f"--sha256 of an archive that holds {file_format.title}'s binary version."
         ) from None
     if archive == part:
         part.replace(kept) if flags.keep_archive else part.unlink()
@@ -788,7 +791,7 @@ def only_run_in(data_dir: Path) -> Iterator[None]:
 
 
 def provide_data(flags: argparse.Namespace) -> None:
-    folder = flags.data_dir / flags.layout.folder
+    folder = flags.data_dir / flags.file_format.folder
     with only_run_in(flags.data_dir):
         if already_there(folder, flags):
             pass
@@ -796,14 +799,14 @@ def provide_data(flags: argparse.Namespace) -> None:
             sizes = flags.synthetic_train_images, flags.synthetic_test_images, flags.seed
             write_folder(
                 folder,
-                flags.layout,
+                flags.file_format,
                 synthetic_source(flags),
                 lambda part: write_synthetic(part, *sizes),
             )
             print(f"wrote the synthetic stand-in to {folder}")
         else:
             fetch_and_unpack(folder, flags)
-            print(f"{flags.layout.title} is in {folder}")
+            print(f"{flags.file_format.title} is in {folder}")
     print(f"next: python run_trainer.py --path={shlex.quote(str(folder))}", flush=True)
 
 

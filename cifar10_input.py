@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-import data_layout
 import synthetic_data
-from data_layout import CHANNELS, IMAGE_BYTES, SIDE, Layout
-from errors import UserError
-from run_config import DataConfig
+from cifar10_resnet import formats
+from cifar10_resnet.config import DataConfig
+from cifar10_resnet.errors import UserError
+from cifar10_resnet.formats import CHANNELS, IMAGE_BYTES, SIDE, Format
 
 PAD = 4
 SHIFTS = 2 * PAD + 1
@@ -51,43 +51,43 @@ def describe_data(
     """What there is to learn from the images in `path`: which data set, and its classes."""
     if dataset == "synthetic":
         return DataConfig(dataset, synthetic_data.CLASS_NAMES)
-    folder, layout = data_layout.find(path, dataset)
-    names = layout.class_names(folder, coarse_labels)
-    return DataConfig(layout.dataset, names, coarse_labels=coarse_labels)
+    folder, file_format = formats.find(path, dataset)
+    names = file_format.class_names(folder, coarse_labels)
+    return DataConfig(file_format.dataset, names, coarse_labels=coarse_labels)
 
 
-def check_files(folder: str, layout: Layout, split: str) -> list[tuple[str, int]]:
+def check_files(folder: str, file_format: Format, split: str) -> list[tuple[str, int]]:
     """The files of a split ("train" or "test") with their numbers of records; refuses bad ones."""
-    files = [os.path.join(folder, name) for name in layout.split_files(split)]
-    return [(file, _count_records(file, layout)) for file in files]
+    files = [os.path.join(folder, name) for name in file_format.split_files(split)]
+    return [(file, _count_records(file, file_format)) for file in files]
 
 
-def _count_records(file: str, layout: Layout) -> int:
+def _count_records(file: str, file_format: Format) -> int:
     if os.path.isdir(file):
         raise UserError(
-            f"{file} is a folder; a file of {layout.record_bytes}-byte records was expected."
+            f"{file} is a folder; a file of {file_format.record_bytes}-byte records was expected."
         )
     try:
         with open(file, "rb") as opened:
             size, start = os.fstat(opened.fileno()).st_size, opened.read(2)
     except FileNotFoundError as error:
         raise UserError(
-            f"{file} is missing: the folder does not hold the whole of {layout.title}; name "
+            f"{file} is missing: the folder does not hold the whole of {file_format.title}; name "
             "another with --path, or get it again."
         ) from error
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}.") from error
-    if problem := layout.size_problem(file, size):
+    if problem := file_format.size_problem(file, size):
         packed = "it is packed with gzip, so unpack it first"
         raise UserError(f"{problem}; {packed if start == GZIP else DAMAGED}.")
-    return size // layout.record_bytes
+    return size // file_format.record_bytes
 
 
 def count_training_images(data: DataConfig, path: str | None) -> int:
     """How many images there are to train on, by the sizes of their files."""
     if data.dataset == "synthetic":
         return _without_holdout(data, SYNTHETIC_IMAGES["train"])
-    files = check_files(*data_layout.find(path, data.dataset), "train")
+    files = check_files(*formats.find(path, data.dataset), "train")
     return _without_holdout(data, sum(count for _, count in files))
 
 
@@ -104,22 +104,22 @@ def read_images(
     path: str | None, split: str, dataset: str | None = None, coarse_labels: bool = False
 ) -> ImageSet:
     """Reads all images of a split ("train" or "test") into memory."""
-    folder, layout = data_layout.find(path, dataset)
-    counts = check_files(folder, layout, split)
+    folder, file_format = formats.find(path, dataset)
+    counts = check_files(folder, file_format, split)
     total = sum(count for _, count in counts)
     images = _aligned([total, SIDE, SIDE, CHANNELS])
-    labels = np.empty([total, len(layout.labels)], np.uint8)
+    labels = np.empty([total, len(file_format.labels)], np.uint8)
     done = 0
     for file, count in counts:
-        for records in _read_records(file, count, layout.record_bytes):
+        for records in _read_records(file, count, file_format.record_bytes):
             part = slice(done, done + len(records))
-            labels[part], pixels = np.split(records, [len(layout.labels)], axis=1)
+            labels[part], pixels = np.split(records, [len(file_format.labels)], axis=1)
             planes = pixels.reshape(-1, CHANNELS, SIDE, SIDE)
             for channel in range(CHANNELS):
                 images[part, :, :, channel] = planes[:, channel]
             done += len(records)
-    _check_labels(labels, counts, folder, layout)
-    return ImageSet(images, labels[:, layout.label_column(coarse_labels)].astype(np.int32))
+    _check_labels(labels, counts, folder, file_format)
+    return ImageSet(images, labels[:, file_format.label_column(coarse_labels)].astype(np.int32))
 
 
 def _read_records(file: str, count: int, record_bytes: int) -> Iterator[np.ndarray]:
@@ -156,12 +156,12 @@ def _as_tensor(array: np.ndarray) -> tf.Tensor:
 
 
 def _check_labels(
-    labels: np.ndarray, counts: Sequence[tuple[str, int]], folder: str, layout: Layout
+    labels: np.ndarray, counts: Sequence[tuple[str, int]], folder: str, file_format: Format
 ) -> None:
-    class_counts = layout.class_counts(folder)
+    class_counts = file_format.class_counts(folder)
     for file, count in counts:
         columns = [column.tobytes() for column in labels[:count].T]
-        if problem := layout.label_problem(file, columns, class_counts):
+        if problem := file_format.label_problem(file, columns, class_counts):
             raise UserError(f"{problem}; {DAMAGED}.")
         labels = labels[count:]
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-import device
 import program
-from errors import UserError, exits_with_a_sentence, printable, tell
+from cifar10_resnet import device
+from cifar10_resnet.errors import UserError, exits_with_a_sentence, printable, tell
 from pictures import EXTENSIONS, read_picture_file
 
 FLAGS = flags.FLAGS

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from errors import UserError
+from cifar10_resnet.errors import UserError
 
 EXAMPLE = '{"cluster": {"worker": ["host0:4000", "host1:4000"]}, "task": {"type": "worker", "index": 0}}'  # fmt: skip  # noqa: E501
 

@@ -9,10 +9,10 @@ from typing import Any, TextIO
 
 from absl import flags
 
-import device
-from data_layout import LAYOUTS
+from cifar10_resnet import device
+from cifar10_resnet.formats import FORMATS
 
-FOLDERS = [layout.folder for layout in LAYOUTS.values() if layout.folder]
+FOLDERS = [file_format.folder for file_format in FORMATS.values() if file_format.folder]
 
 flags.DEFINE_string(
     "path",
@@ -20,7 +20,7 @@ flags.DEFINE_string(
     f"Folder of the binary files, or the folder above it (default: {' or '.join(FOLDERS)}).",
 )
 flags.DEFINE_alias("data_dir", "path")
-flags.DEFINE_enum("dataset", None, list(LAYOUTS), "Data set (default: the one that --path holds).")
+flags.DEFINE_enum("dataset", None, list(FORMATS), "Data set (default: the one that --path holds).")
 flags.DEFINE_bool("coarse_labels", False, "Learn CIFAR-100's 20 coarse labels, not its 100 fine.")
 flags.DEFINE_integer(
     "num_layers",

@@ -18,9 +18,9 @@ from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import Coordin
 # The one thing that has no public name: how long a silent worker counts as alive.
 from tensorflow.python.eager import context as tf_context
 
+from cifar10_resnet.device import stderr_held_back
+from cifar10_resnet.errors import UserError
 from cluster import Cluster, meet
-from device import stderr_held_back
-from errors import UserError
 
 # Seconds that the workers have to come together: schedulers start them minutes apart.
 START_TIMEOUT = 600

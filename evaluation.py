@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 import checkpoints
 from cifar10_input import ImageSet, describe_data, load_split
-from errors import UserError
+from cifar10_resnet.config import RunConfig, refuse_contradictions
+from cifar10_resnet.errors import UserError
 from metrics import Metrics
 from resnet_model import IMAGE_SHAPE, ResNet
-from run_config import RunConfig, refuse_contradictions
 
 
 class Evaluator:

@@ -12,8 +12,8 @@ import numpy as np
 import tensorflow as tf
 
 import checkpoints
-import folders
-from errors import UserError, reason_of
+from cifar10_resnet import storage
+from cifar10_resnet.errors import UserError, reason_of
 from resnet_model import IMAGE_SHAPE, ResNet
 from saved_network import SavedNetwork
 
@@ -90,7 +90,7 @@ def export_saved_model(
 ) -> None:
     """Writes the network of a checkpoint as a SavedModel, the new folder `export_dir`."""
     classifier = load_classifier(prefix, data_format, dtype)
-    with folders.new(export_dir) as folder:
+    with storage.new(export_dir) as folder:
         _save(classifier, folder, (PIXELS, FLOATS, PICTURES))
     print(f"Exported {prefix} to {export_dir}: a SavedModel, {dtype}, {data_format}.")
 
@@ -99,7 +99,7 @@ def export_tflite(prefix: str, export_dir: str) -> None:
     """Writes the network for LiteRT into the new folder `export_dir`, if it computes the same."""
     classifier = load_classifier(prefix)
     classifier.takes_empty_batches = False  # LiteRT lacks what that takes
-    with folders.new(export_dir) as folder, tempfile.TemporaryDirectory() as saved_model:
+    with storage.new(export_dir) as folder, tempfile.TemporaryDirectory() as saved_model:
         signatures = (PIXELS, FLOATS)
         _save(classifier, saved_model, signatures)
         lite = tf.lite.TFLiteConverter.from_saved_model(saved_model, signatures).convert()

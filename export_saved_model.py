@@ -5,10 +5,10 @@ python export_saved_model.py --ckpt_path=runs/resnet20 --export_dir=savedmodels/
 
 from absl import flags
 
-import folders
 import program
-from device import start_tensorflow
-from errors import exits_with_a_sentence
+from cifar10_resnet import storage
+from cifar10_resnet.device import start_tensorflow
+from cifar10_resnet.errors import exits_with_a_sentence
 
 FLAGS = flags.FLAGS
 
@@ -44,8 +44,8 @@ def _lite_is_one(values: dict[str, object]) -> bool:
 
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
-    folders.refuse_patterns(FLAGS.export_dir)
-    folders.refuse_unwritable(FLAGS.export_dir)
+    storage.refuse_patterns(FLAGS.export_dir)
+    storage.refuse_unwritable(FLAGS.export_dir)
 
     start_tensorflow("cpu")  # whatever the export is for, nothing large is computed here
     import checkpoints

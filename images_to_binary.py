@@ -20,10 +20,10 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-import folders
 import program
-from data_layout import LAYOUTS, MAX_CLASSES
-from errors import UserError, exits_with_a_sentence, printable
+from cifar10_resnet import storage
+from cifar10_resnet.errors import UserError, exits_with_a_sentence, printable
+from cifar10_resnet.formats import FORMATS, MAX_CLASSES
 from pictures import read_picture_file
 
 FLAGS = flags.FLAGS
@@ -36,7 +36,7 @@ flags.mark_flags_as_required(["image_dir", "data_dir"])
 flags.register_validator("test_share", lambda share: 0 < share < 1, "it is between 0 and 1")
 
 FLAG_GROUPS = {"Where from and where to": ("image_dir", "data_dir"), "How": ("test_share", "seed")}
-LAYOUT = LAYOUTS["pictures"]
+FORMAT = FORMATS["pictures"]
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 THREADS = min(8, os.cpu_count() or 1)
 AHEAD = 256  # pictures under way at a time: what bounds the memory, however many there are
@@ -169,12 +169,12 @@ def write_files(
     folder: str, classes: Mapping[str, Sequence[str]], test_share: float, seed: int
 ) -> None:
     """Writes the data folder's files, and says what is in them."""
-    train_file, test_file, names_file = (os.path.join(folder, name) for name in LAYOUT.files)
+    train_file, test_file, names_file = (os.path.join(folder, name) for name in FORMAT.files)
     with tempfile.TemporaryFile(dir=folder) as scratch:
         labels = write_records(classes, scratch)
         counts = np.bincount(labels, minlength=len(classes))
         refuse_small_classes(dict(zip(classes, counts, strict=True)), "pictures that can be read")
-        records = np.memmap(scratch, np.uint8, "r", shape=(len(labels), LAYOUT.record_bytes))
+        records = np.memmap(scratch, np.uint8, "r", shape=(len(labels), FORMAT.record_bytes))
         train, test = split(labels, test_share, seed)
         for file, places in ((train_file, train), (test_file, test)):
             with open(file, "wb") as out:
@@ -202,8 +202,8 @@ def import_pictures(image_dir: str, data_dir: str, test_share: float = 0.2, seed
         )
     classes = find_classes(Path(image_dir))
     refuse_small_classes({name: len(files) for name, files in classes.items()}, "files")
-    folders.refuse_unwritable(data_dir)
-    with folders.new(data_dir) as folder:
+    storage.refuse_unwritable(data_dir)
+    with storage.new(data_dir) as folder:
         write_files(folder, classes, test_share, seed)
     print(f"next: python run_trainer.py --path={shlex.quote(data_dir)}", flush=True)
 

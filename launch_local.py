@@ -17,7 +17,7 @@ from absl import flags
 
 import cluster
 import program
-from errors import UserError, exits_with_a_sentence
+from cifar10_resnet.errors import UserError, exits_with_a_sentence
 
 FLAGS = flags.FLAGS
 

@@ -3,8 +3,8 @@
 import numpy as np
 import tensorflow as tf
 
+from cifar10_resnet.config import TrainingConfig
 from resnet_model import ResNet, assign
-from run_config import TrainingConfig
 
 # How far Muon turns a kernel at a learning rate of 1. So one --init_lr serves the kernels that Muon
 # moves and the variables that it does not.

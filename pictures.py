@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import ExifTags, Image
 
-from data_layout import SIDE
-from errors import UserError
+from cifar10_resnet.errors import UserError
+from cifar10_resnet.formats import SIDE
 
 FORMATS = ("JPEG", "PNG", "BMP")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp")

@@ -8,10 +8,10 @@ import os
 
 from absl import flags
 
-import output_files
 import program
 import run_history
-from errors import UserError, exits_with_a_sentence
+from cifar10_resnet import storage
+from cifar10_resnet.errors import UserError, exits_with_a_sentence
 
 KINDS = ("png", "svg")
 TAGS = ("loss", "error", "accuracy", "learning_rate", "images_per_second")
@@ -31,14 +31,14 @@ def main(argv: list[str]) -> int:
     kind = os.path.splitext(FLAGS.output)[1][1:].lower()
     if kind not in KINDS:
         raise UserError(f"--output={FLAGS.output} must end in .png or .svg.")
-    output_files.refuse_unwritable(FLAGS.output)
+    storage.refuse_unwritable_file(FLAGS.output)
 
     histories = dict(zip(_names(FLAGS.run), map(_history, FLAGS.run), strict=True))
 
     import plots  # after what is told at once, for Matplotlib is slow to import
 
     figure = plots.curves_figure(histories, FLAGS.tag, FLAGS.x)
-    output_files.write(FLAGS.output, plots.encode(figure, kind))
+    storage.write(FLAGS.output, plots.encode(figure, kind))
     print(f"drew {FLAGS.output}")
     return 0
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.text import Text
 
-from errors import UserError
+from cifar10_resnet.errors import UserError
 
 WIDTH = 900  # in pixels, of which an inch has 100; so a point is 1.4 of them
 MARGIN = 24

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from errors import UserError
+from cifar10_resnet.errors import UserError
 from metrics import NUM_BINS, Metrics, calibration, wilson_interval
 from plot_style import (
     BLUE,

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from errors import UserError
+from cifar10_resnet.errors import UserError
 from pictures import SIDE, read_picture
 from saved_network import DEFAULT, SavedNetwork
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import app, flags
 
-from errors import UserError, tell
-from terminal import emphasised
+from cifar10_resnet.errors import UserError, tell
+from cifar10_resnet.terminal import emphasised
 
 FLAGS = flags.FLAGS
 # titles of groups, as --help shows them, and the names of the flags in each

@@ -10,9 +10,9 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from errors import UserError
+from cifar10_resnet.config import RunConfig
+from cifar10_resnet.errors import UserError
 from metrics import Metrics
-from run_config import RunConfig
 from summaries import Summaries
 
 

@@ -11,8 +11,8 @@ from typing import Protocol
 import numpy as np
 import tensorflow as tf
 
-from errors import UserError
-from run_config import ModelConfig, units_per_block
+from cifar10_resnet.config import ModelConfig, units_per_block
+from cifar10_resnet.errors import UserError
 
 DTYPES = {"fp32": tf.float32, "bf16": tf.bfloat16, "fp16": tf.float16}
 BLOCK_DEPTHS = (16, 32, 64)

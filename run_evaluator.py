@@ -13,11 +13,11 @@ from datetime import datetime, timezone
 from absl import flags
 
 import command_line
-import output_files
 import program
-from device import start_tensorflow
-from errors import exits_with_a_sentence
-from terminal import table
+from cifar10_resnet import storage
+from cifar10_resnet.device import start_tensorflow
+from cifar10_resnet.errors import exits_with_a_sentence
+from cifar10_resnet.terminal import table
 
 FLAGS = flags.FLAGS
 
@@ -59,9 +59,9 @@ def _one_is_shown(values: dict[str, object]) -> bool:
 def main(argv: list[str]) -> int:
     for file in (FLAGS.output_json, FLAGS.report):
         if file:
-            output_files.refuse_unwritable(file)
+            storage.refuse_unwritable_file(file)
     if FLAGS.plot_dir:
-        output_files.make_folder(FLAGS.plot_dir)
+        storage.make_folder(FLAGS.plot_dir)
 
     device = start_tensorflow(FLAGS.device, FLAGS.verbose)
     import checkpoints
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
             scores.append(scored.as_json())
     if FLAGS.output_json:
         told = scores if FLAGS.all_checkpoints else scores[0]
-        output_files.write(FLAGS.output_json, (json.dumps(told, indent=2) + "\n").encode())
+        storage.write(FLAGS.output_json, (json.dumps(told, indent=2) + "\n").encode())
     if FLAGS.report or FLAGS.plot_dir:
         with command_line.quiet_work():
             _draw(scored, f"{FLAGS.dtype}, {data_format}, on a {device.upper()}")
@@ -109,7 +109,7 @@ def _draw(scored, computed_in: str) -> None:
     if FLAGS.plot_dir:
         for name, picture in pictures.items():
             file = os.path.join(FLAGS.plot_dir, f"{name}.png")
-            output_files.write(file, picture)
+            storage.write(file, picture)
             print(f"drew {file}")
     if FLAGS.report:
         import numpy as np
@@ -126,7 +126,7 @@ def _draw(scored, computed_in: str) -> None:
             "machine": platform.platform(),
         }
         page = evaluation_report.html(scored, pictures, made)
-        output_files.write(FLAGS.report, page.encode())
+        storage.write(FLAGS.report, page.encode())
         print(f"wrote {FLAGS.report}")
 
 

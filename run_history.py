@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.util.tensor_util import make_ndarray
 
-from errors import UserError
+from cifar10_resnet.errors import UserError
 
 WRITERS = ("train", "eval")
 

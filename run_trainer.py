@@ -16,13 +16,19 @@ from absl import flags
 
 import cluster
 import command_line
-import data_layout
-import folders
 import program
-from device import start_tensorflow
-from errors import UserError, exits_with_a_sentence
-from run_config import MAX_SEED, OPTIMIZERS, RECIPES, ModelConfig, RunConfig, units_per_block
-from terminal import emphasised, table
+from cifar10_resnet import formats, storage
+from cifar10_resnet.config import (
+    MAX_SEED,
+    OPTIMIZERS,
+    RECIPES,
+    ModelConfig,
+    RunConfig,
+    units_per_block,
+)
+from cifar10_resnet.device import start_tensorflow
+from cifar10_resnet.errors import UserError, exits_with_a_sentence
+from cifar10_resnet.terminal import emphasised, table
 
 FLAGS = flags.FLAGS
 
@@ -263,8 +269,8 @@ def main(argv: list[str]) -> int:
             f"{cluster.EXAMPLE}: launch_local.py sets it to try it on one machine."
         )
     if FLAGS.export_dir and (workers is None or workers.index == 0):  # the chief
-        folders.refuse_patterns(FLAGS.export_dir)
-        folders.refuse_unwritable(FLAGS.export_dir, apart_from=[ckpt_path, log_path])
+        storage.refuse_patterns(FLAGS.export_dir)
+        storage.refuse_unwritable(FLAGS.export_dir, apart_from=[ckpt_path, log_path])
 
     device = start_tensorflow(FLAGS.device, FLAGS.verbose, FLAGS.num_gpus)
     import checkpoints
@@ -374,7 +380,7 @@ def _given_dataset() -> str | None:
         return "synthetic"
     if FLAGS.path is None:
         return FLAGS.dataset
-    return data_layout.find(FLAGS.path, FLAGS.dataset)[1].dataset
+    return formats.find(FLAGS.path, FLAGS.dataset)[1].dataset
 
 
 def _default_ckpt_path(dataset: str | None) -> str:

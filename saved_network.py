@@ -8,8 +8,8 @@ import tensorflow as tf
 from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
 
-import folders
-from errors import UserError
+from cifar10_resnet import storage
+from cifar10_resnet.errors import UserError
 from pictures import SIDE
 
 FILE = "saved_model.pb"
@@ -21,7 +21,7 @@ class SavedNetwork:
     """A loaded SavedModel and its classes. Any number of threads may call it."""
 
     def __init__(self, folder: str):
-        folders.refuse_patterns(folder)
+        storage.refuse_patterns(folder)
         try:
             # kept, because its signatures would let go of its variables
             self._loaded = tf.saved_model.load(folder)

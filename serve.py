@@ -11,9 +11,9 @@ import socket
 from absl import flags
 from tornado.netutil import bind_sockets
 
-import device
 import program
-from errors import UserError, exits_with_a_sentence, reason_of
+from cifar10_resnet import device
+from cifar10_resnet.errors import UserError, exits_with_a_sentence, reason_of
 
 FLAGS = flags.FLAGS
 

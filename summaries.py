@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from errors import UserError, reason_of
+from cifar10_resnet.config import RunConfig
+from cifar10_resnet.errors import UserError, reason_of
 from metrics import Metrics
-from run_config import RunConfig
 
 GRID, GAP = 8, 2  # pictures a side, and pixels around each
 FILE_SUFFIX = ".cifar10-resnet.v2"  # by which --clean knows these event files from others

@@ -24,14 +24,7 @@ from cifar10_input import (
     mean_image,
     training_batches,
 )
-from distribution import Replicas
-from errors import UserError
-from evaluation import Evaluator
-from metrics import Metrics
-from optimizers import OPTIMIZERS
-from progress import NoProgress, Progress
-from resnet_model import IMAGE_SHAPE, ResNet, assign
-from run_config import (
+from cifar10_resnet.config import (
     MAX_ITERATIONS,
     ModelConfig,
     RunConfig,
@@ -40,6 +33,13 @@ from run_config import (
     training_config,
     with_given,
 )
+from cifar10_resnet.errors import UserError
+from distribution import Replicas
+from evaluation import Evaluator
+from metrics import Metrics
+from optimizers import OPTIMIZERS
+from progress import NoProgress, Progress
+from resnet_model import IMAGE_SHAPE, ResNet, assign
 
 # Several workers ask each other this often whether one was told to stop.
 STEPS_BETWEEN_AGREEMENTS = 10

@@ -27,7 +27,7 @@ from tornado import httpserver, iostream, netutil, template, web
 from tornado.httputil import responses
 
 import predict_api
-from errors import UserError
+from cifar10_resnet.errors import UserError
 from pictures import read_picture
 from saved_network import SavedNetwork
 

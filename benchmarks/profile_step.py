@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-from run_config import ModelConfig, RunConfig
+from cifar10_resnet.config import ModelConfig, RunConfig
 from training import Trainer
 
 STEPS = 10

@@ -33,7 +33,7 @@ def measure(layers: int, batch_size: int, steps: int, devices: int, sync: bool) 
 
     import cluster
     import distribution
-    from run_config import ModelConfig, RunConfig, TrainingConfig
+    from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig
     from training import Trainer
 
     tf.config.set_logical_device_configuration(

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from this_project import multiply_adds
 
+from cifar10_resnet.config import ModelConfig
 from resnet_model import ResNet
-from run_config import ModelConfig
 
 IMAGES = 128  # of each GPU, or of all together
 EFFICIENT = 0.8

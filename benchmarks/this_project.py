@@ -23,8 +23,8 @@ from contender import (
 )
 
 from cifar10_input import mean_image, read_images, training_batches
+from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig, units_per_block
 from resnet_model import DTYPES, ResNet, resolve_data_format
-from run_config import ModelConfig, RunConfig, TrainingConfig, units_per_block
 from training import Trainer
 
 MATRIX_SIDE = 4096

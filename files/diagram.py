@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, PathPatch, Polygon, Rectangle
 from matplotlib.path import Path
 
+from cifar10_resnet.config import ModelConfig
 from plot_style import (
     BLUE,
     GREEN,
@@ -26,7 +27,6 @@ from plot_style import (
     VERMILLION,
     tint,
 )
-from run_config import ModelConfig
 from synthetic_data import make_split
 
 # how each kind of layer is called; after its size come the zeros that it pads

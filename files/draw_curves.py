@@ -18,7 +18,7 @@ from matplotlib.transforms import offset_copy
 
 import program
 import run_csv
-from errors import exits_with_a_sentence
+from cifar10_resnet.errors import exits_with_a_sentence
 from plot_style import BLUE, INK, MUTED, ORANGE, PAPER, SMALL, picture
 
 FOLDER = Path(__file__).resolve().parent

@@ -14,7 +14,9 @@ from absl import flags
 
 import command_line
 import program
-from device import start_tensorflow
+from cifar10_resnet.config import ModelConfig, with_given
+from cifar10_resnet.device import start_tensorflow
+from cifar10_resnet.errors import exits_with_a_sentence
 from diagram import (
     GAP,
     STRIP,
@@ -28,9 +30,7 @@ from diagram import (
     example_image,
     shape_text,
 )
-from errors import exits_with_a_sentence
 from plot_style import MARGIN, WIDTH, picture
-from run_config import ModelConfig, with_given
 
 FOLDER = Path(__file__).resolve().parent
 FLAGS = flags.FLAGS

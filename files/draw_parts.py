@@ -12,7 +12,9 @@ import numpy as np
 from absl import flags
 
 import program
-from device import start_tensorflow
+from cifar10_resnet.config import ModelConfig
+from cifar10_resnet.device import start_tensorflow
+from cifar10_resnet.errors import exits_with_a_sentence
 from diagram import (
     HEIGHT,
     RADIUS,
@@ -24,9 +26,7 @@ from diagram import (
     example_image,
     shape_text,
 )
-from errors import exits_with_a_sentence
 from plot_style import GREEN, INK, LARGE, MARGIN, MUTED, PAPER, picture
-from run_config import ModelConfig
 from synthetic_data import CLASS_NAMES
 
 FOLDER = Path(__file__).resolve().parent

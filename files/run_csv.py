@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from errors import UserError
+from cifar10_resnet.errors import UserError
 
 COLUMNS = (
     *("step", "epoch", "train_loss", "train_accuracy"),

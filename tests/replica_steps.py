@@ -12,7 +12,7 @@ import tensorflow as tf
 
 import distribution
 import training
-from run_config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from synthetic_data import CLASS_NAMES
 
 BATCH_SIZE = 8

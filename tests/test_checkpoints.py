@@ -14,9 +14,9 @@ import tensorflow as tf
 from conftest import contents
 
 import checkpoints
-from errors import UserError
+from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from cifar10_resnet.errors import UserError
 from resnet_model import ResNet
-from run_config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from summaries import FILE_SUFFIX
 from training import Trainer
 

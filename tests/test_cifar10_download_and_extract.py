@@ -22,7 +22,7 @@ from conftest import contents
 
 import cifar10_download_and_extract as program
 import synthetic_data
-from data_layout import LAYOUTS, Archive, Digest
+from cifar10_resnet.formats import FORMATS, Archive, Digest
 
 SCRIPT = Path(program.__file__)
 FOLDER = "cifar-10-batches-bin"
@@ -78,7 +78,7 @@ def sha256(data: bytes) -> str:
 
 
 def make_official(monkeypatch: pytest.MonkeyPatch, dataset: str, archive: Archive) -> None:
-    monkeypatch.setitem(LAYOUTS, dataset, dataclasses.replace(LAYOUTS[dataset], archive=archive))
+    monkeypatch.setitem(FORMATS, dataset, dataclasses.replace(FORMATS[dataset], archive=archive))
 
 
 # --- A server on loopback, with faults ------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_no_flags_fill_the_folder_in_the_current_directory(site, tmp_path, monke
 def test_without_a_digest_a_mirror_must_have_the_official_archive(run, site, data_dir):
     err = run(f"--url={site.url}", status=1)
     assert sha256(GOOD) in err
-    assert LAYOUTS["cifar10"].archive.digest.value in err
+    assert FORMATS["cifar10"].archive.digest.value in err
     assert "--sha256" in err
     assert os.listdir(data_dir) == []
 
@@ -936,7 +936,7 @@ def test_synthetic_files_hold_the_generated_images_as_planes(run, data_dir):
     out = run(*SMALL, "--seed=3")
     assert f"python run_trainer.py --path={data_dir / FOLDER}" in out
     files = contents(data_dir / FOLDER)
-    assert sorted(files) == sorted([".sha256", *LAYOUTS["cifar10"].files])
+    assert sorted(files) == sorted([".sha256", *FORMATS["cifar10"].files])
     train = b"".join(files[f"data_batch_{i}.bin"] for i in range(1, 6))
     for split, count, data in (("train", 20, train), ("test", 7, files["test_batch.bin"])):
         records = np.frombuffer(data, np.uint8).reshape(count, 3073)

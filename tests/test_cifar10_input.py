@@ -20,11 +20,11 @@ from conftest import (
 )
 
 import cifar10_input
-import data_layout
 import synthetic_data
 from cifar10_input import ImageSet, describe_data
-from errors import UserError
-from run_config import DataConfig
+from cifar10_resnet import formats
+from cifar10_resnet.config import DataConfig
+from cifar10_resnet.errors import UserError
 
 NO_MEAN = np.zeros([32, 32, 3], np.float32)
 
@@ -116,7 +116,7 @@ def test_images_are_counted_from_the_sizes_of_the_files(write_cifar10):
     folder = str(write_cifar10())
     assert cifar10_input.count_training_images(DataConfig(), folder) == 15
     assert cifar10_input.count_training_images(DataConfig(holdout=14), folder) == 1
-    counts = cifar10_input.check_files(*data_layout.find(folder), "train")
+    counts = cifar10_input.check_files(*formats.find(folder), "train")
     assert counts == [(os.path.join(folder, name), 3) for name in TRAIN_FILES]
 
 

@@ -14,10 +14,10 @@ from programs import run, without_tensorflow
 
 import checkpoints
 import export
-from errors import UserError
+from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig
+from cifar10_resnet.errors import UserError
 from pictures import read_picture_file
 from resnet_model import resolve_data_format
-from run_config import DataConfig, ModelConfig, RunConfig
 from training import Trainer
 
 NAMES = ("tree", "house", "river")

@@ -29,7 +29,7 @@ import cluster
 import distribution
 import launch_local
 import training
-from errors import UserError
+from cifar10_resnet.errors import UserError
 
 
 @pytest.fixture(scope="module")

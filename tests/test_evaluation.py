@@ -12,11 +12,11 @@ import checkpoints
 import cifar10_input
 import synthetic_data
 from cifar10_input import ImageSet
-from errors import UserError
+from cifar10_resnet.config import CIFAR10_NAMES, DataConfig, ModelConfig, RunConfig, TrainingConfig
+from cifar10_resnet.errors import UserError
 from evaluation import Evaluator, score_checkpoints
 from metrics import Metrics
 from resnet_model import ResNet
-from run_config import CIFAR10_NAMES, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from training import Trainer
 
 COUNT = 53  # a prime: no batch size but 1 divides it

@@ -11,9 +11,9 @@ from PIL import Image
 
 import evaluation_report
 import plots
+from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from evaluation import Scored
 from metrics import Metrics
-from run_config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 
 NAMES = ("cat", "<script>alert(1)</script>", '"eel" & $title')
 VOID = {"meta", "img", "br", "link"}

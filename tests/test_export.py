@@ -17,9 +17,9 @@ from programs import PROJECT, SMALL, error_of, run, without_tensorflow
 
 import checkpoints
 import export
-from errors import UserError
+from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig
+from cifar10_resnet.errors import UserError
 from pictures import read_picture
-from run_config import DataConfig, ModelConfig, RunConfig
 from training import Trainer
 
 NAMES = ("aeroplane", "tree", "café", "d", "e", "f", "g", "h", "i", "j")

@@ -18,10 +18,10 @@ from programs import PROJECT, run, run_code
 import draw_curves
 import plot_style
 import run_csv
-from errors import UserError
+from cifar10_resnet.config import ModelConfig
+from cifar10_resnet.errors import UserError
 from network_trace import trace
 from resnet_model import ResNet
-from run_config import ModelConfig
 
 FILES = PROJECT / "files"
 HEADER = "step,epoch,train_loss,train_accuracy,test_accuracy,learning_rate,seconds"
@@ -33,7 +33,7 @@ import sys
 import draw_network  # which puts the project on the path
 from network_trace import trace
 from resnet_model import ResNet
-from run_config import ModelConfig
+from cifar10_resnet.config import ModelConfig
 
 for config in (
     *(ModelConfig(layers) for layers in (8, 20, 32, 56)),

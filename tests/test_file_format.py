@@ -15,7 +15,7 @@ import tensorflow as tf
 from programs import PROJECT
 
 import checkpoints
-from run_config import ModelConfig, RunConfig, TrainingConfig
+from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig
 from training import Trainer
 
 Shape = tuple[int, ...]

@@ -15,7 +15,7 @@ from conftest import contents
 from PIL import Image
 
 import images_to_binary as program
-from errors import UserError
+from cifar10_resnet.errors import UserError
 from pictures import read_picture_file
 
 SCRIPT = Path(program.__file__)

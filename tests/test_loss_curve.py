@@ -10,8 +10,8 @@ import tensorflow as tf
 
 import training
 from cifar10_input import ImageSet, mean_image, training_batches
+from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from resnet_model import ResNet
-from run_config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from synthetic_data import CLASS_NAMES, make_split
 
 STEPS = 500

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import run_config
+from cifar10_resnet import config
+from cifar10_resnet.config import ModelConfig, TrainingConfig
 from optimizers import OPTIMIZERS, Momentum, Muon, orthogonal
 from resnet_model import ResNet
-from run_config import ModelConfig, TrainingConfig
 
 CONFIG = ModelConfig(num_layers=8)
 
@@ -78,4 +78,4 @@ def test_both_optimizers_keep_the_same_things_in_a_checkpoint():
 
 
 def test_every_optimizer_that_a_run_may_name_is_there():
-    assert tuple(OPTIMIZERS) == run_config.OPTIMIZERS
+    assert tuple(OPTIMIZERS) == config.OPTIMIZERS

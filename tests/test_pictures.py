@@ -15,7 +15,7 @@ from PIL import Image
 from programs import run_code
 
 import pictures
-from errors import UserError
+from cifar10_resnet.errors import UserError
 from pictures import read_picture, read_picture_file
 
 # pytest shows the warnings that the module keeps from its users

@@ -12,7 +12,7 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 import plots
-from errors import UserError
+from cifar10_resnet.errors import UserError
 from plot_style import BLUE, VERMILLION
 
 LONG_NAMES = [f"large_man-made_outdoor_thing_{i}" for i in range(100)]

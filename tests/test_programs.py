@@ -334,7 +334,7 @@ def test_without_data_the_trainer_says_how_to_get_it(tmp_path):
 
 OUT_OF_MEMORY = """
 import tensorflow as tf
-from errors import exits_with_a_sentence
+from cifar10_resnet.errors import exits_with_a_sentence
 raise SystemExit(exits_with_a_sentence(lambda: tf.zeros([10**6, 10**7]))())
 """
 

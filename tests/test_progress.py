@@ -11,9 +11,9 @@ import termios
 import numpy as np
 import pytest
 
+from cifar10_resnet.config import RunConfig
 from metrics import Metrics
 from progress import Progress
-from run_config import RunConfig
 
 END = "\x03"  # marks how far a terminal is to be read
 

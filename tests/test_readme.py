@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from programs import PROGRAMS, PROJECT, run, run_code
 
-from run_config import TrainingConfig
+from cifar10_resnet.config import TrainingConfig
 
 HEADINGS = {
     "run_trainer": "### The trainer's flags",
@@ -153,7 +153,7 @@ def test_the_marked_commands_run(checkout):
 def test_the_marked_code_runs(checkout, write_cifar10):
     import checkpoints
     import export
-    from run_config import ModelConfig, RunConfig
+    from cifar10_resnet.config import ModelConfig, RunConfig
     from training import Trainer
 
     write_cifar10()

@@ -10,7 +10,7 @@ from PIL import Image
 from programs import PROJECT, error_of, run, run_code
 
 import checkpoints
-from run_config import ModelConfig, RunConfig
+from cifar10_resnet.config import ModelConfig, RunConfig
 from training import Trainer
 
 

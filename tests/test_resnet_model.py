@@ -9,9 +9,9 @@ import tensorflow as tf
 from numpy_resnet import NumpyResNet, Values
 from programs import run_code
 
-from errors import UserError
+from cifar10_resnet.config import ModelConfig
+from cifar10_resnet.errors import UserError
 from resnet_model import ResNet, Unit, resolve_data_format
-from run_config import ModelConfig
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -584,7 +584,7 @@ def test_channels_first_is_refused_on_a_cpu_that_lacks_one_kernel_of_a_training_
 
 def test_without_onednn_channels_first_is_refused_on_a_cpu_in_every_precision():
     code = f"""
-from errors import UserError
+from cifar10_resnet.errors import UserError
 from resnet_model import resolve_data_format
 
 for dtype in {DTYPES}:

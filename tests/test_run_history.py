@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from errors import UserError
+from cifar10_resnet.errors import UserError
 from run_history import read_history
 
 

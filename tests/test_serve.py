@@ -31,7 +31,7 @@ from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from errors import UserError
+from cifar10_resnet.errors import UserError
 
 NAMES = ("airplane", "automobile", "<b>bird</b>", "cat", "deer", "dog", "frog")
 API = "/v1/models/resnet"
@@ -45,8 +45,8 @@ def save_network(folder: Path, names: tuple[str, ...] = NAMES) -> None:
     """An untrained network, saved with the signatures that `export_saved_model.py` gives it."""
     import tensorflow as tf
 
+    from cifar10_resnet.config import ModelConfig
     from resnet_model import ResNet
-    from run_config import ModelConfig
 
     network = ResNet(ModelConfig(num_layers=8, num_classes=len(NAMES)))
     network.image_mean.assign(np.full([32, 32, 3], 120))

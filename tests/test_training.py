@@ -11,9 +11,9 @@ from conftest import write_cifar100, write_pictures
 import checkpoints
 import training
 from cifar10_input import ImageSet, mean_image
-from errors import UserError
+from cifar10_resnet.config import RECIPES, DataConfig, ModelConfig, RunConfig, TrainingConfig
+from cifar10_resnet.errors import UserError
 from evaluation import Evaluator
-from run_config import RECIPES, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from synthetic_data import CLASS_NAMES, make_split
 
 SMALL = ModelConfig(num_layers=8)

@@ -15,10 +15,10 @@ from numpy_resnet import NumpyResNet
 import checkpoints
 import training
 from cifar10_input import load_training, mean_image
-from errors import UserError
+from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from cifar10_resnet.errors import UserError
 from evaluation import score_checkpoints
 from resnet_model import ResNet
-from run_config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 
 FINAL_LAYER = ("logits/kernel:0", "logits/bias:0")
 

@@ -29,11 +29,11 @@ TOP = RESULTS.parents[1]
 PRETRAINED = RESULTS.parent / "pretrained"
 sys.path[:0] = [str(TOP), str(TOP / "files")]
 
-import output_files  # noqa: E402
 import run_csv  # noqa: E402
-from device import stderr_held_back  # noqa: E402
-from errors import exits_with_a_sentence  # noqa: E402
-from run_config import RunConfig  # noqa: E402
+from cifar10_resnet import storage  # noqa: E402
+from cifar10_resnet.config import RunConfig  # noqa: E402
+from cifar10_resnet.device import stderr_held_back  # noqa: E402
+from cifar10_resnet.errors import exits_with_a_sentence  # noqa: E402
 
 # what some of a CSV's columns are called in a run's event files
 IN_EVENTS = {
@@ -209,7 +209,7 @@ def _write_csv(run: Run, folder: str, score: dict[str, Any]) -> None:
     writer.writerows(
         [_rounded(row.get(IN_EVENTS.get(name, name))) for name in run_csv.COLUMNS] for row in rows
     )
-    output_files.write(str(RESULTS / f"{run.name}.csv"), content.getvalue().encode())
+    storage.write(str(RESULTS / f"{run.name}.csv"), content.getvalue().encode())
 
 
 def _rounded(value: float | None) -> str:

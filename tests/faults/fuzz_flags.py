@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import command_line
 import run_trainer
-from run_config import training_config
+from cifar10_resnet.config import training_config
 
 NAMES = sorted(name for group in run_trainer.FLAG_GROUPS.values() for name in group)
 VALUES = st.sampled_from(

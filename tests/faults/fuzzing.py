@@ -8,8 +8,8 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 
-import errors
-from errors import UserError
+from cifar10_resnet import errors
+from cifar10_resnet.errors import UserError
 
 LONG = os.environ.get("FUZZ_EXAMPLES")
 fuzzed = settings(

@@ -11,8 +11,8 @@ import tensorflow as tf
 
 import checkpoints
 import training
-from errors import UserError
-from run_config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from cifar10_resnet.errors import UserError
 
 RUN = RunConfig(
     ModelConfig(num_layers=8), DataConfig("synthetic"), TrainingConfig(batch_size=8, seed=5)

@@ -16,10 +16,10 @@ from programs import PROJECT, SMALL, Workers, assert_lost, error_of, run
 import checkpoints
 import cifar10_download_and_extract
 import export
-import output_files
-from errors import UserError
+from cifar10_resnet import storage
+from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig
+from cifar10_resnet.errors import UserError
 from progress import Progress
-from run_config import ModelConfig, RunConfig, TrainingConfig
 from training import Trainer
 
 FULL = "No space left on device"
@@ -164,7 +164,8 @@ def test_summaries_that_do_not_fit_stop_the_training_in_a_sentence(make_disk):
 
 
 def test_an_output_that_does_not_fit_ends_in_a_sentence():
-    program = "import errors\n@errors.exits_with_a_sentence\ndef main():\n    {}\nexit(main())"
+    program = "from cifar10_resnet.errors import exits_with_a_sentence\n"
+    program += "@exits_with_a_sentence\ndef main():\n    {}\nexit(main())"
     for line in ("print(1, flush=True)", "import os; os.write(1, b'1')"):
         with open("/dev/full", "w") as full:
             ended = subprocess.run(
@@ -181,11 +182,11 @@ def test_an_output_that_does_not_fit_ends_in_a_sentence():
 def test_figures_that_do_not_fit_leave_the_earlier_ones(make_disk):
     disk = make_disk()
     file = str(disk.path / "scores.json")
-    output_files.write(file, b"{}")
+    storage.write(file, b"{}")
     disk.fill()
     before = contents(disk.path)
     with pytest.raises(UserError, match=rf"cannot write \S+scores\.json: {FULL}"):
-        output_files.write(file, bytes(400_000))
+        storage.write(file, bytes(400_000))
     assert contents(disk.path) == before
 
 

@@ -20,8 +20,8 @@ from programs import run
 
 import cifar10_download_and_extract
 import cifar10_input
-from data_layout import LAYOUTS
-from run_config import RunConfig, learning_rates
+from cifar10_resnet.config import RunConfig, learning_rates
+from cifar10_resnet.formats import FORMATS
 
 # --- The description in a checkpoint --------------------------------------------------------------
 
@@ -122,7 +122,7 @@ def test_a_file_of_records_is_read_exactly_or_refused_by_name_and_place(data, na
 
 # --- Archives -------------------------------------------------------------------------------------
 
-LAYOUT = LAYOUTS["cifar10"]
+LAYOUT = FORMATS["cifar10"]
 PLACES = [f"{LAYOUT.folder}/{name}" for name in LAYOUT.files]
 
 

@@ -11,8 +11,8 @@ from conftest import random_images
 from programs import SMALL, start
 
 import checkpoints
+from cifar10_resnet.config import RunConfig
 from progress import Progress
-from run_config import RunConfig
 
 
 class Terminal(io.StringIO):

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from data_layout import CIFAR10_NAMES, LAYOUTS
-from errors import UserError
+from cifar10_resnet.errors import UserError
+from cifar10_resnet.formats import CIFAR10_NAMES, FORMATS
 
 
 def units_per_block(num_layers: int, bottleneck: bool = False) -> int:
@@ -73,7 +73,7 @@ class DataConfig:
     coarse_labels: bool = False
 
     def __post_init__(self) -> None:
-        if self.dataset not in (*LAYOUTS, "synthetic"):
+        if self.dataset not in (*FORMATS, "synthetic"):
             raise UserError(f"the data set {self.dataset!r} is unknown to this version.")
 
 

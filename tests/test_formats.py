@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from programs import run_code
 
-import data_layout
-from data_layout import CIFAR10_NAMES, LAYOUTS, Digest
-from errors import UserError
+from cifar10_resnet import formats
+from cifar10_resnet.errors import UserError
+from cifar10_resnet.formats import CIFAR10_NAMES, FORMATS, Digest
 
 FOLDERS = {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}
 FIRST_FILES = {
@@ -18,31 +18,31 @@ FIRST_FILES = {
 }
 
 
-def test_layouts_are_known_before_anything_slow_is_imported():
-    code = "import data_layout, sys; sys.exit(bool({'tensorflow', 'numpy'} & set(sys.modules)))"
-    run_code(code)
+def test_formats_are_known_before_anything_slow_is_imported():
+    slow = "{'tensorflow', 'numpy'} & set(sys.modules)"
+    run_code(f"import cifar10_resnet.formats, sys; sys.exit(bool({slow}))")
 
 
 def test_the_official_archives_are_those_of_the_data_sets_own_page():
     site = "https://www.cs.toronto.edu/~kriz/"
-    assert LAYOUTS["cifar10"].archive == (
+    assert FORMATS["cifar10"].archive == (
         f"{site}cifar-10-binary.tar.gz",
         Digest("sha256", "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"),
     )
-    assert LAYOUTS["cifar100"].archive == (
+    assert FORMATS["cifar100"].archive == (
         f"{site}cifar-100-binary.tar.gz",
         Digest("md5", "03b5dce01913d631647c71ecec9e9cb8"),
     )
-    assert LAYOUTS["pictures"].archive is None
+    assert FORMATS["pictures"].archive is None
 
 
 def test_no_two_data_sets_share_a_files_name():
-    files = [name for layout in LAYOUTS.values() for name in layout.files]
+    files = [name for file_format in FORMATS.values() for name in file_format.files]
     assert len(files) == len(set(files)) == 7 + 4 + 3
 
 
 def test_records_are_the_label_bytes_and_3072_pixels():
-    sizes = {name: layout.record_bytes for name, layout in LAYOUTS.items()}
+    sizes = {name: file_format.record_bytes for name, file_format in FORMATS.items()}
     assert sizes == {"cifar10": 3073, "cifar100": 3074, "pictures": 3073}
 
 
@@ -51,20 +51,20 @@ def test_records_are_the_label_bytes_and_3072_pixels():
 
 def refusal(path: Path | str | None, dataset: str | None = None) -> str:
     with pytest.raises(UserError) as refused:
-        data_layout.find(None if path is None else str(path), dataset)
+        formats.find(None if path is None else str(path), dataset)
     assert str(refused.value).endswith(".")
     return str(refused.value)
 
 
 def found(path: Path | str | None, dataset: str | None = None) -> tuple[str, str]:
-    folder, layout = data_layout.find(None if path is None else str(path), dataset)
-    return folder, layout.dataset
+    folder, file_format = formats.find(None if path is None else str(path), dataset)
+    return folder, file_format.dataset
 
 
 @pytest.mark.parametrize("dataset", FIRST_FILES)
 def test_a_folder_tells_by_any_of_its_files_what_it_holds(tmp_path, dataset):
-    layout = LAYOUTS[dataset]
-    for name in (*layout.train_files, *layout.test_files):
+    file_format = FORMATS[dataset]
+    for name in (*file_format.train_files, *file_format.test_files):
         file = tmp_path / name
         file.touch()
         assert found(tmp_path) == found(tmp_path, dataset) == (str(tmp_path), dataset)
@@ -166,16 +166,16 @@ def write_names(folder: Path, file: str, count: int) -> tuple[str, ...]:
 )
 def test_class_names_come_from_the_file_beside_the_records(tmp_path, dataset, file, count, coarse):
     names = write_names(tmp_path, file, count)
-    assert LAYOUTS[dataset].class_names(str(tmp_path), coarse) == names
+    assert FORMATS[dataset].class_names(str(tmp_path), coarse) == names
 
 
 def test_class_names_are_cifar10s_where_no_file_tells(tmp_path):
-    assert LAYOUTS["cifar10"].class_names(str(tmp_path)) == CIFAR10_NAMES
+    assert FORMATS["cifar10"].class_names(str(tmp_path)) == CIFAR10_NAMES
 
 
 def names_refusal(dataset: str, folder: Path, coarse: bool = False) -> str:
     with pytest.raises(UserError) as refused:
-        LAYOUTS[dataset].class_names(str(folder), coarse)
+        FORMATS[dataset].class_names(str(folder), coarse)
     return str(refused.value)
 
 

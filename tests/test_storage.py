@@ -1,15 +1,19 @@
-"""Folders that the programs write: there whole or not at all, refused where they cannot be."""
+"""Files and folders that the programs write: whole or not at all, and refused early."""
 
 import os
+import threading
 
 import pytest
+from programs import run_code
 
-import folders
-from errors import UserError
+from cifar10_resnet import storage
+from cifar10_resnet.errors import UserError
+
+# --- Folders --------------------------------------------------------------------------------------
 
 
 def write_to(path) -> None:
-    with folders.new(str(path)) as folder:
+    with storage.new(str(path)) as folder:
         with open(os.path.join(folder, "part"), "w") as file:
             file.write("whole")
         assert not os.path.exists(path) or not os.listdir(path)
@@ -24,7 +28,7 @@ def test_a_new_folder_is_there_once_it_is_whole(tmp_path, before):
         (tmp_path / "above").mkdir()
         (tmp_path / "elsewhere").mkdir()
         path.symlink_to(tmp_path / "elsewhere")
-    folders.refuse_unwritable(str(path))
+    storage.refuse_unwritable(str(path))
     write_to(path)
     assert (path / "part").read_text() == "whole"
     assert os.listdir(tmp_path / "above") == ["new"]
@@ -42,7 +46,7 @@ def test_nothing_is_left_of_a_folder_that_was_not_finished(tmp_path, error):
         (tmp_path / folder / "part").write_text("half")
         raise error
 
-    with pytest.raises(error), folders.new(str(tmp_path / "new")) as folder:
+    with pytest.raises(error), storage.new(str(tmp_path / "new")) as folder:
         fail(folder)
     assert not os.listdir(tmp_path)
 
@@ -50,7 +54,7 @@ def test_nothing_is_left_of_a_folder_that_was_not_finished(tmp_path, error):
 def test_a_full_disk_is_told_of_in_a_sentence(tmp_path):
     with (
         pytest.raises(UserError, match=r"cannot write .*/new: No space left on device\."),
-        folders.new(str(tmp_path / "new")),
+        storage.new(str(tmp_path / "new")),
         open("/dev/full", "w") as file,
     ):
         file.write("more than there is room for")
@@ -59,7 +63,7 @@ def test_a_full_disk_is_told_of_in_a_sentence(tmp_path):
 
 def test_what_came_into_the_folder_meanwhile_stays(tmp_path):
     path = tmp_path / "new"
-    with pytest.raises(UserError, match="not empty"), folders.new(str(path)):
+    with pytest.raises(UserError, match="not empty"), storage.new(str(path)):
         (path / "mine").mkdir(parents=True)
     assert os.listdir(tmp_path) == ["new"]
     assert os.listdir(path) == ["mine"]
@@ -89,19 +93,70 @@ def test_what_cannot_be_written_is_refused_early(tmp_path, monkeypatch, kind, se
         monkeypatch.setattr(os.path, "ismount", lambda p: p == str(path))
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(UserError, match=sentence):
-        folders.refuse_unwritable(str(path))
+        storage.refuse_unwritable(str(path))
     assert sorted(os.listdir(tmp_path)) == before
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_folder_without_permission_is_refused_early(tmp_path, as_nobody):
     with as_nobody(), pytest.raises(UserError, match="Permission denied"):
-        folders.refuse_unwritable(str(tmp_path / "new"))
+        storage.refuse_unwritable(str(tmp_path / "new"))
 
 
 def test_a_folder_that_something_else_will_fill_is_refused(tmp_path):
     run = str(tmp_path / "run")
     for path in (run, str(tmp_path), os.path.join(run, "log", "..")):
         with pytest.raises(UserError, match="will hold"):
-            folders.refuse_unwritable(path, apart_from=[run, os.path.join(run, "log")])
-    folders.refuse_unwritable(os.path.join(run, "exported"), apart_from=[run])
+            storage.refuse_unwritable(path, apart_from=[run, os.path.join(run, "log")])
+    storage.refuse_unwritable(os.path.join(run, "exported"), apart_from=[run])
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path):
+    file = tmp_path / "scores.json"
+    for content in (b"first", b"second"):
+        storage.refuse_unwritable_file(str(file))
+        storage.write(str(file), content)
+        assert file.read_bytes() == content
+    assert os.listdir(tmp_path) == ["scores.json"]
+
+
+def test_a_link_stays_one_and_its_target_is_written(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "latest.html").symlink_to("there/report.html")
+    for content in (b"first", b"second"):
+        storage.refuse_unwritable_file(str(tmp_path / "latest.html"))
+        storage.write(str(tmp_path / "latest.html"), content)
+        assert (tmp_path / "latest.html").is_symlink()
+        assert (tmp_path / "there" / "report.html").read_bytes() == content
+    assert os.listdir(tmp_path / "there") == ["report.html"]
+
+
+def test_a_link_into_a_folder_that_is_not_there_is_refused(tmp_path):
+    (tmp_path / "latest.html").symlink_to("nowhere/report.html")
+    with pytest.raises(UserError, match="nowhere"):
+        storage.refuse_unwritable_file(str(tmp_path / "latest.html"))
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    storage.refuse_unwritable_file(str(pipe))
+    storage.write(str(pipe), b"scores")
+    reader.join()
+    assert read == [b"scores"]
+    assert pipe.is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_standard_output_can_be_named_as_a_file(tmp_path):
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
+    code = "import sys; from cifar10_resnet import storage; "
+    code += "storage.refuse_unwritable_file(sys.argv[1]); storage.write(sys.argv[1], b'scores')"
+    assert run_code(code, tmp_path / "stdout").stdout == "scores"
+    assert (tmp_path / "stdout").is_symlink()

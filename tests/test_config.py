@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from programs import run_code
 
-from errors import UserError
-from run_config import (
+from cifar10_resnet.config import (
     CIFAR10_NAMES,
     RECIPES,
     DataConfig,
@@ -22,6 +21,7 @@ from run_config import (
     training_config,
     units_per_block,
 )
+from cifar10_resnet.errors import UserError
 
 # A run in which no field has its default.
 UNUSUAL = RunConfig(
@@ -62,7 +62,7 @@ UNUSUAL = RunConfig(
 
 
 def test_descriptions_of_runs_do_not_wait_for_tensorflow():
-    code = "import run_config, sys; sys.exit('tensorflow' in sys.modules)"
+    code = "import cifar10_resnet.config, sys; sys.exit('tensorflow' in sys.modules)"
     run_code(code)
 
 

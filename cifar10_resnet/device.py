@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from absl import flags, logging
 
-from errors import UserError
+from cifar10_resnet.errors import UserError
 
 flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu"], "auto is a GPU where one is visible.")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from errors import UserError
+from cifar10_resnet.errors import UserError
 
 SIDE, CHANNELS = 32, 3
 IMAGE_BYTES = SIDE * SIDE * CHANNELS  # the red, the green and the blue plane, each row by row
@@ -53,7 +53,7 @@ class Label(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class Format:
     """The binary form of a data set: records of label bytes and pixels, in these files."""
 
     dataset: str
@@ -150,10 +150,10 @@ class Layout:
         return None
 
 
-LAYOUTS = {
-    layout.dataset: layout
-    for layout in (
-        Layout(
+FORMATS = {
+    file_format.dataset: file_format
+    for file_format in (
+        Format(
             dataset="cifar10",
             title="CIFAR-10",
             train_files=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
@@ -167,7 +167,7 @@ LAYOUTS = {
                 ),
             ),
         ),
-        Layout(
+        Format(
             dataset="cifar100",
             title="CIFAR-100",
             train_files=("train.bin",),
@@ -184,7 +184,7 @@ LAYOUTS = {
         ),
         # what images_to_binary.py makes; no file has the name of one of the above, so that a folder
         # tells by its files what it holds
-        Layout(
+        Format(
             dataset="pictures",
             title="a set of imported pictures",
             train_files=("pictures_train.bin",),
@@ -195,43 +195,47 @@ LAYOUTS = {
 }
 
 
-def find(path: str | None, dataset: str | None = None) -> tuple[str, Layout]:
-    """The data folder that `path` names, itself or the one inside it, and the layout of its files.
+def find(path: str | None, dataset: str | None = None) -> tuple[str, Format]:
+    """The data folder that `path` names, itself or the one inside it, and the format of its files.
 
     Without a path, that is the folder that the download script makes. Refuses one that does not
     hold the `dataset`, or where that is not given, not exactly one.
     """
     if path is None:
-        layout = LAYOUTS[dataset or "cifar10"]
-        path = layout.folder
+        file_format = FORMATS[dataset or "cifar10"]
+        path = file_format.folder
         if not path:
-            raise UserError(f"{layout.title} has no default folder: name its own with --path.")
+            raise UserError(f"{file_format.title} has no default folder: name its own with --path.")
     found: dict[str, str] = {}
     for folder in (path, *_folders_inside(path)):
         files = _list(folder, dataset)
-        for layout in LAYOUTS.values():
-            if files.intersection((*layout.train_files, *layout.test_files)):
-                found.setdefault(layout.dataset, folder)
+        for file_format in FORMATS.values():
+            if files.intersection((*file_format.train_files, *file_format.test_files)):
+                found.setdefault(file_format.dataset, folder)
     if dataset is None and len(found) == 1:
         (dataset,) = found
     if dataset in found:
-        return found[dataset], LAYOUTS[dataset]
-    titles = " and ".join(LAYOUTS[name].title for name in found)
+        return found[dataset], FORMATS[dataset]
+    titles = " and ".join(FORMATS[name].title for name in found)
     if not found:
         raise UserError(
-            f"{path} holds no data set ({LAYOUTS['cifar10'].train_files[0]} and so on): name the "
+            f"{path} holds no data set ({FORMATS['cifar10'].train_files[0]} and so on): name the "
             "right folder with --path, get one with `python cifar10_download_and_extract.py`, or "
             "make one of your own pictures with `python images_to_binary.py`."
         )
     if dataset is None:
         raise UserError(f"{path} holds {titles}: choose one with --dataset.")
     raise UserError(
-        f"{path} holds {titles}, not {LAYOUTS[dataset].title}: name another --path or --dataset."
+        f"{path} holds {titles}, not {FORMATS[dataset].title}: name another --path or --dataset."
     )
 
 
 def _folders_inside(path: str) -> list[str]:
-    inside = [os.path.join(path, layout.folder) for layout in LAYOUTS.values() if layout.folder]
+    inside = [
+        os.path.join(path, file_format.folder)
+        for file_format in FORMATS.values()
+        if file_format.folder
+    ]
     return [folder for folder in inside if os.path.isdir(folder)]
 
 
@@ -248,7 +252,7 @@ def _list(folder: str, dataset: str | None) -> set[str]:
     except NotADirectoryError as error:
         raise UserError(
             f"{folder} is a file: --path wants the folder that holds "
-            f"{LAYOUTS['cifar10'].train_files[0]} and so on, or the folder above it."
+            f"{FORMATS['cifar10'].train_files[0]} and so on, or the folder above it."
         ) from error
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error.strerror}.") from error

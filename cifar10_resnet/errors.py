@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from terminal import RED, emphasised
+from cifar10_resnet.terminal import RED, emphasised
 
 
 class UserError(Exception):
