@@ -597,17 +597,17 @@ def write_synthetic(folder: Path, train_images: int, test_images: int, seed: int
     # Only here, so that the download runs where nothing but Python is installed yet.
     import numpy as np
 
-    import synthetic_data
+    from cifar10_resnet.data import synthetic
 
     file_format = FORMATS["cifar10"]
     for split, num_images in (("train", train_images), ("test", test_images)):
         names = file_format.split_files(split)
-        images, labels = synthetic_data.make_split(split, num_images, seed)
+        images, labels = synthetic.make_split(split, num_images, seed)
         planes = images.transpose(0, 3, 1, 2).reshape(num_images, IMAGE_BYTES)
         records = np.concatenate([labels[:, np.newaxis], planes], axis=1)
         for name, batch in zip(names, np.split(records, len(names)), strict=True):
             (folder / name).write_bytes(batch.tobytes())
-    meta = "".join(f"{name}\n" for name in synthetic_data.CLASS_NAMES)
+    meta = "".join(f"{name}\n" for name in synthetic.CLASS_NAMES)
     # CIFAR-10's ends in an empty line too
     (folder / file_format.labels[0].names_file).write_bytes(f"{meta}\n".encode())
 

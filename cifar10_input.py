@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-import synthetic_data
 from cifar10_resnet import formats
 from cifar10_resnet.config import DataConfig
+from cifar10_resnet.data import synthetic
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.formats import CHANNELS, IMAGE_BYTES, SIDE, Format
 
@@ -50,7 +50,7 @@ def describe_data(
 ) -> DataConfig:
     """What there is to learn from the images in `path`: which data set, and its classes."""
     if dataset == "synthetic":
-        return DataConfig(dataset, synthetic_data.CLASS_NAMES)
+        return DataConfig(dataset, synthetic.CLASS_NAMES)
     folder, file_format = formats.find(path, dataset)
     names = file_format.class_names(folder, coarse_labels)
     return DataConfig(file_format.dataset, names, coarse_labels=coarse_labels)
@@ -185,7 +185,7 @@ def load_split(data: DataConfig, path: str | None, split: str) -> ImageSet:
 
 def _load(data: DataConfig, path: str | None, split: str) -> ImageSet:
     if data.dataset == "synthetic":
-        images, labels = synthetic_data.make_split(split, SYNTHETIC_IMAGES[split])
+        images, labels = synthetic.make_split(split, SYNTHETIC_IMAGES[split])
         return ImageSet(images, labels.astype(np.int32))
     return read_images(path, split, data.dataset, data.coarse_labels)
 

@@ -15,8 +15,8 @@ from absl import flags
 
 import program
 from cifar10_resnet import device
+from cifar10_resnet.data.photos import EXTENSIONS, read_photo_file
 from cifar10_resnet.errors import UserError, exits_with_a_sentence, printable, tell
-from pictures import EXTENSIONS, read_picture_file
 
 FLAGS = flags.FLAGS
 BATCH_SIZE = 500
@@ -69,7 +69,7 @@ def _read(path: str) -> Iterator[tuple[str, np.ndarray | UserError]]:
             for name in _pictures_in(path):
                 yield from _read(os.path.join(path, name))
         else:
-            yield path, read_picture_file(path)
+            yield path, read_photo_file(path)
     except UserError as error:
         yield path, error
 
@@ -87,8 +87,8 @@ def _pictures_in(folder: str) -> list[str]:
 def _load() -> tuple[Callable[[np.ndarray], dict[str, Any]], list[str]]:
     """The network as a function of pixels, and its classes."""
     device.start_tensorflow(FLAGS.device)
-    import checkpoints
     import export
+    from cifar10_resnet import checkpoints
     from saved_network import SavedNetwork
 
     if FLAGS.saved_model is None:

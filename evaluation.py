@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-import checkpoints
 from cifar10_input import ImageSet, describe_data, load_split
+from cifar10_resnet import checkpoints
 from cifar10_resnet.config import RunConfig, refuse_contradictions
 from cifar10_resnet.errors import UserError
 from metrics import Metrics

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-import checkpoints
-from cifar10_resnet import storage
+from cifar10_resnet import checkpoints, storage
 from cifar10_resnet.errors import UserError, reason_of
 from resnet_model import IMAGE_SHAPE, ResNet
 from saved_network import SavedNetwork
@@ -66,7 +65,7 @@ class Classifier(tf.Module):
 
 
 def _decode(encoded: tf.Tensor) -> tf.Tensor:
-    """What `pictures.read_picture` does, in a graph; but EXIF does not turn the picture here."""
+    """What `photos.read_photo` does, in a graph; but EXIF does not turn the picture here."""
     # Decodes PNG too. The default method is faster and, in a JPEG, up to ten levels off.
     image = tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
     height, width = tf.unstack(tf.shape(image)[:2])

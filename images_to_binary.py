@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 import program
 from cifar10_resnet import storage
+from cifar10_resnet.data.photos import read_photo_file
 from cifar10_resnet.errors import UserError, exits_with_a_sentence, printable
 from cifar10_resnet.formats import FORMATS, MAX_CLASSES
-from pictures import read_picture_file
 
 FLAGS = flags.FLAGS
 
@@ -125,7 +125,7 @@ def read_or_refuse(file: str) -> np.ndarray | str:
     if not os.path.isfile(file):
         return f"{file} is not a file."
     try:
-        return read_picture_file(file)
+        return read_photo_file(file)
     except UserError as error:
         return str(error)
 

@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,8 +14,8 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-import cluster
 import program
+from cifar10_resnet.distributed import cluster
 from cifar10_resnet.errors import UserError, exits_with_a_sentence
 
 FLAGS = flags.FLAGS
@@ -39,7 +38,7 @@ def main(argv: list[str]) -> int:
 
 def launch(command: Sequence[str], count: int) -> int:
     """Runs a Python program as so many workers; its status is that of the first one to fail."""
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
+    addresses = [f"127.0.0.1:{port}" for port in cluster.free_ports(count)]
     workers = [
         subprocess.Popen(
             [sys.executable, *command],
@@ -123,15 +122,6 @@ def _passing_on_signals(workers: Sequence[subprocess.Popen]):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens to at the moment."""
-    with contextlib.ExitStack() as opened:
-        sockets = [opened.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 if __name__ == "__main__":

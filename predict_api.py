@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from cifar10_resnet.data.photos import SIDE, read_photo
 from cifar10_resnet.errors import UserError
-from pictures import SIDE, read_picture
 from saved_network import DEFAULT, SavedNetwork
 
 MAX_INSTANCES = 256
@@ -112,7 +112,7 @@ def _pictures(values: list) -> np.ndarray:
             encoded = base64.b64decode(value["b64"] + "==")
         except ValueError as error:
             raise UserError(f"instance {i} is not base64: {error}.") from error
-        pictures.append(read_picture(encoded, f"instance {i}"))
+        pictures.append(read_photo(encoded, f"instance {i}"))
     return np.stack(pictures)
 
 

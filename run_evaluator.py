@@ -64,8 +64,8 @@ def main(argv: list[str]) -> int:
         storage.make_folder(FLAGS.plot_dir)
 
     device = start_tensorflow(FLAGS.device, FLAGS.verbose)
-    import checkpoints
     import evaluation
+    from cifar10_resnet import checkpoints
     from resnet_model import resolve_data_format
 
     newest = checkpoints.find(FLAGS.ckpt_path)

@@ -14,7 +14,6 @@ import sys
 
 from absl import flags
 
-import cluster
 import command_line
 import program
 from cifar10_resnet import formats, storage
@@ -27,6 +26,7 @@ from cifar10_resnet.config import (
     units_per_block,
 )
 from cifar10_resnet.device import start_tensorflow
+from cifar10_resnet.distributed import cluster
 from cifar10_resnet.errors import UserError, exits_with_a_sentence
 from cifar10_resnet.terminal import emphasised, table
 
@@ -273,17 +273,17 @@ def main(argv: list[str]) -> int:
         storage.refuse_unwritable(FLAGS.export_dir, apart_from=[ckpt_path, log_path])
 
     device = start_tensorflow(FLAGS.device, FLAGS.verbose, FLAGS.num_gpus)
-    import checkpoints
-    import distribution
     import evaluation
     import export
     import training
+    from cifar10_resnet import checkpoints
+    from cifar10_resnet.distributed import replicas as distributed
     from resnet_model import resolve_data_format
 
     if workers and not FLAGS.quiet:
         print(f"Joining the others as {workers.name(workers.index)}.", flush=True)
     # before TensorFlow computes anything, as it wants it
-    replicas = distribution.choose(FLAGS.distribution_strategy, workers, FLAGS.worker_timeout)
+    replicas = distributed.choose(FLAGS.distribution_strategy, workers, FLAGS.worker_timeout)
     if FLAGS.jit_compile and replicas.count > 1:
         raise UserError("--jit_compile is for one device: leave it out with several.")
     options = training.Options(

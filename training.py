@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-import checkpoints
 from cifar10_input import (
     ImageSet,
     count_training_images,
@@ -24,6 +23,7 @@ from cifar10_input import (
     mean_image,
     training_batches,
 )
+from cifar10_resnet import checkpoints
 from cifar10_resnet.config import (
     MAX_ITERATIONS,
     ModelConfig,
@@ -33,8 +33,8 @@ from cifar10_resnet.config import (
     training_config,
     with_given,
 )
+from cifar10_resnet.distributed.replicas import Replicas
 from cifar10_resnet.errors import UserError
-from distribution import Replicas
 from evaluation import Evaluator
 from metrics import Metrics
 from optimizers import OPTIMIZERS

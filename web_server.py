@@ -27,8 +27,8 @@ from tornado import httpserver, iostream, netutil, template, web
 from tornado.httputil import responses
 
 import predict_api
+from cifar10_resnet.data.photos import read_photo
 from cifar10_resnet.errors import UserError
-from pictures import read_picture
 from saved_network import SavedNetwork
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "files", "serve", "page.html")
@@ -331,7 +331,7 @@ class _Predict(_Handler):
 
 def _classify(network: SavedNetwork, encoded: bytes) -> dict[str, Any]:
     """What the network saw of a picture, as a data URL, and its likeliest classes, best first."""
-    picture = read_picture(encoded, "This file")
+    picture = read_photo(encoded, "This file")
     probabilities = network(picture[None])["probabilities"][0]
     best = np.argsort(-probabilities, kind="stable")[:SHOWN_CLASSES]
     png = io.BytesIO()

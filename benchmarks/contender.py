@@ -31,9 +31,9 @@ CHECKED_STEPS = 2
 
 def memory_batches(batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """The batches of the bare step: float32 pictures with their mean subtracted, and labels."""
-    import synthetic_data
+    from cifar10_resnet.data import synthetic
 
-    pictures, labels = synthetic_data.make_split("train", BATCHES * batch_size, seed=0)
+    pictures, labels = synthetic.make_split("train", BATCHES * batch_size, seed=0)
     images = pictures.astype(np.float32) - pictures.mean(axis=0, dtype=np.float64).astype("f4")
     parts = np.split(images, BATCHES), np.split(labels.astype(np.int32), BATCHES)
     return list(zip(*parts, strict=True))

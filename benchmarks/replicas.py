@@ -31,16 +31,16 @@ def measure(layers: int, batch_size: int, steps: int, devices: int, sync: bool) 
     import numpy as np
     import tensorflow as tf
 
-    import cluster
-    import distribution
     from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig
+    from cifar10_resnet.distributed import cluster
+    from cifar10_resnet.distributed import replicas as distributed
     from training import Trainer
 
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0],
         [tf.config.LogicalDeviceConfiguration()] * devices,
     )
-    replicas = distribution.choose("auto", cluster.from_environment())
+    replicas = distributed.choose("auto", cluster.from_environment())
     run = RunConfig(ModelConfig(num_layers=layers), training=TrainingConfig(batch_size=batch_size))
     trainer = Trainer(run, replicas=replicas, sync_batch_norm=sync)
     rng = np.random.default_rng(replicas.worker)
@@ -76,10 +76,9 @@ def loopback_bytes() -> int:
 
 
 def run_layout(processes: int, devices: int, arguments: list[str]) -> dict[str, float]:
-    import cluster
-    import launch_local
+    from cifar10_resnet.distributed import cluster
 
-    addresses = [f"127.0.0.1:{port}" for port in launch_local.free_ports(processes)]
+    addresses = [f"127.0.0.1:{port}" for port in cluster.free_ports(processes)]
     running = []
     for index in range(processes):
         config = cluster.to_tf_config(addresses, index) if processes > 1 else "{}"

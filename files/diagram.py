@@ -13,6 +13,7 @@ from matplotlib.patches import Circle, FancyBboxPatch, PathPatch, Polygon, Recta
 from matplotlib.path import Path
 
 from cifar10_resnet.config import ModelConfig
+from cifar10_resnet.data.synthetic import make_split
 from plot_style import (
     BLUE,
     GREEN,
@@ -27,7 +28,6 @@ from plot_style import (
     VERMILLION,
     tint,
 )
-from synthetic_data import make_split
 
 # how each kind of layer is called; after its size come the zeros that it pads
 TEXTS = {

@@ -13,6 +13,7 @@ from absl import flags
 
 import program
 from cifar10_resnet.config import ModelConfig
+from cifar10_resnet.data.synthetic import CLASS_NAMES
 from cifar10_resnet.device import start_tensorflow
 from cifar10_resnet.errors import exits_with_a_sentence
 from diagram import (
@@ -27,7 +28,6 @@ from diagram import (
     shape_text,
 )
 from plot_style import GREEN, INK, LARGE, MARGIN, MUTED, PAPER, picture
-from synthetic_data import CLASS_NAMES
 
 FOLDER = Path(__file__).resolve().parent
 FLAGS = flags.FLAGS

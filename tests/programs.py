@@ -11,8 +11,7 @@ import sys
 import termios
 from pathlib import Path
 
-import cluster
-import launch_local
+from cifar10_resnet.distributed import cluster
 
 PROJECT = Path(__file__).resolve().parent.parent
 # all but the download script, whose flags are argparse's
@@ -90,7 +89,7 @@ class Workers:
     """So many processes of one command, of which each may have flags of its own."""
 
     def __init__(self, count: int, command: list[str], *own: tuple[str, ...]):
-        addresses = [f"127.0.0.1:{port}" for port in launch_local.free_ports(count)]
+        addresses = [f"127.0.0.1:{port}" for port in cluster.free_ports(count)]
         self.processes = [
             start(
                 *command,

@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 from conftest import contents
 
-import checkpoints
+from cifar10_resnet import checkpoints
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.errors import UserError
 from resnet_model import ResNet

@@ -21,7 +21,7 @@ import pytest
 from conftest import contents
 
 import cifar10_download_and_extract as program
-import synthetic_data
+from cifar10_resnet.data import synthetic
 from cifar10_resnet.formats import FORMATS, Archive, Digest
 
 SCRIPT = Path(program.__file__)
@@ -940,12 +940,12 @@ def test_synthetic_files_hold_the_generated_images_as_planes(run, data_dir):
     train = b"".join(files[f"data_batch_{i}.bin"] for i in range(1, 6))
     for split, count, data in (("train", 20, train), ("test", 7, files["test_batch.bin"])):
         records = np.frombuffer(data, np.uint8).reshape(count, 3073)
-        images, labels = synthetic_data.make_split(split, count, 3)
+        images, labels = synthetic.make_split(split, count, 3)
         np.testing.assert_array_equal(records[:, 0], labels)
         planes = records[:, 1:].reshape(count, 3, 32, 32)
         np.testing.assert_array_equal(planes.transpose(0, 2, 3, 1), images)
     assert {len(files[f"data_batch_{i}.bin"]) for i in range(1, 6)} == {4 * 3073}
-    assert files["batches.meta.txt"].decode().split() == list(synthetic_data.CLASS_NAMES)
+    assert files["batches.meta.txt"].decode().split() == list(synthetic.CLASS_NAMES)
 
 
 def test_synthetic_data_depends_on_the_seed_and_on_nothing_else(tmp_path):

@@ -20,10 +20,10 @@ from conftest import (
 )
 
 import cifar10_input
-import synthetic_data
 from cifar10_input import ImageSet, describe_data
 from cifar10_resnet import formats
 from cifar10_resnet.config import DataConfig
+from cifar10_resnet.data import synthetic
 from cifar10_resnet.errors import UserError
 
 NO_MEAN = np.zeros([32, 32, 3], np.float32)
@@ -109,7 +109,7 @@ def test_data_is_described_by_the_files_that_are_there(write_cifar10, tmp_path):
     )
     folder = str(write_pictures(tmp_path / "pictures", 2))
     assert describe_data(folder) == DataConfig("pictures", ("class 0", "class 1"))
-    assert describe_data(None, "synthetic") == DataConfig("synthetic", synthetic_data.CLASS_NAMES)
+    assert describe_data(None, "synthetic") == DataConfig("synthetic", synthetic.CLASS_NAMES)
 
 
 def test_images_are_counted_from_the_sizes_of_the_files(write_cifar10):
@@ -625,9 +625,9 @@ def test_the_generated_data_set_is_made_in_memory(monkeypatch):
     counts = {"train": 60, "test": 30}
     for split, count in counts.items():
         monkeypatch.setitem(cifar10_input.SYNTHETIC_IMAGES, split, count)
-    data = DataConfig("synthetic", synthetic_data.CLASS_NAMES, holdout=20)
-    train_images, train_labels = synthetic_data.make_split("train", 60)
-    test_images, test_labels = synthetic_data.make_split("test", 30)
+    data = DataConfig("synthetic", synthetic.CLASS_NAMES, holdout=20)
+    train_images, train_labels = synthetic.make_split("train", 60)
+    test_images, test_labels = synthetic.make_split("test", 30)
     expected = {
         "train": (train_images[:40], train_labels[:40]),
         "holdout": (train_images[40:], train_labels[40:]),
@@ -641,7 +641,7 @@ def test_the_generated_data_set_is_made_in_memory(monkeypatch):
 
 
 def test_a_written_copy_of_the_generated_data_reads_as_the_generated_data(tmp_path):
-    images, labels = synthetic_data.make_split("test", 20)
+    images, labels = synthetic.make_split("test", 20)
     write_records(tmp_path / "test_batch.bin", images, labels)
     read = cifar10_input.read_images(str(tmp_path), "test")
     np.testing.assert_array_equal(read.images, images)

@@ -12,11 +12,11 @@ import tensorflow as tf
 from PIL import Image
 from programs import run, without_tensorflow
 
-import checkpoints
 import export
+from cifar10_resnet import checkpoints
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig
+from cifar10_resnet.data.photos import read_photo_file
 from cifar10_resnet.errors import UserError
-from pictures import read_picture_file
 from resnet_model import resolve_data_format
 from training import Trainer
 
@@ -51,7 +51,7 @@ def pictures(tmp_path_factory) -> Path:
 def answers_for(prefix: str, files: list[Path]) -> list[list[tuple[str, float]]]:
     """The classes of each file, likeliest first, with their probabilities."""
     model = checkpoints.load_model(prefix)
-    images = tf.constant(np.stack([read_picture_file(str(file)) for file in files]), tf.float32)
+    images = tf.constant(np.stack([read_photo_file(str(file)) for file in files]), tf.float32)
     shares = tf.nn.softmax(model(images - model.image_mean)).numpy()
     return [
         sorted(zip(NAMES, map(float, row), strict=True), key=lambda guess: -guess[1])

@@ -8,11 +8,11 @@ import pytest
 import tensorflow as tf
 from conftest import random_cifar100, random_images, write_cifar100, write_pictures
 
-import checkpoints
 import cifar10_input
-import synthetic_data
 from cifar10_input import ImageSet
+from cifar10_resnet import checkpoints
 from cifar10_resnet.config import CIFAR10_NAMES, DataConfig, ModelConfig, RunConfig, TrainingConfig
+from cifar10_resnet.data import synthetic
 from cifar10_resnet.errors import UserError
 from evaluation import Evaluator, score_checkpoints
 from metrics import Metrics
@@ -277,7 +277,7 @@ def test_given_values_that_agree_or_are_left_out_are_accepted(saved, folder):
 
 
 def test_images_of_other_classes_than_the_run_knows_are_refused(saved, write_cifar10, tmp_path):
-    names = synthetic_data.CLASS_NAMES
+    names = synthetic.CLASS_NAMES
     other = write_cifar10(names="\n".join(names), parent=tmp_path / "other")
     with pytest.raises(UserError) as refused:
         list(score_checkpoints(saved[:1], str(other)))
@@ -318,10 +318,10 @@ def test_labels_that_the_network_has_no_class_for_are_refused(saved, write_cifar
 
 def test_a_run_on_generated_pictures_is_scored_without_a_path(tmp_path, monkeypatch):
     monkeypatch.setitem(cifar10_input.SYNTHETIC_IMAGES, "test", 30)
-    run = RunConfig(ModelConfig(num_layers=8), DataConfig("synthetic", synthetic_data.CLASS_NAMES))
+    run = RunConfig(ModelConfig(num_layers=8), DataConfig("synthetic", synthetic.CLASS_NAMES))
     prefix = checkpoints.save(Trainer(run).checkpoint, str(tmp_path), 0)
     (scored,) = score_checkpoints([prefix])
-    images, labels = synthetic_data.make_split("test", 30)
+    images, labels = synthetic.make_split("test", 30)
     assert_figures(scored.metrics, figures_of(prefix, images, labels.astype(np.int32)))
 
 

@@ -15,11 +15,11 @@ from conftest import random_images
 from PIL import Image
 from programs import PROJECT, SMALL, error_of, run, without_tensorflow
 
-import checkpoints
 import export
+from cifar10_resnet import checkpoints
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig
+from cifar10_resnet.data.photos import read_photo
 from cifar10_resnet.errors import UserError
-from pictures import read_picture
 from training import Trainer
 
 NAMES = ("aeroplane", "tree", "café", "d", "e", "f", "g", "h", "i", "j")
@@ -178,7 +178,7 @@ def test_a_saved_model_names_its_classes(answers, form):
 
 
 def test_pictures_as_bytes_are_answered_as_the_pixels_that_they_hold(answers, prefix):
-    pixels = np.stack([read_picture(picture, "a picture") for picture in PICTURES])
+    pixels = np.stack([read_photo(picture, "a picture") for picture in PICTURES])
     classifier = export.load_classifier(prefix)
     wanted = classifier.from_pixels(tf.constant(pixels))["logits"].numpy()
     for form in ("nhwc", "nchw"):
@@ -201,7 +201,7 @@ def test_pictures_as_bytes_are_answered_as_the_pixels_that_they_hold(answers, pr
 def test_the_graph_reads_pictures_as_pictures_py_does(size, mode, format, options):
     picture = encoded(size, mode, format, **options)
     ours = export._decode(tf.constant(picture)).numpy().astype(int)
-    theirs = read_picture(picture, "a picture").astype(int)
+    theirs = read_photo(picture, "a picture").astype(int)
     # CMYK is turned into RGB in each library's own way
     assert np.abs(ours - theirs).max() <= (2 if mode == "CMYK" else 1)
 

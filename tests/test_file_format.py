@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 from programs import PROJECT
 
-import checkpoints
+from cifar10_resnet import checkpoints
 from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig
 from training import Trainer
 

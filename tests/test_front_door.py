@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from programs import PROJECT, error_of, run
 
-import checkpoints
+from cifar10_resnet import checkpoints
 from cifar10_resnet.config import learning_rates
 
 # The settings of a run in which nothing but the data is chosen. Later versions may add some.

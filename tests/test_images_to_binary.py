@@ -15,8 +15,8 @@ from conftest import contents
 from PIL import Image
 
 import images_to_binary as program
+from cifar10_resnet.data.photos import read_photo_file
 from cifar10_resnet.errors import UserError
-from pictures import read_picture_file
 
 SCRIPT = Path(program.__file__)
 COUNTS = {"ant": 9, "bee": 5, "cat": 20}
@@ -81,7 +81,7 @@ def expected_records(image_dir: Path) -> list[bytes]:
     made = []
     for label, name in enumerate(sorted(COUNTS)):
         for file in (image_dir / name).rglob("*.*"):
-            image = read_picture_file(str(file))
+            image = read_photo_file(str(file))
             made.append(bytes([label]) + b"".join(image[:, :, c].tobytes() for c in range(3)))
     return made
 
@@ -150,7 +150,7 @@ def test_the_order_in_which_threads_finish_changes_nothing(run, tmp_path, monkey
             assert third_is_read.wait(30), "the second thread reads on meanwhile"
         if file.endswith("ant/02.bmp"):
             third_is_read.set()
-        return read_picture_file(file)
+        return read_photo_file(file)
 
     monkeypatch.setattr(program, "read_picture_file", read)
     run(to="together")
@@ -163,7 +163,7 @@ def test_few_pictures_are_under_way_at_a_time(image_dir, monkeypatch):
 
     def read(file: str) -> np.ndarray:
         started.append(file)
-        return read_picture_file(file)
+        return read_photo_file(file)
 
     monkeypatch.setattr(program, "read_picture_file", read)
     files = sorted(str(path) for path in (image_dir / "cat").rglob("*.*"))
@@ -328,7 +328,7 @@ def test_who_stops_it_while_pictures_are_read_finds_nothing_left(
     def read(file: str) -> np.ndarray:
         if file.endswith("bee/01.jpg"):
             os.kill(os.getpid(), number)
-        return read_picture_file(file)
+        return read_photo_file(file)
 
     with monkeypatch.context() as patch:
         patch.setattr(program, "read_picture_file", read)

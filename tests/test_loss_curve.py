@@ -11,8 +11,8 @@ import tensorflow as tf
 import training
 from cifar10_input import ImageSet, mean_image, training_batches
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from cifar10_resnet.data.synthetic import CLASS_NAMES, make_split
 from resnet_model import ResNet
-from synthetic_data import CLASS_NAMES, make_split
 
 STEPS = 500
 RUN = RunConfig(

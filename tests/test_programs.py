@@ -16,7 +16,7 @@ from conftest import values_in, write_cifar100
 from PIL import Image
 from programs import SMALL, error_of, run, run_code, start, wait_for, without_tensorflow
 
-import checkpoints
+from cifar10_resnet import checkpoints
 
 
 def assert_same_checkpoint(one: str | Path, other: str | Path) -> None:

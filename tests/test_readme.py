@@ -151,8 +151,8 @@ def test_the_marked_commands_run(checkout):
 
 
 def test_the_marked_code_runs(checkout, write_cifar10):
-    import checkpoints
     import export
+    from cifar10_resnet import checkpoints
     from cifar10_resnet.config import ModelConfig, RunConfig
     from training import Trainer
 

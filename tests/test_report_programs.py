@@ -9,7 +9,7 @@ from conftest import random_images
 from PIL import Image
 from programs import PROJECT, error_of, run, run_code
 
-import checkpoints
+from cifar10_resnet import checkpoints
 from cifar10_resnet.config import ModelConfig, RunConfig
 from training import Trainer
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import programs
 import pytest
 
-import checkpoints
+from cifar10_resnet import checkpoints
 
 
 @pytest.fixture

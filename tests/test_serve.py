@@ -229,10 +229,10 @@ def test_fractions_of_pixels_are_for_the_float_signature(server, expected):
 
 
 def test_encoded_pictures_of_any_size_are_read_as_everywhere_in_the_project(server, expected):
-    from pictures import read_picture
+    from cifar10_resnet.data.photos import read_photo
 
     files = [encoded(photo(90, 130), "JPEG"), encoded(photo(33, 32)), encoded(photo(8, 9), "BMP")]
-    answer = expected(np.stack([read_picture(file, "") for file in files]))
+    answer = expected(np.stack([read_photo(file, "") for file in files]))
     values = [in_json(file) for file in files]
     for request in (
         {"instances": values},
@@ -300,7 +300,7 @@ def test_a_version_may_be_named(server):
 def test_an_uploaded_picture_comes_back_as_the_network_saw_it_with_its_likeliest_classes(
     server, expected
 ):
-    from pictures import read_picture
+    from cifar10_resnet.data.photos import read_photo
 
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -310,7 +310,7 @@ def test_an_uploaded_picture_comes_back_as_the_network_saw_it_with_its_likeliest
     kind, data = answer["seen"].split(",")
     assert kind == "data:image/png;base64"
     seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
-    np.testing.assert_array_equal(seen, read_picture(upload, ""))
+    np.testing.assert_array_equal(seen, read_photo(upload, ""))
     probabilities = expected(seen[None])["probabilities"][0]
     best = np.argsort(-probabilities)[:5]
     assert [found["name"] for found in answer["classes"]] == [NAMES[i] for i in best]

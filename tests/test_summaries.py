@@ -21,7 +21,7 @@ from test_training import gradients_of, make_batch, make_run, options
 import cifar10_input
 import summaries
 import training
-from synthetic_data import CLASS_NAMES
+from cifar10_resnet.data.synthetic import CLASS_NAMES
 
 # TensorBoard reads event files without TensorFlow, and starts in half the time, where it is hidden.
 TENSORBOARD = """

@@ -12,9 +12,9 @@ import tensorflow as tf
 from conftest import values_in
 from numpy_resnet import NumpyResNet
 
-import checkpoints
 import training
 from cifar10_input import load_training, mean_image
+from cifar10_resnet import checkpoints
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.errors import UserError
 from evaluation import score_checkpoints

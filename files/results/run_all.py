@@ -226,7 +226,7 @@ def _processor() -> str:
 
 def ship(runs: Sequence[Run], runs_dir: str) -> None:
     """Puts the weights of a network's middle seed into `files/pretrained/`, once all are done."""
-    import checkpoints
+    from cifar10_resnet import checkpoints
 
     results = [read_result(run) for run in runs]
     if None in results:

@@ -25,7 +25,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT))
 
-import checkpoints  # noqa: E402
+from cifar10_resnet import checkpoints  # noqa: E402
 
 SAVE_EVERY = 5
 KEPT = 2

@@ -18,9 +18,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np  # noqa: E402
 
-import checkpoints  # noqa: E402
 import cifar10_input  # noqa: E402
 import training  # noqa: E402
+from cifar10_resnet import checkpoints  # noqa: E402
 from evaluation import score_checkpoints  # noqa: E402
 from plot_style import BLUE, VERMILLION, picture  # noqa: E402
 

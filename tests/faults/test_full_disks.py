@@ -13,10 +13,9 @@ from conftest import contents
 from PIL import Image
 from programs import PROJECT, SMALL, Workers, assert_lost, error_of, run
 
-import checkpoints
 import cifar10_download_and_extract
 import export
-from cifar10_resnet import storage
+from cifar10_resnet import checkpoints, storage
 from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.errors import UserError
 from progress import Progress

@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from conftest import random_images
 from programs import SMALL, start
 
-import checkpoints
+from cifar10_resnet import checkpoints
 from cifar10_resnet.config import RunConfig
 from progress import Progress
 

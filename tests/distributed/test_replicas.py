@@ -3,9 +3,6 @@
 import os
 import re
 import signal
-import socket
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +15,21 @@ from programs import (
     Workers,
     assert_lost,
     environment,
-    error_of,
     run,
     start,
-    without_tensorflow,
 )
 
-import checkpoints
-import cluster
-import distribution
 import launch_local
 import training
+from cifar10_resnet import checkpoints
+from cifar10_resnet.distributed import cluster
+from cifar10_resnet.distributed import replicas as distributed
 from cifar10_resnet.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def one_device() -> dict[str, np.ndarray]:
-    return replica_steps.take_steps(distribution.Replicas())
+    return replica_steps.take_steps(distributed.Replicas())
 
 
 @pytest.mark.parametrize(("count", "networks"), [(2, [*replica_steps.NETWORKS]), (4, ["momentum"])])
@@ -59,7 +54,7 @@ def test_replicas_take_the_steps_of_one_device(count, networks, one_device, tmp_
 def check_steps_apart(found: dict[str, np.ndarray], count: int) -> None:
     """A step without --sync_batch_norm: means of what each part of the batch gives by itself."""
     images, labels = (values[0] for values in replica_steps.batches())
-    trainer = replica_steps.make_trainer("momentum", distribution.Replicas(), False)
+    trainer = replica_steps.make_trainer("momentum", distributed.Replicas(), False)
     before = [v.numpy() for v in trainer.model.variables]
     gradients, after = [], []
     for part in np.split(np.arange(replica_steps.BATCH_SIZE), count):
@@ -88,7 +83,7 @@ def check_steps_apart(found: dict[str, np.ndarray], count: int) -> None:
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    replicas = distribution.Replicas()
+    replicas = distributed.Replicas()
     replicas.count = 3
     with pytest.raises(UserError, match="batch_size=128 does not divide into 3 replicas"):
         training.Trainer(training.RunConfig(), replicas=replicas)
@@ -230,94 +225,11 @@ def test_the_launcher_ends_the_others_where_one_fails_and_with_its_status(tmp_pa
     assert launch_local.launch([str(tmp_path / "worker.py")], 3) == 3
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{",
-        "[]",
-        '{"cluster": {"worker": ["a:1", "b:1"]}}',
-        '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 2}}',
-        '{"cluster": {"ps": ["a:1", "b:1"]}, "task": {"type": "ps", "index": 0}}',
-        '{"cluster": {"worker": [1, 2]}, "task": {"type": "worker", "index": 0}}',
-        '{"cluster": {"worker": ["a", "b"]}, "task": {"type": "worker", "index": 0}}',
-        '{"cluster": {"worker": ["a:0", "b:1"]}, "task": {"type": "worker", "index": 0}}',
-        '{"cluster": {"worker": ["a:65536", "b:1"]}, "task": {"type": "worker", "index": 0}}',
-    ],
-)
-def test_a_tf_config_that_names_no_place_for_this_process_is_refused(text, monkeypatch):
-    monkeypatch.setenv("TF_CONFIG", text)
-    with pytest.raises(UserError, match="does not name this process"):
-        cluster.from_environment()
-
-
-def test_a_tf_config_with_an_address_twice_is_refused(monkeypatch):
-    monkeypatch.setenv("TF_CONFIG", cluster.to_tf_config(["a:1", "b:1", "a:1"], 1))
-    with pytest.raises(UserError, match="names an address twice among a:1, b:1, a:1"):
-        cluster.from_environment()
-
-
-def test_a_tf_config_is_read_as_it_was_written(monkeypatch):
-    for text in ("", "{}", '{"task": {"type": "worker", "index": 0}}'):
-        monkeypatch.setenv("TF_CONFIG", text)
-        assert cluster.from_environment() is None
-    monkeypatch.setenv("TF_CONFIG", cluster.to_tf_config(["a:1", "b:1"], 1))
-    assert cluster.from_environment() == cluster.Cluster(("a:1", "b:1"), 1)
-    assert cluster.from_environment().name(1) == "worker 1 (b:1)"
-
-
-def clusters(count: int) -> list[cluster.Cluster]:
-    """As each of so many workers on this machine sees its cluster."""
-    addresses = tuple(f"127.0.0.1:{port}" for port in launch_local.free_ports(count))
-    return [cluster.Cluster(addresses, index) for index in range(count)]
-
-
-def test_workers_meet_whatever_their_order_and_whoever_else_calls():
-    chief, *others = clusters(3)
-    with ThreadPoolExecutor(3) as pool:
-        meeting = [pool.submit(cluster.meet, early, 60) for early in (others[0], chief)]
-        for said in (b"GET / HTTP/1.1\r\n\r\n", b"7", b""):
-            call_once_it_listens(chief.host_and_port(0)).sendall(said)
-        meeting.append(pool.submit(cluster.meet, others[1], 60))
-        for each in meeting:
-            each.result()
-
-
-def call_once_it_listens(address: tuple[str, int]) -> socket.socket:
-    for _ in range(600):
-        try:
-            return socket.create_connection(address, 60)
-        except ConnectionRefusedError:
-            time.sleep(0.1)
-    raise AssertionError(f"nobody listens at {address}")
-
-
-def test_workers_that_do_not_come_are_named():
-    chief, *others = clusters(3)
-    with ThreadPoolExecutor(2) as pool:
-        late = pool.submit(cluster.meet, others[0], 1)
-        with pytest.raises(UserError, match=r"^worker 2 \(\S+\) did not answer within 1 seconds"):
-            cluster.meet(chief, 1)
-        with pytest.raises(UserError, match=r"^worker 0 \(\S+\) did not answer"):
-            late.result()
-    nowhere = cluster.Cluster(("no.such.host.invalid:4000", others[0].addresses[0]), 1)
-    with pytest.raises(UserError, match="worker 0 "):
-        cluster.meet(nowhere, 0.1)
-
-
-def test_a_port_that_is_taken_is_told():
-    chief, other = clusters(2)
-    for each in (chief, other):
-        with socket.create_server(each.host_and_port(each.index)) as taken:
-            port = taken.getsockname()[1]
-            with pytest.raises(UserError, match=f"port {port} as worker {each.index} .*in use"):
-                cluster.meet(each, 1)
-
-
 def test_a_worker_that_waits_for_the_others_can_be_stopped(data, tmp_path):
-    chief = clusters(2)[0]
+    addresses = [f"127.0.0.1:{port}" for port in cluster.free_ports(2)]
     waiting = start(
         *command(data, tmp_path),
-        env=environment(TF_CONFIG=cluster.to_tf_config(chief.addresses, 0)),
+        env=environment(TF_CONFIG=cluster.to_tf_config(addresses, 0)),
     )
     assert waiting.stdout.readline().startswith("Joining the others as worker 0")
     waiting.send_signal(signal.SIGTERM)
@@ -336,10 +248,4 @@ def test_a_worker_that_waits_for_the_others_can_be_stopped(data, tmp_path):
     ],
 )  # fmt: skip
 def test_the_lost_worker_is_the_one_where_tensorflows_message_begins(message, lost):
-    assert distribution._lost_worker(message) == lost
-
-
-def test_a_cluster_that_is_asked_for_but_not_named_is_told_before_tensorflow_starts(tmp_path):
-    without = without_tensorflow(tmp_path) | {"TF_CONFIG": ""}
-    wrong = ("run_trainer.py", "--distribution_strategy=multi_worker", "--use_synthetic_data")
-    assert "needs TF_CONFIG" in error_of(*wrong, env=without)
+    assert distributed._lost_worker(message) == lost

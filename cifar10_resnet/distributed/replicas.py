@@ -19,8 +19,8 @@ from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import Coordin
 from tensorflow.python.eager import context as tf_context
 
 from cifar10_resnet.device import stderr_held_back
+from cifar10_resnet.distributed.cluster import Cluster, meet
 from cifar10_resnet.errors import UserError
-from cluster import Cluster, meet
 
 # Seconds that the workers have to come together: schedulers start them minutes apart.
 START_TIMEOUT = 600

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from programs import run_code
 
-import pictures
+from cifar10_resnet.data import photos
+from cifar10_resnet.data.photos import read_photo, read_photo_file
 from cifar10_resnet.errors import UserError
-from pictures import read_picture, read_picture_file
 
 # pytest shows the warnings that the module keeps from its users
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
@@ -42,7 +42,7 @@ def smooth(height: int, width: int) -> np.ndarray:
 
 def picture_or_refusal(data: bytes) -> np.ndarray | str:
     try:
-        return read_picture(data, "a picture")
+        return read_photo(data, "a picture")
     except UserError as error:
         return str(error)
 
@@ -66,7 +66,7 @@ def refusal(data: bytes) -> str:
 @pytest.mark.parametrize("kind", ["PNG", "BMP"])
 def test_a_picture_of_32x32_comes_through_untouched(kind):
     image = noise(32, 32)
-    seen = read_picture(encoded(image, kind), "x")
+    seen = read_photo(encoded(image, kind), "x")
     assert seen.dtype == np.uint8
     assert seen.flags.writeable
     np.testing.assert_array_equal(seen, image)
@@ -91,7 +91,7 @@ def test_any_other_size_gives_its_middle_square_with_antialiasing(height, width)
     square = image[top : top + side, left : left + side].astype(np.float64)
     weights = triangle_weights(side)
     expected = np.einsum("ya,xb,abc->yxc", weights, weights, square)
-    seen = read_picture(encoded(image), "x")
+    seen = read_photo(encoded(image), "x")
     # rounded after each of two passes
     np.testing.assert_allclose(seen, expected, rtol=0, atol=1.01)
 
@@ -103,7 +103,7 @@ def test_large_jpegs_are_unpacked_small_and_look_the_same():
     )
     data = encoded((image / 4).astype(np.uint8), "JPEG", quality=90)
     everything = encoded(Image.open(io.BytesIO(data)))  # its pixels in full size, as a PNG
-    difference = read_picture(data, "x").astype(int) - read_picture(everything, "x")
+    difference = read_photo(data, "x").astype(int) - read_photo(everything, "x")
     assert 0 < np.abs(difference).max() <= 2
 
 
@@ -128,45 +128,45 @@ def test_a_picture_is_turned_as_its_exif_says(orientation, turn):
     # stored turned, as a camera held sideways would; 6 is told for what has to be turned right
     upright = smooth(32, 32)
     stored = np.ascontiguousarray(turn(upright))
-    np.testing.assert_array_equal(read_picture(encoded(stored, exif=exif), "x"), upright)
-    seen = read_picture(encoded(stored, "JPEG", exif=exif, quality=95), "x").astype(int)
+    np.testing.assert_array_equal(read_photo(encoded(stored, exif=exif), "x"), upright)
+    seen = read_photo(encoded(stored, "JPEG", exif=exif, quality=95), "x").astype(int)
     assert np.abs(seen - upright).max() <= 12
 
 
 def test_exif_that_makes_no_sense_does_not_cost_the_picture():
     image = noise(32, 32)
     for exif in (b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0II*\0" + b"\xff" * 40):
-        np.testing.assert_array_equal(read_picture(encoded(image, exif=exif), "x"), image)
+        np.testing.assert_array_equal(read_photo(encoded(image, exif=exif), "x"), image)
 
 
 def test_colour_models_come_out_as_rgb():
     grey = noise(32, 32)[:, :, 0]
     for image in (Image.fromarray(grey), Image.fromarray(grey).convert("LA")):
         np.testing.assert_array_equal(
-            read_picture(encoded(image), "x"), np.repeat(grey[:, :, None], 3, axis=2)
+            read_photo(encoded(image), "x"), np.repeat(grey[:, :, None], 3, axis=2)
         )
     bits = Image.fromarray(grey).convert("1")
     np.testing.assert_array_equal(
-        read_picture(encoded(bits), "x")[:, :, 1], np.where(np.asarray(bits), 255, 0)
+        read_photo(encoded(bits), "x")[:, :, 1], np.where(np.asarray(bits), 255, 0)
     )
     palette = Image.fromarray(smooth(32, 32)).quantize(16)
     for kind in ("PNG", "BMP"):
         np.testing.assert_array_equal(
-            read_picture(encoded(palette, kind), "x"), np.asarray(palette.convert("RGB"))
+            read_photo(encoded(palette, kind), "x"), np.asarray(palette.convert("RGB"))
         )
     cmyk = Image.fromarray(smooth(64, 64)).convert("CMYK")
-    seen = read_picture(encoded(cmyk, "JPEG", quality=95), "x").astype(int)
-    assert np.abs(seen - read_picture(encoded(smooth(64, 64)), "x")).max() <= 8
+    seen = read_photo(encoded(cmyk, "JPEG", quality=95), "x").astype(int)
+    assert np.abs(seen - read_photo(encoded(smooth(64, 64)), "x")).max() <= 8
 
 
 def test_transparency_is_ignored():
     image = noise(32, 32, 4)
-    np.testing.assert_array_equal(read_picture(encoded(image), "x"), image[:, :, :3])
+    np.testing.assert_array_equal(read_photo(encoded(image), "x"), image[:, :, :3])
 
 
 def test_sixteen_bits_are_brought_to_eight():
     grey = np.random.default_rng(0).integers(0, 2**16, (32, 32), np.uint16)
-    seen = read_picture(encoded(grey), "x")
+    seen = read_photo(encoded(grey), "x")
     np.testing.assert_array_equal(seen, np.repeat((grey >> 8)[:, :, None], 3, axis=2))
 
 
@@ -183,21 +183,21 @@ def test_sixteen_bits_of_colour_and_transparency_are_brought_to_eight(kind, chan
         check = struct.pack(">I", zlib.crc32(name + data))
         png += struct.pack(">I", len(data)) + name + data + check
     colours = image[:, :, :3] if channels > 2 else image[:, :, :1].repeat(3, axis=2)
-    np.testing.assert_array_equal(read_picture(png, "x"), colours >> 8)
+    np.testing.assert_array_equal(read_photo(png, "x"), colours >> 8)
 
 
 def test_the_first_picture_of_several_is_taken():
     first, second = (Image.fromarray(a) for a in (smooth(32, 32), 255 - smooth(32, 32)))
     animated = encoded(first, save_all=True, append_images=[second])
-    np.testing.assert_array_equal(read_picture(animated, "x"), smooth(32, 32))
+    np.testing.assert_array_equal(read_photo(animated, "x"), smooth(32, 32))
     two_in_a_jpeg = encoded(first, "MPO", save_all=True, append_images=[second], quality=95)
-    assert np.abs(read_picture(two_in_a_jpeg, "x").astype(int) - smooth(32, 32)).max() <= 12
+    assert np.abs(read_photo(two_in_a_jpeg, "x").astype(int) - smooth(32, 32)).max() <= 12
 
 
 def test_the_bytes_count_and_not_the_files_name(tmp_path):
     file = tmp_path / "picture.bmp"
     file.write_bytes(encoded(noise(32, 32)))
-    np.testing.assert_array_equal(read_picture_file(str(file)), noise(32, 32))
+    np.testing.assert_array_equal(read_photo_file(str(file)), noise(32, 32))
 
 
 # --- Refused ones ---------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_an_empty_file_and_one_that_is_not_there_are_told_so(tmp_path):
         (".", "directory"),
     ):
         with pytest.raises(UserError, match=reason) as refused:
-            read_picture_file(str(tmp_path / name))
+            read_photo_file(str(tmp_path / name))
         assert str(tmp_path) in str(refused.value)
 
 
@@ -256,7 +256,7 @@ def samples() -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", samples())
 def test_a_picture_cut_off_anywhere_is_refused_or_whole(kind):
     data = samples()[kind]
-    whole = read_picture(data, "x")
+    whole = read_photo(data, "x")
     refused = 0
     for length in range(0, len(data), max(1, len(data) // 150)):
         seen = picture_or_refusal(data[:length])
@@ -311,36 +311,36 @@ def test_more_pixels_than_are_read_are_refused_by_what_the_file_claims(width, he
 
 
 def test_a_file_of_more_bytes_than_are_read_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(photos, "MAX_BYTES", 2**20)
     file = tmp_path / "x.bmp"
     with open(file, "wb") as opened:
         opened.truncate(2**20 + 1)
     with pytest.raises(UserError, match="larger than 1 MiB"):
-        read_picture_file(str(file))
+        read_photo_file(str(file))
 
 
 def test_a_jpeg_of_endless_scans_is_refused():
     data = encoded(noise(64, 64), "JPEG", progressive=True)
     last_scan = data[data.rfind(b"\xff\xda") : -2]
-    read_picture(data[:-2] + 80 * last_scan + data[-2:], "x")
+    read_photo(data[:-2] + 80 * last_scan + data[-2:], "x")
     assert "scans" in refusal(data[:-2] + 100 * last_scan + data[-2:])
 
 
 MEMORY = """
 import io, resource, sys
 from PIL import Image
-from pictures import read_picture
+from cifar10_resnet.data.photos import read_photo
 
 def peak():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
-read_picture(open(sys.argv[1], "rb").read(), "x")
+read_photo(open(sys.argv[1], "rb").read(), "x")
 small = peak()
 for file in sys.argv[2:]:
     open("/proc/self/clear_refs", "w").write("5")
     try:
-        read_picture(open(file, "rb").read(), "x")
+        read_photo(open(file, "rb").read(), "x")
     except Exception as error:
         print(error, file=sys.stderr)
     print(round(peak() - small))
@@ -373,11 +373,11 @@ def test_memory_stays_bounded_whatever_a_file_unpacks_to(tmp_path):
 
 
 def test_threads_see_what_one_alone_would_and_hold_one_large_picture_at_a_time(monkeypatch):
-    monkeypatch.setattr(pictures, "LARGE_PIXELS", 1000)
+    monkeypatch.setattr(photos, "LARGE_PIXELS", 1000)
     files = [encoded(noise(40 + i, 50)) for i in range(12)] + [encoded(noise(32, 31))] * 4
-    alone = [read_picture(file, "x") for file in files]
+    alone = [read_photo(file, "x") for file in files]
     at_work, most = [], []
-    unwatched = pictures._middle
+    unwatched = photos._middle
 
     def watched(image: Image.Image) -> Image.Image:
         if image.width * image.height > 1000:
@@ -388,9 +388,9 @@ def test_threads_see_what_one_alone_would_and_hold_one_large_picture_at_a_time(m
             at_work.remove(threading.get_ident())
         return small
 
-    monkeypatch.setattr(pictures, "_middle", watched)
+    monkeypatch.setattr(photos, "_middle", watched)
     with ThreadPoolExecutor(4) as pool:
-        for one, other in zip(alone, pool.map(read_picture, files, "x" * 16), strict=True):
+        for one, other in zip(alone, pool.map(read_photo, files, "x" * 16), strict=True):
             np.testing.assert_array_equal(one, other)
     assert most == [1] * 12
 
@@ -398,5 +398,6 @@ def test_threads_see_what_one_alone_would_and_hold_one_large_picture_at_a_time(m
 def test_no_warning_of_pillows_reaches_the_user(tmp_path):
     exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x0f\x01\x02\0\xff\0\0\0\xff\xff\xff\0"
     (tmp_path / "x.jpg").write_bytes(encoded(smooth(32, 32), "JPEG", exif=exif))
-    code = f"import pictures; pictures.read_picture_file({str(tmp_path / 'x.jpg')!r})"
-    assert run_code(code, env=os.environ | {"PYTHONWARNINGS": "always"}).stderr == ""
+    code = "import sys; from cifar10_resnet.data import photos; photos.read_photo_file(sys.argv[1])"
+    photo, noisy = tmp_path / "x.jpg", os.environ | {"PYTHONWARNINGS": "always"}
+    assert run_code(code, photo, env=noisy).stderr == ""

@@ -44,17 +44,17 @@ TURNS = {
 warnings.filterwarnings("ignore", module="PIL")
 
 
-def read_picture_file(path: str) -> np.ndarray:
+def read_photo_file(path: str) -> np.ndarray:
     """Reads a picture file as the network sees it; refuses, in a sentence, what is not one."""
     try:
         with open(path, "rb") as file:
             encoded = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}.") from error
-    return read_picture(encoded, path)
+    return read_photo(encoded, path)
 
 
-def read_picture(encoded: bytes, name: str) -> np.ndarray:
+def read_photo(encoded: bytes, name: str) -> np.ndarray:
     """An encoded picture as uint8 [32, 32, 3]: its middle square, resized, turned as its EXIF says.
 
     `name` is what to call the picture in the sentence that refuses it. Transparency is ignored,

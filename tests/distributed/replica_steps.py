@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-import distribution
 import training
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from synthetic_data import CLASS_NAMES
+from cifar10_resnet.data.synthetic import CLASS_NAMES
+from cifar10_resnet.distributed import replicas as distributed
 
 BATCH_SIZE = 8
 NETWORKS = {
@@ -29,7 +29,7 @@ def batches() -> tuple[np.ndarray, np.ndarray]:
     return images, rng.integers(0, 10, [2, BATCH_SIZE]).astype(np.int32)
 
 
-def make_trainer(name: str, replicas: distribution.Replicas, sync_batch_norm: bool):
+def make_trainer(name: str, replicas: distributed.Replicas, sync_batch_norm: bool):
     hyperparameters, shape, data_format = NETWORKS[name]
     run = RunConfig(
         ModelConfig(num_layers=8, batch_norm_decay=0.9, **shape),
@@ -40,7 +40,7 @@ def make_trainer(name: str, replicas: distribution.Replicas, sync_batch_norm: bo
 
 
 def take_steps(
-    replicas: distribution.Replicas, networks: Sequence[str] = tuple(NETWORKS)
+    replicas: distributed.Replicas, networks: Sequence[str] = tuple(NETWORKS)
 ) -> dict[str, np.ndarray]:
     """Every variable of these networks after two steps, under NETWORK/VARIABLE."""
     found = {}
@@ -74,7 +74,7 @@ if __name__ == "__main__":
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * count
     )
-    chosen = distribution.choose("auto", None)
+    chosen = distributed.choose("auto", None)
     assert chosen.count == count
-    assert distribution.choose("off", None).count == 1
+    assert distributed.choose("off", None).count == 1
     np.savez(sys.argv[2], **take_steps(chosen, sys.argv[3:]))

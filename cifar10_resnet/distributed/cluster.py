@@ -16,7 +16,7 @@ from cifar10_resnet.errors import UserError
 
 EXAMPLE = '{"cluster": {"worker": ["host0:4000", "host1:4000"]}, "task": {"type": "worker", "index": 0}}'  # fmt: skip  # noqa: E501
 
-# Which of the devices train: --distribution_strategy, and what distribution.py makes of it.
+# Which of the devices train: --distribution_strategy, and what replicas.py makes of it.
 STRATEGIES = ("auto", "off", "mirrored", "multi_worker")
 ALL_ARE_HERE = b"all are here"
 ANSWER_SECONDS = 5  # for a caller to say who it is
@@ -136,3 +136,12 @@ def _call_chief(cluster: Cluster, end: float) -> bool:
                 return True
         time.sleep(0.2)
     return False
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens to at the moment."""
+    with contextlib.ExitStack() as opened:
+        sockets = [opened.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]

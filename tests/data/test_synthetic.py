@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from synthetic_data import BLOCK_SIZE, CLASS_NAMES, make_split
+from cifar10_resnet.data.synthetic import BLOCK_SIZE, CLASS_NAMES, make_split
 
 NUM_TRAIN, NUM_TEST = 6000, 1000
 
