@@ -87,9 +87,9 @@ def _pictures_in(folder: str) -> list[str]:
 def _load() -> tuple[Callable[[np.ndarray], dict[str, Any]], list[str]]:
     """The network as a function of pixels, and its classes."""
     device.start_tensorflow(FLAGS.device)
-    import export
     from cifar10_resnet import checkpoints
-    from saved_network import SavedNetwork
+    from cifar10_resnet.serving import export
+    from cifar10_resnet.serving.saved_network import SavedNetwork
 
     if FLAGS.saved_model is None:
         network = export.load_classifier(checkpoints.find(FLAGS.ckpt_path))

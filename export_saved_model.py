@@ -48,8 +48,8 @@ def main(argv: list[str]) -> int:
     storage.refuse_unwritable(FLAGS.export_dir)
 
     start_tensorflow("cpu")  # whatever the export is for, nothing large is computed here
-    import export
     from cifar10_resnet import checkpoints
+    from cifar10_resnet.serving import export
 
     prefix = checkpoints.find(FLAGS.ckpt_path)
     if FLAGS.format == "tflite":

@@ -35,10 +35,12 @@ def main(argv: list[str]) -> int:
 
     histories = dict(zip(_names(FLAGS.run), map(_history, FLAGS.run), strict=True))
 
-    import plots  # after what is told at once, for Matplotlib is slow to import
+    # Matplotlib is slow to import, so mistakes are told before.
+    from cifar10_resnet.figures.curves import curves_figure
+    from cifar10_resnet.figures.style import encode
 
-    figure = plots.curves_figure(histories, FLAGS.tag, FLAGS.x)
-    storage.write(FLAGS.output, plots.encode(figure, kind))
+    figure = curves_figure(histories, FLAGS.tag, FLAGS.x)
+    storage.write(FLAGS.output, encode(figure, kind))
     print(f"drew {FLAGS.output}")
     return 0
 

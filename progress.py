@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from cifar10_resnet.config import RunConfig
 from cifar10_resnet.errors import UserError
-from metrics import Metrics
+from cifar10_resnet.evaluation.metrics import Metrics
 from summaries import Summaries
 
 

@@ -64,8 +64,8 @@ def main(argv: list[str]) -> int:
         storage.make_folder(FLAGS.plot_dir)
 
     device = start_tensorflow(FLAGS.device, FLAGS.verbose)
-    import evaluation
     from cifar10_resnet import checkpoints
+    from cifar10_resnet.evaluation import evaluator
     from resnet_model import resolve_data_format
 
     newest = checkpoints.find(FLAGS.ckpt_path)
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     data_format = resolve_data_format(FLAGS.data_format, FLAGS.dtype, device)
     scores = []
     with command_line.quiet_work() as stdout:
-        for scored in evaluation.score_checkpoints(
+        for scored in evaluator.score_checkpoints(
             prefixes,
             FLAGS.path,
             FLAGS.split,
@@ -101,11 +101,12 @@ def main(argv: list[str]) -> int:
 
 def _draw(scored, computed_in: str) -> None:
     """Writes the pictures of an evaluation, and the page that shows them."""
-    import plots
+    from cifar10_resnet.figures.evaluation import evaluation_figures
+    from cifar10_resnet.figures.style import figure_to_png
 
     names = scored.run.data.class_names
-    figures = plots.evaluation_figures(scored.metrics, scored.images, names)
-    pictures = {name: plots.figure_to_png(figure) for name, figure in figures.items()}
+    figures = evaluation_figures(scored.metrics, scored.images, names)
+    pictures = {name: figure_to_png(figure) for name, figure in figures.items()}
     if FLAGS.plot_dir:
         for name, picture in pictures.items():
             file = os.path.join(FLAGS.plot_dir, f"{name}.png")
@@ -115,7 +116,7 @@ def _draw(scored, computed_in: str) -> None:
         import numpy as np
         import tensorflow as tf
 
-        import evaluation_report
+        from cifar10_resnet.evaluation import report
 
         made = {
             "evaluated": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -125,7 +126,7 @@ def _draw(scored, computed_in: str) -> None:
             f"NumPy {np.__version__}",
             "machine": platform.platform(),
         }
-        page = evaluation_report.html(scored, pictures, made)
+        page = report.html(scored, pictures, made)
         storage.write(FLAGS.report, page.encode())
         print(f"wrote {FLAGS.report}")
 

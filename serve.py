@@ -44,14 +44,14 @@ def main(argv: list[str]) -> int:
     sockets = _listen(FLAGS.host, FLAGS.port)
 
     device.start_tensorflow(FLAGS.device)
-    import web_server
-    from saved_network import SavedNetwork
+    from cifar10_resnet.serving import server
+    from cifar10_resnet.serving.saved_network import SavedNetwork
 
     network = SavedNetwork(FLAGS.saved_model)
     # A large request makes many objects, and with them many passes of Python's garbage collector:
     # they need not look at all of TensorFlow's each time.
     gc.freeze()
-    stopped_by = asyncio.run(web_server.serve(network, sockets, FLAGS.host, FLAGS.timeout))
+    stopped_by = asyncio.run(server.serve(network, sockets, FLAGS.host, FLAGS.timeout))
     return 128 + stopped_by
 
 

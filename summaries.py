@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from cifar10_resnet.config import RunConfig
 from cifar10_resnet.errors import UserError, reason_of
-from metrics import Metrics
+from cifar10_resnet.evaluation.metrics import Metrics
 
 GRID, GAP = 8, 2  # pictures a side, and pixels around each
 FILE_SUFFIX = ".cifar10-resnet.v2"  # by which --clean knows these event files from others
@@ -76,22 +76,22 @@ class Summaries:
         self._pixels("train", step, "augmented_images", picture_grid(images), text)
 
     def confusion_matrix(self, step: int, metrics: Metrics, names: Sequence[str]) -> None:
-        import plots
+        from cifar10_resnet.figures import evaluation, style
 
-        figure = plots.confusion_matrix_figure(metrics.confusion_matrix, names)
-        png = plots.figure_to_png(figure, DPI)
+        figure = evaluation.confusion_matrix_figure(metrics.confusion_matrix, names)
+        png = style.figure_to_png(figure, DPI)
         text = "What the images of each class were taken for."
         self._pixels("eval", step, "confusion_matrix", tf.io.decode_png(png), text)
 
     def mistakes(
         self, step: int, images: np.ndarray, metrics: Metrics, names: Sequence[str]
     ) -> None:
-        import plots
+        from cifar10_resnet.figures import evaluation, style
 
-        figure = plots.mistakes_figure(
+        figure = evaluation.mistakes_figure(
             images, metrics.labels, metrics.predictions, metrics.confidences, names
         )
-        png = plots.figure_to_png(figure, DPI)
+        png = style.figure_to_png(figure, DPI)
         text = "The mistakes that the network was surest of."
         self._pixels("eval", step, "mistakes", tf.io.decode_png(png), text)
 

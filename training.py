@@ -35,8 +35,8 @@ from cifar10_resnet.config import (
 )
 from cifar10_resnet.distributed.replicas import Replicas
 from cifar10_resnet.errors import UserError
-from evaluation import Evaluator
-from metrics import Metrics
+from cifar10_resnet.evaluation.evaluator import Evaluator
+from cifar10_resnet.evaluation.metrics import Metrics
 from optimizers import OPTIMIZERS
 from progress import NoProgress, Progress
 from resnet_model import IMAGE_SHAPE, ResNet, assign

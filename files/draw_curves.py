@@ -19,7 +19,15 @@ from matplotlib.transforms import offset_copy
 import program
 import run_csv
 from cifar10_resnet.errors import exits_with_a_sentence
-from plot_style import BLUE, INK, MUTED, ORANGE, PAPER, SMALL, picture
+from cifar10_resnet.figures.style import (
+    BLUE,
+    INK,
+    MUTED,
+    ORANGE,
+    PAPER,
+    SMALL,
+    picture,
+)
 
 FOLDER = Path(__file__).resolve().parent
 FLAGS = flags.FLAGS

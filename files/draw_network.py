@@ -17,7 +17,7 @@ import program
 from cifar10_resnet.config import ModelConfig, with_given
 from cifar10_resnet.device import start_tensorflow
 from cifar10_resnet.errors import exits_with_a_sentence
-from diagram import (
+from cifar10_resnet.figures.diagram import (
     GAP,
     STRIP,
     WIDTHS,
@@ -30,7 +30,7 @@ from diagram import (
     example_image,
     shape_text,
 )
-from plot_style import MARGIN, WIDTH, picture
+from cifar10_resnet.figures.style import MARGIN, WIDTH, picture
 
 FOLDER = Path(__file__).resolve().parent
 FLAGS = flags.FLAGS
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     config = with_given(ModelConfig(), command_line.given_network())
     stem = config.name.replace("resnet", "ResNet").replace("plain", "Plain") + "_CIFAR10"
     start_tensorflow("cpu")
-    from network_trace import trace
+    from cifar10_resnet.figures.trace import trace
     from resnet_model import ResNet
 
     draw(

@@ -16,7 +16,7 @@ from cifar10_resnet.config import ModelConfig
 from cifar10_resnet.data.synthetic import CLASS_NAMES
 from cifar10_resnet.device import start_tensorflow
 from cifar10_resnet.errors import exits_with_a_sentence
-from diagram import (
+from cifar10_resnet.figures.diagram import (
     HEIGHT,
     RADIUS,
     SLANT,
@@ -27,7 +27,15 @@ from diagram import (
     example_image,
     shape_text,
 )
-from plot_style import GREEN, INK, LARGE, MARGIN, MUTED, PAPER, picture
+from cifar10_resnet.figures.style import (
+    GREEN,
+    INK,
+    LARGE,
+    MARGIN,
+    MUTED,
+    PAPER,
+    picture,
+)
 
 FOLDER = Path(__file__).resolve().parent
 FLAGS = flags.FLAGS
@@ -49,7 +57,7 @@ OUTPUTS = {"Plain": "F(x)", "Version 1": "ReLU(x + F(x))"}
 def main(argv: list[str]) -> int:
     folder = Path(FLAGS.output_dir)
     start_tensorflow("cpu")
-    from network_trace import trace
+    from cifar10_resnet.figures.trace import trace
     from resnet_model import ResNet
 
     model = ResNet()

@@ -12,11 +12,11 @@ import tensorflow as tf
 from PIL import Image
 from programs import run, without_tensorflow
 
-import export
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig
 from cifar10_resnet.data.photos import read_photo_file
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.serving import export
 from resnet_model import resolve_data_format
 from training import Trainer
 

@@ -16,11 +16,11 @@ from PIL import Image
 from programs import PROJECT, run, run_code
 
 import draw_curves
-import plot_style
 import run_csv
 from cifar10_resnet.config import ModelConfig
 from cifar10_resnet.errors import UserError
-from network_trace import trace
+from cifar10_resnet.figures import style
+from cifar10_resnet.figures.trace import trace
 from resnet_model import ResNet
 
 FILES = PROJECT / "files"
@@ -31,7 +31,7 @@ HEADER = "step,epoch,train_loss,train_accuracy,test_accuracy,learning_rate,secon
 DRAW_NETWORKS = """
 import sys
 import draw_network  # which puts the project on the path
-from network_trace import trace
+from cifar10_resnet.figures.trace import trace
 from resnet_model import ResNet
 from cifar10_resnet.config import ModelConfig
 
@@ -141,7 +141,7 @@ def test_the_pictures_in_the_folder_show_the_networks_as_they_are(tmp_path):
     for name in pictures:
         assert words(tmp_path / name) == words(FILES / name), f"`make figures` draws {name} anew"
         with Image.open(FILES / name) as image:
-            assert image.width == 2 * plot_style.WIDTH
+            assert image.width == 2 * style.WIDTH
 
 
 def test_a_network_is_drawn_in_the_same_bytes_each_time(tmp_path):
@@ -277,7 +277,7 @@ def test_the_colours_of_curves_in_one_picture_differ_in_grey_too():
     def luminance(colour: str) -> float:
         linear = [
             v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4
-            for v in plot_style.to_rgb(colour)
+            for v in style.to_rgb(colour)
         ]
         return float(np.dot([0.2126, 0.7152, 0.0722], linear))
 
@@ -290,7 +290,7 @@ def test_the_colours_of_curves_in_one_picture_differ_in_grey_too():
 def test_a_picture_that_cannot_be_written_is_told_of_in_a_sentence(tmp_path):
     file = tmp_path / "missing" / "picture.png"
     told = re.escape(f"cannot write {file}: No such file or directory.")
-    with pytest.raises(UserError, match=told), plot_style.picture(file, height=100, title=""):
+    with pytest.raises(UserError, match=told), style.picture(file, height=100, title=""):
         pass
 
 
@@ -304,7 +304,7 @@ def test_a_picture_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", fill_the_disk)
     with (
         pytest.raises(UserError, match="No space left"),
-        plot_style.picture(file, height=100, title=""),
+        style.picture(file, height=100, title=""),
     ):
         pass
     assert file.read_bytes() == b"the old one"

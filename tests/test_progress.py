@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cifar10_resnet.config import RunConfig
-from metrics import Metrics
+from cifar10_resnet.evaluation.metrics import Metrics
 from progress import Progress
 
 END = "\x03"  # marks how far a terminal is to be read

@@ -151,9 +151,9 @@ def test_the_marked_commands_run(checkout):
 
 
 def test_the_marked_code_runs(checkout, write_cifar10):
-    import export
     from cifar10_resnet import checkpoints
     from cifar10_resnet.config import ModelConfig, RunConfig
+    from cifar10_resnet.serving import export
     from training import Trainer
 
     write_cifar10()

@@ -14,7 +14,7 @@ from cifar10_resnet import checkpoints
 from cifar10_resnet.config import RECIPES, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.data.synthetic import CLASS_NAMES, make_split
 from cifar10_resnet.errors import UserError
-from evaluation import Evaluator
+from cifar10_resnet.evaluation.evaluator import Evaluator
 
 SMALL = ModelConfig(num_layers=8)
 

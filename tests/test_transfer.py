@@ -17,7 +17,7 @@ from cifar10_input import load_training, mean_image
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.errors import UserError
-from evaluation import score_checkpoints
+from cifar10_resnet.evaluation.evaluator import score_checkpoints
 from resnet_model import ResNet
 
 FINAL_LAYER = ("logits/kernel:0", "logits/bias:0")

@@ -14,10 +14,10 @@ from PIL import Image
 from programs import PROJECT, SMALL, Workers, assert_lost, error_of, run
 
 import cifar10_download_and_extract
-import export
 from cifar10_resnet import checkpoints, storage
 from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.serving import export
 from progress import Progress
 from training import Trainer
 

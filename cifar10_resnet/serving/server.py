@@ -26,12 +26,12 @@ from PIL import Image
 from tornado import httpserver, iostream, netutil, template, web
 from tornado.httputil import responses
 
-import predict_api
 from cifar10_resnet.data.photos import read_photo
 from cifar10_resnet.errors import UserError
-from saved_network import SavedNetwork
+from cifar10_resnet.serving import rest
+from cifar10_resnet.serving.saved_network import SavedNetwork
 
-PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "files", "serve", "page.html")
+PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.html")
 MODEL = "resnet"
 VERSION = "1"
 API = f"/v1/models/{MODEL}"
@@ -326,7 +326,7 @@ class _Predict(_Handler):
     SUPPORTED_METHODS = ("POST",)
 
     async def answer(self) -> dict[str, Any]:
-        return await self.work(predict_api.predict)
+        return await self.work(rest.predict)
 
 
 def _classify(network: SavedNetwork, encoded: bytes) -> dict[str, Any]:

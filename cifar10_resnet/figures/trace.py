@@ -6,7 +6,7 @@ The drawings take their sizes from here, so that they show the network as it is.
 import numpy as np
 import tensorflow as tf
 
-from diagram import Layer, Network, Unit
+from cifar10_resnet.figures.diagram import Layer, Network, Unit
 from resnet_model import IMAGE_SHAPE, ResNet
 
 KINDS = {

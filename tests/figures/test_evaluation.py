@@ -11,9 +11,8 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-import plots
-from cifar10_resnet.errors import UserError
-from plot_style import BLUE, VERMILLION
+from cifar10_resnet.figures import evaluation
+from cifar10_resnet.figures.style import BLUE, VERMILLION, figure_to_png
 
 LONG_NAMES = [f"large_man-made_outdoor_thing_{i}" for i in range(100)]
 
@@ -37,10 +36,10 @@ def figures(classes: int) -> dict[str, Figure]:
     images = np.random.default_rng(0).integers(0, 256, (len(labels), 32, 32, 3), np.uint8)
     names = LONG_NAMES[:classes]
     return {
-        "confusion": plots.confusion_matrix_figure(matrix, names),
-        "classes": plots.class_accuracy_figure(matrix, names),
-        "reliability": plots.reliability_figure(confidences, labels == predictions),
-        "mistakes": plots.mistakes_figure(images, labels, predictions, confidences, names),
+        "confusion": evaluation.confusion_matrix_figure(matrix, names),
+        "classes": evaluation.class_accuracy_figure(matrix, names),
+        "reliability": evaluation.reliability_figure(confidences, labels == predictions),
+        "mistakes": evaluation.mistakes_figure(images, labels, predictions, confidences, names),
     }
 
 
@@ -56,7 +55,7 @@ def test_every_word_is_within_the_picture_and_apart_from_the_others(classes, mon
     monkeypatch.setattr(Text, "draw", record)
     for name, figure in figures(classes).items():
         drawn.clear()
-        with Image.open(io.BytesIO(plots.figure_to_png(figure, dpi=100))) as picture:
+        with Image.open(io.BytesIO(figure_to_png(figure, dpi=100))) as picture:
             width, height = picture.size
             assert width == 900
             assert abs(height - 100 * figure.get_figheight()) < 1  # rounded, or cut off
@@ -74,15 +73,15 @@ def test_every_word_is_within_the_picture_and_apart_from_the_others(classes, mon
 
 def test_a_picture_has_the_size_and_the_bytes_of_its_figure():
     matrix = random_evaluation(3)[3]
-    png = plots.figure_to_png(plots.class_accuracy_figure(matrix, ["a", "b", "c"]))
+    png = figure_to_png(evaluation.class_accuracy_figure(matrix, ["a", "b", "c"]))
     with Image.open(io.BytesIO(png)) as picture:
         assert (picture.format, picture.width) == ("PNG", 1800)
-    assert png == plots.figure_to_png(plots.class_accuracy_figure(matrix, ["a", "b", "c"]))
+    assert png == figure_to_png(evaluation.class_accuracy_figure(matrix, ["a", "b", "c"]))
 
 
 def test_the_confusion_matrix_shows_counts_and_shades_them_by_their_share():
     matrix = np.array([[1200, 0, 0], [25, 75, 0], [0, 0, 0]])
-    figure = plots.confusion_matrix_figure(matrix, ["cat", "dog", "eel"])
+    figure = evaluation.confusion_matrix_figure(matrix, ["cat", "dog", "eel"])
     assert sorted(set(texts(figure)) & {"1,200", "25", "75", "0"}) == ["1,200", "25", "75"]
     shades = 1 - np.asarray(figure.axes[0].images[0].get_array())
     np.testing.assert_allclose(shades[0, 0], 1 - np.array(to_rgb(BLUE)))
@@ -94,7 +93,7 @@ def test_the_confusion_matrix_shows_counts_and_shades_them_by_their_share():
 
 def test_the_classes_come_from_the_best_to_the_worst_with_their_shares():
     matrix = np.array([[3, 1, 0], [0, 0, 0], [0, 0, 8]])
-    figure = plots.class_accuracy_figure(matrix, ["cat", "dog", "eel"])
+    figure = evaluation.class_accuracy_figure(matrix, ["cat", "dog", "eel"])
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["eel", "cat", "dog"]
     assert [bar.get_width() for bar in axes.patches] == [1, 0.75, 0]
@@ -105,7 +104,7 @@ def test_the_classes_come_from_the_best_to_the_worst_with_their_shares():
 
 def test_the_reliability_shows_each_bin():
     confidences = np.array([0.70, 0.71, 0.72, 0.73, 0.99, 0.99])
-    figure = plots.reliability_figure(confidences, np.array([1, 1, 1, 0, 1, 1], bool))
+    figure = evaluation.reliability_figure(confidences, np.array([1, 1, 1, 0, 1, 1], bool))
     left, right = figure.axes
     heights = [bar.get_height() for bar in left.patches]
     assert (len(heights), heights[10], heights[14], sum(heights)) == (15, 0.75, 1, 1.75)
@@ -121,7 +120,7 @@ def test_the_surest_mistakes_are_shown_first_and_no_more_than_fit():
     confidences = np.linspace(0.4, 0.99, 60)
     images = np.stack([np.full((32, 32, 3), i, np.uint8) for i in range(60)])
     names = ["cat", "dog", "eel"]
-    figure = plots.mistakes_figure(images, labels, predictions, confidences, names)
+    figure = evaluation.mistakes_figure(images, labels, predictions, confidences, names)
     shown = [int(axes.images[0].get_array()[0, 0, 0]) for axes in figure.axes]
     assert shown == list(range(29, 5, -1))
     first = figure.axes[0]
@@ -133,71 +132,16 @@ def test_the_surest_mistakes_are_shown_first_and_no_more_than_fit():
 def test_without_mistakes_the_picture_says_so():
     labels = np.zeros(5, int)
     images = np.zeros((5, 32, 32, 3), np.uint8)
-    figure = plots.mistakes_figure(images, labels, labels, np.ones(5), ["cat"])
+    figure = evaluation.mistakes_figure(images, labels, labels, np.ones(5), ["cat"])
     assert "All 5 images were recognised" in texts(figure)
-    assert plots.figure_to_png(figure)
+    assert figure_to_png(figure)
 
 
 def test_a_name_is_no_formula():
-    figure = plots.class_accuracy_figure(np.eye(2, dtype=int), ["$x_1$", r"a $\frac$ b$"])
-    plots.figure_to_png(figure)
+    figure = evaluation.class_accuracy_figure(np.eye(2, dtype=int), ["$x_1$", r"a $\frac$ b$"])
+    figure_to_png(figure)
     boxes = [label.get_window_extent().width for label in figure.axes[0].get_yticklabels()]
-    plain = plots.class_accuracy_figure(np.eye(2, dtype=int), ["Sx_1S", r"a S\fracS bS"])
-    plots.figure_to_png(plain)
+    plain = evaluation.class_accuracy_figure(np.eye(2, dtype=int), ["Sx_1S", r"a S\fracS bS"])
+    figure_to_png(plain)
     others = [label.get_window_extent().width for label in plain.axes[0].get_yticklabels()]
     np.testing.assert_allclose(boxes, others, atol=2)
-
-
-# --- Learning curves ------------------------------------------------------------------------------
-
-HISTORY = [
-    {"step": 100, "train_loss": 2.0, "train_accuracy": 0.25, "train_epoch": 0.5},
-    {"step": 150, "eval_loss": 1.5, "eval_accuracy": 0.5},
-    {"step": 200, "train_loss": 1.0, "train_accuracy": 0.75, "train_epoch": 1.0},
-    {"step": 300, "eval_loss": 0.5, "eval_accuracy": 0.875},
-]
-
-
-def lines(figure: Figure) -> list[list[list[list[float]]]]:
-    return [[line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes]
-
-
-def test_curves_are_those_of_the_event_files():
-    figure = plots.curves_figure({"mine": HISTORY}, ["loss", "error"])
-    assert lines(figure) == [
-        [[[100, 2.0], [200, 1.0]], [[150, 1.5], [300, 0.5]]],
-        [[[100, 75], [200, 25]], [[150, 50], [300, 12.5]]],
-    ]
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["loss", "error"]
-    assert [text.get_text() for text in figure.legends[0].texts] == ["mine"]
-
-
-def test_epochs_go_with_the_steps_where_none_was_written():
-    figure = plots.curves_figure({"mine": HISTORY}, ["accuracy"], "epoch")
-    assert lines(figure) == [[[[0.5, 25], [1, 75]], [[0.75, 50], [1.5, 87.5]]]]
-
-
-def test_forty_runs_look_different():
-    figure = plots.curves_figure({f"run{i}": HISTORY for i in range(40)}, ["loss"])
-    looks = {(line.get_color(), line.get_marker()) for line in figure.axes[0].lines[1::2]}
-    assert len(looks) >= 36
-    assert len(figure.legends[0].texts) == 40
-    plots.figure_to_png(figure)
-
-
-def test_what_no_run_measured_is_refused():
-    with pytest.raises(UserError, match="nothing of learning_rate"):
-        plots.curves_figure({"mine": HISTORY}, ["loss", "learning_rate"])
-    with pytest.raises(UserError, match="nothing of loss over epochs"):
-        plots.curves_figure({"mine": [{"step": 1, "eval_loss": 2.0}]}, ["loss"], "epoch")
-    with pytest.raises(UserError, match="nothing of loss"):
-        plots.curves_figure({"mine": [{"step": 1, "train_loss": np.nan}]}, ["loss"])
-
-
-def test_an_svg_is_the_same_each_time():
-    pictures = {
-        plots.encode(plots.curves_figure({"a": HISTORY, "b": HISTORY}, ["loss"]), "svg")
-        for _ in range(2)
-    }
-    assert len(pictures) == 1
-    assert b"<svg" in pictures.pop()

@@ -426,11 +426,11 @@ def test_base64_is_read_with_and_without_line_breaks_and_padding(server):
 
 
 def test_a_request_that_is_long_in_unpacking_is_given_up(monkeypatch):
-    import predict_api
+    from cifar10_resnet.serving import rest
 
-    monkeypatch.setattr(predict_api, "MAX_SECONDS", 0)
+    monkeypatch.setattr(rest, "MAX_SECONDS", 0)
     with pytest.raises(UserError, match="send fewer"):
-        predict_api._pictures([in_json(encoded(photo(40, 40)))] * 2)
+        rest._pictures([in_json(encoded(photo(40, 40)))] * 2)
 
 
 @pytest.mark.parametrize("value", ["aGk=", {"b64": 7}, {"b64": "a"}, {"b64": "ä"}, 5, None, []])
@@ -543,7 +543,7 @@ def test_pages_of_other_sites_get_no_answers(server):
     "path",
     [
         "/nothing", "/..", "/../serve.py", "/%2e%2e/serve.py", "/..%2f..%2fetc/passwd",
-        "//etc/passwd", "/files/serve/page.html", "/classify/../../serve.py", "/static/serve.py",
+        "//etc/passwd", "/serving/page.html", "/classify/../../serve.py", "/static/serve.py",
         "/%00", "/%ff", "/v1/models", "/v1/models/half", f"{API}/versions/2", f"{API}/../x",
     ],
 )  # fmt: skip
@@ -890,7 +890,7 @@ def test_what_cannot_be_served_is_refused_before_tensorflow_is_imported(saved_mo
     ],
 )
 def test_a_damaged_saved_model_is_refused(saved_model, tmp_path, file, damage):
-    from saved_network import SavedNetwork
+    from cifar10_resnet.serving.saved_network import SavedNetwork
 
     folder = tmp_path / "damaged"
     shutil.copytree(saved_model, folder)
@@ -904,7 +904,7 @@ def test_a_damaged_saved_model_is_refused(saved_model, tmp_path, file, damage):
 def test_another_programs_saved_model_is_refused(tmp_path):
     import tensorflow as tf
 
-    from saved_network import SavedNetwork
+    from cifar10_resnet.serving.saved_network import SavedNetwork
 
     tf.saved_model.save(tf.Module(), tmp_path / "empty")
     save_network(tmp_path / "other", names=NAMES[:3])

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import evaluation_report
-import plots
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from evaluation import Scored
-from metrics import Metrics
+from cifar10_resnet.evaluation import report
+from cifar10_resnet.evaluation.metrics import Metrics, Scored
+from cifar10_resnet.figures import evaluation
+from cifar10_resnet.figures.style import figure_to_png
 
 NAMES = ("cat", "<script>alert(1)</script>", '"eel" & $title')
 VOID = {"meta", "img", "br", "link"}
@@ -60,11 +60,11 @@ def text() -> str:
     images = np.zeros((800, 32, 32, 3), np.uint8)
     scored = Scored("runs/<b>/model.ckpt-900", 900, run, "holdout", metrics, images)
     pictures = {
-        name: plots.figure_to_png(figure, dpi=30)
-        for name, figure in plots.evaluation_figures(metrics, images, NAMES).items()
+        name: figure_to_png(figure, dpi=30)
+        for name, figure in evaluation.evaluation_figures(metrics, images, NAMES).items()
     }
     made = {"command": "python run_evaluator.py '--path=a & b'", "versions": "Python 3.x"}
-    return evaluation_report.html(scored, pictures, made)
+    return report.html(scored, pictures, made)
 
 
 def test_the_page_has_the_figures(text):

@@ -15,11 +15,11 @@ from conftest import random_images
 from PIL import Image
 from programs import PROJECT, SMALL, error_of, run, without_tensorflow
 
-import export
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig
 from cifar10_resnet.data.photos import read_photo
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.serving import export
 from training import Trainer
 
 NAMES = ("aeroplane", "tree", "café", "d", "e", "f", "g", "h", "i", "j")
@@ -35,7 +35,7 @@ IMAGES = random_images(3, seed=7)[0]
 STRANGER = """
 import importlib.util, sys
 import numpy as np, tensorflow as tf
-for module in ("export", "resnet_model", "run_config", "errors"):
+for module in ("cifar10_resnet", "resnet_model", "cifar10_input"):
     assert importlib.util.find_spec(module) is None, module
 asked, folders = np.load(sys.argv[1]), sys.argv[3:]
 images, answers = asked["images"], {}
@@ -90,6 +90,7 @@ def exported(prefix, tmp_path_factory) -> Path:
     project = tmp_path_factory.mktemp("project")
     for file in (*PROJECT.glob("*.py"), *PROJECT.glob("requirements*.txt"), PROJECT / "Makefile"):
         shutil.copy(file, project)
+    shutil.copytree(PROJECT / "cifar10_resnet", project / "cifar10_resnet")
     (project / "files" / "pretrained").mkdir(parents=True)
     shutil.copy(PROJECT / "files" / "find_python.sh", project / "files")
     (project / ".venv").mkdir()

@@ -11,9 +11,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from cifar10_resnet.data.photos import SIDE, read_photo
+from cifar10_resnet.data.photos import read_photo
 from cifar10_resnet.errors import UserError
-from saved_network import DEFAULT, SavedNetwork
+from cifar10_resnet.formats import SIDE
+from cifar10_resnet.serving.saved_network import DEFAULT, SavedNetwork
 
 MAX_INSTANCES = 256
 MAX_SECONDS = 30  # to unpack the pictures of one request

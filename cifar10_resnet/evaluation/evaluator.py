@@ -4,7 +4,6 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from cifar10_input import ImageSet, describe_data, load_split
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import RunConfig, refuse_contradictions
 from cifar10_resnet.errors import UserError
-from metrics import Metrics
+from cifar10_resnet.evaluation.metrics import Metrics, Scored
 from resnet_model import IMAGE_SHAPE, ResNet
 
 
@@ -63,47 +62,6 @@ class Evaluator:
             tf.argmax(logits, axis=1, output_type=tf.int32),
             tf.reduce_max(tf.nn.softmax(logits), axis=1),
         )
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A checkpoint and what its evaluation found."""
-
-    checkpoint: str
-    step: int
-    run: RunConfig
-    split: str
-    metrics: Metrics
-    images: np.ndarray = field(repr=False)
-
-    def line(self) -> str:
-        """The essence in a line."""
-        return (
-            f"{self.checkpoint} on {self.split} images: accuracy {self.metrics.accuracy:.4f}, "
-            f"loss {self.metrics.loss:.4f}"
-        )
-
-    def report(self) -> str:
-        """All of it as lines for people."""
-        head = f"{self.checkpoint} ({self.run.model.name}, step {self.step}) on {self.split} images"
-        return f"{head}\n{self.metrics.report(self.run.data.class_names)}"
-
-    def as_json(self) -> dict[str, Any]:
-        """All of it as an object for programs."""
-        return {
-            "checkpoint": self.checkpoint,
-            "step": self.step,
-            "split": self.split,
-            "num_images": self.metrics.num_images,
-            "loss": self.metrics.loss,
-            "accuracy": self.metrics.accuracy,
-            "accuracy_interval": self.metrics.accuracy_interval,
-            "top_5_accuracy": self.metrics.top_5_accuracy,
-            "expected_calibration_error": self.metrics.calibration.error,
-            "per_class_accuracy": self.metrics.per_class_accuracy,
-            "confusion_matrix": self.metrics.confusion_matrix.tolist(),
-            "description": dataclasses.asdict(self.run),
-        }
 
 
 def score_checkpoints(

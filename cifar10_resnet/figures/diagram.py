@@ -14,7 +14,7 @@ from matplotlib.path import Path
 
 from cifar10_resnet.config import ModelConfig
 from cifar10_resnet.data.synthetic import make_split
-from plot_style import (
+from cifar10_resnet.figures.style import (
     BLUE,
     GREEN,
     INK,

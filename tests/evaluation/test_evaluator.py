@@ -14,8 +14,8 @@ from cifar10_resnet import checkpoints
 from cifar10_resnet.config import CIFAR10_NAMES, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.data import synthetic
 from cifar10_resnet.errors import UserError
-from evaluation import Evaluator, score_checkpoints
-from metrics import Metrics
+from cifar10_resnet.evaluation.evaluator import Evaluator, score_checkpoints
+from cifar10_resnet.evaluation.metrics import Metrics
 from resnet_model import ResNet
 from training import Trainer
 

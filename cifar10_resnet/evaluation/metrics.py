@@ -1,10 +1,13 @@
 """What an evaluation found: every image's prediction, and the figures that follow from them."""
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from cifar10_resnet.config import RunConfig
 
 NUM_BINS = 15
 
@@ -112,3 +115,44 @@ class Metrics:
             share = "no images" if accuracy is None else f"{accuracy:.4f}"
             lines.append(f"    {name:<{width}}{share}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A checkpoint and what its evaluation found."""
+
+    checkpoint: str
+    step: int
+    run: RunConfig
+    split: str
+    metrics: Metrics
+    images: np.ndarray = field(repr=False)
+
+    def line(self) -> str:
+        """The essence in a line."""
+        return (
+            f"{self.checkpoint} on {self.split} images: accuracy {self.metrics.accuracy:.4f}, "
+            f"loss {self.metrics.loss:.4f}"
+        )
+
+    def report(self) -> str:
+        """All of it as lines for people."""
+        head = f"{self.checkpoint} ({self.run.model.name}, step {self.step}) on {self.split} images"
+        return f"{head}\n{self.metrics.report(self.run.data.class_names)}"
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as an object for programs."""
+        return {
+            "checkpoint": self.checkpoint,
+            "step": self.step,
+            "split": self.split,
+            "num_images": self.metrics.num_images,
+            "loss": self.metrics.loss,
+            "accuracy": self.metrics.accuracy,
+            "accuracy_interval": self.metrics.accuracy_interval,
+            "top_5_accuracy": self.metrics.top_5_accuracy,
+            "expected_calibration_error": self.metrics.calibration.error,
+            "per_class_accuracy": self.metrics.per_class_accuracy,
+            "confusion_matrix": self.metrics.confusion_matrix.tolist(),
+            "description": dataclasses.asdict(self.run),
+        }

@@ -9,8 +9,8 @@ from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
 
 from cifar10_resnet import storage
-from cifar10_resnet.data.photos import SIDE
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.formats import SIDE
 
 FILE = "saved_model.pb"
 DEFAULT = "serving_default"

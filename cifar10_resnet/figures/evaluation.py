@@ -1,33 +1,25 @@
-"""The pictures of an evaluation and of trainings, as Matplotlib figures in the project's style."""
+"""The pictures of an evaluation, as Matplotlib figures in the project's style."""
 
-import io
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import cycle, product
-from typing import Any
+from collections.abc import Sequence
 
-import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
-from cifar10_resnet.errors import UserError
-from metrics import NUM_BINS, Metrics, calibration, wilson_interval
-from plot_style import (
+from cifar10_resnet.evaluation.metrics import NUM_BINS, Metrics, calibration, wilson_interval
+from cifar10_resnet.figures.style import (
     BLUE,
-    GREEN,
+    DASHED,
     INK,
     MUTED,
-    ORANGE,
     PAPER,
-    PURPLE,
     SKY,
     SMALL,
-    STYLE,
     VERMILLION,
     picture,
+    shortened,
     tint,
 )
 
@@ -35,23 +27,6 @@ PIXEL = 0.72  # points, as the style draws
 SMALLEST = 4.5  # points that can still be read, in a picture of twice the pixels
 
 MISTAKES_SHOWN, MISTAKES_IN_A_ROW = 24, 8
-
-DASHED = {"lw": 0.9, "ls": (0, (4, 2))}
-
-
-def figure_to_png(figure: Figure, dpi: int = 200) -> bytes:
-    """A figure as a PNG file, with 200 dots an inch 1800 pixels wide."""
-    return encode(figure, "png", dpi)
-
-
-def encode(figure: Figure, kind: str, dpi: int = 200) -> bytes:
-    """A figure as a file of a kind ("png", "svg"); the same figure gives the same bytes."""
-    undated = {"png": {"Software": None}, "svg": {"Date": None}}[kind]
-    buffer = io.BytesIO()
-    # Some of a figure's parts are only made while it is drawn.
-    with matplotlib.style.context(["default", STYLE, {"svg.hashsalt": "resnet"}]):
-        figure.savefig(buffer, format=kind, dpi=dpi, metadata=undated)
-    return buffer.getvalue()
 
 
 def evaluation_figures(
@@ -188,69 +163,12 @@ def mistakes_figure(
             axes = figure.add_subplot(rows, MISTAKES_IN_A_ROW, place, xticks=[], yticks=[])
             axes.imshow(images[i], interpolation="nearest")
             axes.spines[:].set_visible(False)
-            taken_for, label = (_shown(names[c], 16) for c in (predictions[i], labels[i]))
+            taken_for, label = (shortened(names[c], 16) for c in (predictions[i], labels[i]))
             small = {"fontsize": SMALL - 1}
             sure = f"{taken_for}\n{100 * confidences[i]:.0f} %"
             axes.set_title(sure, loc="center", pad=3, color=VERMILLION, **small)
             axes.set_xlabel(label, labelpad=3, color=INK, **small)
     return figure
-
-
-def curves_figure(
-    histories: Mapping[str, Sequence[Mapping[str, float]]], tags: Sequence[str], x: str = "step"
-) -> Figure:
-    """Learning curves of runs, given under their names as `run_history` reads them.
-
-    `tags` are those of the event files, or "error"; `x` is "step" or "epoch".
-    """
-    rows = -(-len(tags) // 2)
-    looks = dict(zip(histories, _looks(), strict=False))
-    with picture(
-        height=105 + 350 * rows + 20 * -(-len(histories) // 3),
-        title="Learning curves",
-        subtitle="Dashed on training batches, with markers in evaluations",
-    ) as figure:
-        for place, tag in enumerate(tags, 1):
-            axes = figure.add_subplot(rows, min(2, len(tags)), place)
-            for name, history in histories.items():
-                axes.plot(*_curve(history, "train", tag, x), color=looks[name]["color"], **DASHED)
-                over, values = _curve(history, "eval", tag, x)
-                axes.plot(over, values, markevery=max(1, len(over) // 8), **looks[name])
-            if not any(np.isfinite(line.get_xydata()).all(axis=1).any() for line in axes.lines):
-                raise UserError(f"the event files of these runs say nothing of {tag} over {x}s.")
-            axes.set_title(tag.replace("_", " "))
-            axes.set_xlabel(x)
-            axes.xaxis.set_major_locator(MaxNLocator(6))
-            axes.xaxis.set_major_formatter("{x:,.0f}")
-            if tag in ("loss", "error"):
-                axes.set_yscale("log")
-                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter("{x:g} %" if tag in ("error", "accuracy") else "{x:g}")
-        lines = [Line2D([], [], label=_shown(name, 40), **looks[name]) for name in histories]
-        figure.legend(handles=lines, loc="outside lower left", ncols=3, borderaxespad=1.6)
-    return figure
-
-
-def _curve(
-    history: Sequence[Mapping[str, float]], writer: str, tag: str, x: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Where something was written, and what, in percent if it is a share."""
-    column = f"{writer}_{'accuracy' if tag == 'error' else tag}"
-    rows = [row for row in history if column in row]
-    over, values = (np.array([row[key] for row in rows]) for key in ("step", column))
-    if tag in ("error", "accuracy"):
-        values = 100 * (1 - values if tag == "error" else values)
-    if x == "epoch":
-        epochs = (row["train_epoch"] / row["step"] for row in history if "train_epoch" in row)
-        over = over * next(epochs, np.nan)
-    return over, values
-
-
-def _looks() -> Iterator[dict[str, Any]]:
-    """How runs are drawn: apart by colour and, from the seventh on, by marker too."""
-    for marker, colour in cycle(product("os^Dv*", (BLUE, ORANGE, GREEN, PURPLE, INK, SKY))):
-        yield {"color": colour, "lw": 1.6, "marker": marker, "ms": 5, "mec": PAPER, "mew": 0.6}
 
 
 def _name_ticks(
@@ -260,7 +178,7 @@ def _name_ticks(
     size = SMALL if axis == "x" and not rotation else min(SMALL, 0.95 * room * PIXEL)
     every = int(np.ceil(SMALLEST / size))
     places = range(0, len(names), every)
-    labels = [_shown(names[i], 24) for i in places]
+    labels = [shortened(names[i], 24) for i in places]
     ticks = axes.xaxis if axis == "x" else axes.yaxis
     ticks.set_ticks(places, labels, fontsize=max(size, SMALLEST), rotation=rotation)
     axes.tick_params(axis=axis, length=0)
@@ -274,9 +192,3 @@ def _percent_ticks(axes: Axes, axis: str) -> None:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def _shown(name: str, longest: int) -> str:
-    """A name as it is, not as a formula, up to so many characters."""
-    cut = name if len(name) <= longest else name[: longest - 1] + "…"
-    return cut.replace("$", r"\$")

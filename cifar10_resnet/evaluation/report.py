@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from evaluation import Scored
-from metrics import NUM_BINS, wilson_interval
+from cifar10_resnet.evaluation.metrics import NUM_BINS, Scored, wilson_interval
 
-TEMPLATE = Path(__file__).resolve().parent / "files" / "evaluation_report" / "page.html"
+TEMPLATE = Path(__file__).with_name("report.html")
 
 # the columns of the table of classes, and how their cells look
 CLASS_CELLS = (

@@ -13,8 +13,8 @@ import tensorflow as tf
 
 from cifar10_resnet import checkpoints, storage
 from cifar10_resnet.errors import UserError, reason_of
+from cifar10_resnet.serving.saved_network import SavedNetwork
 from resnet_model import IMAGE_SHAPE, ResNet
-from saved_network import SavedNetwork
 
 Answers = dict[str, tf.Tensor]
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from metrics import NUM_BINS, Metrics, calibration, wilson_interval
+from cifar10_resnet.evaluation.metrics import NUM_BINS, Metrics, calibration, wilson_interval
 
 
 def metrics_of(matrix: list[list[int]]) -> Metrics:
