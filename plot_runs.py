@@ -9,9 +9,9 @@ import os
 from absl import flags
 
 import program
-import run_history
 from cifar10_resnet import storage
 from cifar10_resnet.errors import UserError, exits_with_a_sentence
+from cifar10_resnet.training.history import read_history
 
 KINDS = ("png", "svg")
 TAGS = ("loss", "error", "accuracy", "learning_rate", "images_per_second")
@@ -60,7 +60,7 @@ def _history(run: str) -> list[dict[str, float]]:
     if not os.path.isdir(run):
         raise UserError(f"there is no folder {run}: name one that run_trainer.py wrote with --run.")
     for log_path in (os.path.join(run, "log"), run):
-        if history := run_history.read_history(log_path):
+        if history := read_history(log_path):
             return history
     raise UserError(
         f"there are no curves in {run}: name a run's --ckpt_path or its --train_log_path, which "

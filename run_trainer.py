@@ -273,11 +273,11 @@ def main(argv: list[str]) -> int:
         storage.refuse_unwritable(FLAGS.export_dir, apart_from=[ckpt_path, log_path])
 
     device = start_tensorflow(FLAGS.device, FLAGS.verbose, FLAGS.num_gpus)
-    import training
     from cifar10_resnet import checkpoints
     from cifar10_resnet.distributed import replicas as distributed
     from cifar10_resnet.evaluation import evaluator
     from cifar10_resnet.serving import export
+    from cifar10_resnet.training import trainer as training
     from resnet_model import resolve_data_format
 
     if workers and not FLAGS.quiet:

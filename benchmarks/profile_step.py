@@ -18,7 +18,7 @@ import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 from cifar10_resnet.config import ModelConfig, RunConfig
-from training import Trainer
+from cifar10_resnet.training.trainer import Trainer
 
 STEPS = 10
 # what the profiler records beside single operations: the calls that contain them

@@ -34,7 +34,7 @@ def measure(layers: int, batch_size: int, steps: int, devices: int, sync: bool) 
     from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig
     from cifar10_resnet.distributed import cluster
     from cifar10_resnet.distributed import replicas as distributed
-    from training import Trainer
+    from cifar10_resnet.training.trainer import Trainer
 
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0],

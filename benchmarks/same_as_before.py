@@ -141,8 +141,9 @@ def train(sides: list[Side], run: str, flags: tuple[str, ...]) -> Iterator[str]:
         yield f"BEFORE logs {len(before)} lines, AFTER {len(after)}"
     differing = [pair for pair in zip(before, after, strict=False) if pair[0] != pair[1]]
     if differing:
-        was, now = map(" ".join, differing[0])
-        yield f"{len(differing)} log lines differ, such as {was}: now {now}"
+        (step, *was), (_, *now) = differing[0]
+        names = "loss, accuracy and learning rate"
+        yield f"{len(differing)} log lines differ: {names} of step {step} are {was}, now {now}"
     yield from different_tensors(*(side.folder / run for side in sides))
 
 

@@ -24,8 +24,8 @@ from contender import (
 
 from cifar10_input import mean_image, read_images, training_batches
 from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig, units_per_block
+from cifar10_resnet.training.trainer import Trainer
 from resnet_model import DTYPES, ResNet, resolve_data_format
-from training import Trainer
 
 MATRIX_SIDE = 4096
 MATMUL_SECONDS = 1.0

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 
-import summaries
 from cifar10_resnet import storage
 from cifar10_resnet.config import RunConfig
 from cifar10_resnet.errors import UserError, reason_of
+from cifar10_resnet.training import summaries
 from resnet_model import ResNet
 
 NAME = "model.ckpt"

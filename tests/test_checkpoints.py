@@ -16,9 +16,9 @@ from conftest import contents
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.training.summaries import FILE_SUFFIX
+from cifar10_resnet.training.trainer import Trainer
 from resnet_model import ResNet
-from summaries import FILE_SUFFIX
-from training import Trainer
 
 RUN = RunConfig(
     ModelConfig(num_layers=8, batch_norm_decay=0.9),

@@ -16,7 +16,7 @@ from programs import PROJECT
 
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig
-from training import Trainer
+from cifar10_resnet.training.trainer import Trainer
 
 Shape = tuple[int, ...]
 

@@ -5,6 +5,7 @@ The flags are those of TensorFlow's official ResNet and of the light tf-resnet-c
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +166,8 @@ def test_the_official_programs_flags_work(data, tmp_path):
 
 def test_the_official_programs_flags_of_a_new_start_work(tmp_path):
     pretrained = PROJECT / "files/pretrained/resnet20"
-    (tmp_path / "model.ckpt-7.sha256").touch()  # what an older run left
+    for file in pretrained.glob("model.ckpt-16000.*"):  # an older run in the same folder
+        shutil.copy(file, tmp_path)
     started = run(
         *("run_trainer.py", "--use_synthetic_data", f"--model_dir={tmp_path}", "--clean"),
         *(f"--pretrained_model_checkpoint_path={pretrained}", "--fine_tune"),
@@ -179,7 +181,7 @@ def test_the_official_programs_flags_of_a_new_start_work(tmp_path):
     }
     assert_settings(started, settings)
     assert "650 of its 269,722 parameters" in started  # the final layer's 64x10 + 10
-    assert {path.name for path in tmp_path.glob("*.sha256")} == {"model.ckpt-1.sha256"}
+    assert {path.name for path in tmp_path.glob("*.index")} == {"model.ckpt-1.index"}
 
 
 def test_the_light_scripts_flags_work(data, tmp_path):

@@ -251,7 +251,8 @@ def test_who_stops_a_run_begun_with_clean_is_told_to_go_on_without_it(data, tmp_
 def test_a_network_without_its_training_is_refused_as_a_run_to_go_on_with(
     data, uninterrupted, tmp_path
 ):
-    code = "import sys, checkpoints; checkpoints.save_network(*sys.argv[1:])"
+    code = "import sys; from cifar10_resnet.checkpoints import save_network; "
+    code += "save_network(*sys.argv[1:])"
     run_code(code, uninterrupted / "model.ckpt-60", tmp_path)
     error = error_of("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}")
     assert f"--pretrained_model_checkpoint_path={tmp_path}" in error
@@ -502,8 +503,9 @@ def test_what_cannot_be_transferred_ends_in_one_sentence(data, uninterrupted, tm
 INTERRUPTED_TRAINER = """
 import os, signal
 from absl import app
-import run_trainer, training
-training.load_training = lambda *args: os.kill(os.getpid(), signal.SIGINT)
+import run_trainer
+from cifar10_resnet.training import trainer
+trainer.load_training = lambda *args: os.kill(os.getpid(), signal.SIGINT)
 app.run(run_trainer.main)
 """
 

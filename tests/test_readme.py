@@ -154,7 +154,7 @@ def test_the_marked_code_runs(checkout, write_cifar10):
     from cifar10_resnet import checkpoints
     from cifar10_resnet.config import ModelConfig, RunConfig
     from cifar10_resnet.serving import export
-    from training import Trainer
+    from cifar10_resnet.training.trainer import Trainer
 
     write_cifar10()
     checkpoint = Trainer(RunConfig(ModelConfig(num_layers=20))).checkpoint

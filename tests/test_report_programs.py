@@ -11,7 +11,7 @@ from programs import PROJECT, error_of, run, run_code
 
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import ModelConfig, RunConfig
-from training import Trainer
+from cifar10_resnet.training.trainer import Trainer
 
 
 def write_events(folder: Path, scale: float) -> None:

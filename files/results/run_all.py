@@ -182,8 +182,8 @@ def _run_program(*words: str) -> None:
 def _write_csv(run: Run, folder: str, score: dict[str, Any]) -> None:
     import tensorflow as tf
 
+    from cifar10_resnet.training.history import read_history
     from resnet_model import ResNet
-    from run_history import read_history
 
     description = RunConfig.from_json(json.dumps(score["description"]))
     parameters = sum(v.shape.num_elements() for v in ResNet(description.model).trainable_variables)

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-import training
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.data.synthetic import CLASS_NAMES
 from cifar10_resnet.distributed import replicas as distributed
+from cifar10_resnet.training import trainer as training
 
 BATCH_SIZE = 8
 NETWORKS = {

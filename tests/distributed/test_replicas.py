@@ -20,11 +20,11 @@ from programs import (
 )
 
 import launch_local
-import training
 from cifar10_resnet import checkpoints
 from cifar10_resnet.distributed import cluster
 from cifar10_resnet.distributed import replicas as distributed
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.training import trainer as training
 
 
 @pytest.fixture(scope="module")

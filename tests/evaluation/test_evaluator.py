@@ -16,8 +16,8 @@ from cifar10_resnet.data import synthetic
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.evaluator import Evaluator, score_checkpoints
 from cifar10_resnet.evaluation.metrics import Metrics
+from cifar10_resnet.training.trainer import Trainer
 from resnet_model import ResNet
-from training import Trainer
 
 COUNT = 53  # a prime: no batch size but 1 divides it
 

@@ -19,10 +19,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np  # noqa: E402
 
 import cifar10_input  # noqa: E402
-import training  # noqa: E402
 from cifar10_resnet import checkpoints  # noqa: E402
 from cifar10_resnet.evaluation.evaluator import score_checkpoints  # noqa: E402
 from cifar10_resnet.figures.style import BLUE, VERMILLION, picture  # noqa: E402
+from cifar10_resnet.training import trainer as training  # noqa: E402
 
 STEPS, EVERY, EVALUATIONS = 2_000, 20, 200
 BATCH = 16

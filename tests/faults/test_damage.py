@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
-import training
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.training import trainer as training
 
 RUN = RunConfig(
     ModelConfig(num_layers=8), DataConfig("synthetic"), TrainingConfig(batch_size=8, seed=5)

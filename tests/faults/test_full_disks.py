@@ -18,8 +18,8 @@ from cifar10_resnet import checkpoints, storage
 from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.serving import export
-from progress import Progress
-from training import Trainer
+from cifar10_resnet.training.progress import Progress
+from cifar10_resnet.training.trainer import Trainer
 
 FULL = "No space left on device"
 

@@ -12,7 +12,7 @@ from programs import SMALL, start
 
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import RunConfig
-from progress import Progress
+from cifar10_resnet.training.progress import Progress
 
 
 class Terminal(io.StringIO):

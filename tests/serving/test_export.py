@@ -20,7 +20,7 @@ from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig
 from cifar10_resnet.data.photos import read_photo
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.serving import export
-from training import Trainer
+from cifar10_resnet.training.trainer import Trainer
 
 NAMES = ("aeroplane", "tree", "café", "d", "e", "f", "g", "h", "i", "j")
 FORMS = {

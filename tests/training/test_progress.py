@@ -13,7 +13,7 @@ import pytest
 
 from cifar10_resnet.config import RunConfig
 from cifar10_resnet.evaluation.metrics import Metrics
-from progress import Progress
+from cifar10_resnet.training.progress import Progress
 
 END = "\x03"  # marks how far a terminal is to be read
 

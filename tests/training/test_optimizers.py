@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from cifar10_resnet import config
 from cifar10_resnet.config import ModelConfig, TrainingConfig
-from optimizers import OPTIMIZERS, Momentum, Muon, orthogonal
+from cifar10_resnet.training.optimizers import OPTIMIZERS, Momentum, Muon, orthogonal
 from resnet_model import ResNet
 
 CONFIG = ModelConfig(num_layers=8)

@@ -8,10 +8,10 @@ a sum; the fast step may drift from it no further than that.
 import numpy as np
 import tensorflow as tf
 
-import training
 from cifar10_input import ImageSet, mean_image, training_batches
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.data.synthetic import CLASS_NAMES, make_split
+from cifar10_resnet.training import trainer as training
 from resnet_model import ResNet
 
 STEPS = 500

@@ -8,7 +8,7 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cifar10_resnet.errors import UserError
-from run_history import read_history
+from cifar10_resnet.training.history import read_history
 
 
 def write(log: Path, writer: str, rows: dict[int, dict[str, float]]) -> Path:

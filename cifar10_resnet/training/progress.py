@@ -13,7 +13,7 @@ from tqdm import tqdm
 from cifar10_resnet.config import RunConfig
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.metrics import Metrics
-from summaries import Summaries
+from cifar10_resnet.training.summaries import Summaries
 
 
 class Progress:
@@ -181,7 +181,9 @@ class Progress:
 
     def _best_evaluation(self, last_step: int) -> tuple[float, int]:
         """The best accuracy of the whole run, in earlier starts too, and its step."""
-        from run_history import read_history  # which the first step need not wait for
+        from cifar10_resnet.training.history import (
+            read_history,  # which the first step need not wait for
+        )
 
         step, _, metrics = self._evaluated
         found = [(metrics.accuracy, step)]

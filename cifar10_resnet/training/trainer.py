@@ -37,8 +37,8 @@ from cifar10_resnet.distributed.replicas import Replicas
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.evaluator import Evaluator
 from cifar10_resnet.evaluation.metrics import Metrics
-from optimizers import OPTIMIZERS
-from progress import NoProgress, Progress
+from cifar10_resnet.training.optimizers import OPTIMIZERS
+from cifar10_resnet.training.progress import NoProgress, Progress
 from resnet_model import IMAGE_SHAPE, ResNet, assign
 
 # Several workers ask each other this often whether one was told to stop.

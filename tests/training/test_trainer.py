@@ -8,13 +8,13 @@ import pytest
 import tensorflow as tf
 from conftest import write_cifar100, write_pictures
 
-import training
 from cifar10_input import ImageSet, mean_image
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import RECIPES, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.data.synthetic import CLASS_NAMES, make_split
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.evaluator import Evaluator
+from cifar10_resnet.training import trainer as training
 
 SMALL = ModelConfig(num_layers=8)
 

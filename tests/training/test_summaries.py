@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
-from test_training import gradients_of, make_batch, make_run, options
+from test_trainer import gradients_of, make_batch, make_run, options
 
 import cifar10_input
-import summaries
-import training
 from cifar10_resnet.data.synthetic import CLASS_NAMES
+from cifar10_resnet.training import summaries
+from cifar10_resnet.training import trainer as training
 
 # TensorBoard reads event files without TensorFlow, and starts in half the time, where it is hidden.
 TENSORBOARD = """

@@ -12,12 +12,12 @@ import tensorflow as tf
 from conftest import values_in
 from numpy_resnet import NumpyResNet
 
-import training
 from cifar10_input import load_training, mean_image
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.evaluator import score_checkpoints
+from cifar10_resnet.training import trainer as training
 from resnet_model import ResNet
 
 FINAL_LAYER = ("logits/kernel:0", "logits/bias:0")
