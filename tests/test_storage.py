@@ -98,9 +98,12 @@ def test_what_cannot_be_written_is_refused_early(tmp_path, monkeypatch, kind, se
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_folder_without_permission_is_refused_early(tmp_path, as_nobody):
+def test_a_folder_without_permission_is_refused_early(tmp_path, monkeypatch, as_nobody):
+    (tmp_path / "closed").mkdir(mode=0o555)
+    # from within, as the folders above pytest's are closed to anybody else
+    monkeypatch.chdir(tmp_path / "closed")
     with as_nobody(), pytest.raises(UserError, match="Permission denied"):
-        storage.refuse_unwritable(str(tmp_path / "new"))
+        storage.refuse_unwritable("new")
 
 
 def test_a_folder_that_something_else_will_fill_is_refused(tmp_path):
