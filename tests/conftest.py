@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from errors import UserError
 
 # a user's own choice of it would bring TensorFlow's messages into what the commands print
 os.environ.pop("TF_CPP_MIN_LOG_LEVEL", None)
@@ -93,6 +94,22 @@ def contents(folder: Path) -> dict[str, bytes]:
     """What the files of a folder hold, those in deeper ones too, by their paths within it."""
     files = (file for file in folder.rglob("*") if file.is_file())
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def has_channels_first(dtype: str = "fp32") -> bool:
+    """Returns whether this CPU can train with channels_first in this precision."""
+    from resnet_model import resolve_data_format
+
+    try:
+        resolve_data_format("channels_first", dtype, "cpu")
+    except UserError:
+        return False
+    return True
+
+
+def skip_without_channels_first(dtype: str = "fp32") -> None:
+    if not has_channels_first(dtype):
+        pytest.skip(f"this CPU lacks channels_first in {dtype}")
 
 
 def values_in(prefix: str | Path) -> dict[str, object]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import values_in, write_cifar100
+from conftest import skip_without_channels_first, values_in, write_cifar100
 from PIL import Image
 from programs import SMALL, error_of, run, run_code, start, wait_for, without_tensorflow
 
@@ -206,6 +206,7 @@ def test_resuming_with_another_value_names_both(data, uninterrupted, flag, asked
 
 
 def test_what_may_change_on_resuming_does(data, tmp_path):
+    skip_without_channels_first("bf16")
     command = ("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL)
     run(*command, "--num_iterations=12", "--max_train_steps=5")
     resumed = run(*command, "--data_format=channels_first", "--dtype=bf16", "--max_train_steps=9")
@@ -393,6 +394,8 @@ def test_evaluating_needs_the_test_file_alone(data, uninterrupted, tmp_path):
 def test_layouts_and_precisions_score_one_checkpoint_alike(
     data, uninterrupted, tmp_path, layout, dtype
 ):
+    if layout == "channels_first":
+        skip_without_channels_first(dtype)
     losses = []
     for flags in ((), (f"--data_format={layout}", f"--dtype={dtype}")):
         file = tmp_path / "scores.json"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import skip_without_channels_first
 from numpy_resnet import NumpyResNet, Values
 from programs import run_code
 
@@ -411,13 +412,6 @@ def test_gradients_of_a_whole_network_are_the_references_finite_differences(kind
 
 
 # --- Layouts and precisions -----------------------------------------------------------------------
-
-
-def skip_without_channels_first(dtype: str = "fp32") -> None:
-    try:
-        resolve_data_format("channels_first", dtype, "cpu")
-    except UserError:
-        pytest.skip(f"this CPU has no channels_first in {dtype}")
 
 
 def logits_and_gradients(model: ResNet, images: np.ndarray) -> tuple[np.ndarray, Values]:

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import replica_steps
 import tensorflow as tf
-from conftest import TRAIN_FILES, random_images, values_in, write_records
+from conftest import (
+    TRAIN_FILES,
+    random_images,
+    skip_without_channels_first,
+    values_in,
+    write_records,
+)
 from programs import (
     PROJECT,
     Workers,
@@ -27,21 +33,20 @@ from cifar10_resnet.errors import UserError
 from cifar10_resnet.training import trainer as training
 
 
-@pytest.fixture(scope="module")
-def one_device() -> dict[str, np.ndarray]:
-    return replica_steps.take_steps(distributed.Replicas())
-
-
-@pytest.mark.parametrize(("count", "networks"), [(2, [*replica_steps.NETWORKS]), (4, ["momentum"])])
-def test_replicas_take_the_steps_of_one_device(count, networks, one_device, tmp_path):
+@pytest.mark.parametrize(
+    ("count", "networks"),
+    [(2, ["momentum", "muon"]), (2, ["channels_first"]), (4, ["momentum"])],
+)
+def test_replicas_take_the_steps_of_one_device(count, networks, tmp_path):
+    if "channels_first" in networks:
+        skip_without_channels_first()
+    one_device = replica_steps.take_steps(distributed.Replicas(), networks)
     file = tmp_path / "found.npz"
-    program = ("tests/replica_steps.py", count, file, *networks)
+    program = ("tests/distributed/replica_steps.py", count, file, *networks)
     run(*program, env=environment(TF_CPP_MIN_LOG_LEVEL="2"))
     found = np.load(file)
-    kinds = {*networks, "apart", "shares"}
-    expected = {name: v for name, v in one_device.items() if name.split("/")[0] in kinds}
-    assert set(found) == set(expected)
-    for name, value in expected.items():
+    assert set(found) == set(one_device)
+    for name, value in one_device.items():
         if not name.startswith(("apart/", "shares")):
             np.testing.assert_allclose(found[name], value, rtol=2e-3, atol=2e-4, err_msg=name)
 
