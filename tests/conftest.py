@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from errors import UserError
 
-# a user's own choice of it would bring TensorFlow's messages into what the commands print
-os.environ.pop("TF_CPP_MIN_LOG_LEVEL", None)
+# The commands obey these. What a user's shell sets must not change what the tests see.
+for name in ("TF_CPP_MIN_LOG_LEVEL", "TF_CONFIG", "NO_COLOR", "TERM", "COLUMNS"):
+    os.environ.pop(name, None)
 # A suite in the background (`make test &` in a script) ignores Ctrl-C, and its commands would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
