@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from errors import UserError
+
+from cifar10_resnet.errors import UserError
 
 # The commands obey these. What a user's shell sets must not change what the tests see.
 for name in ("TF_CPP_MIN_LOG_LEVEL", "TF_CONFIG", "NO_COLOR", "TERM", "COLUMNS"):
