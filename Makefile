@@ -39,7 +39,7 @@ bench: $(BENCH_VENV)/ready
 
 figures: $(VENV)/ready
 	$(RUN) files/draw_parts.py
-	$(RUN) files/draw_network.py
+	$(RUN) -m cifar10_resnet draw --output=files/ResNet20_CIFAR10.pdf,files/ResNet20_CIFAR10.png
 	$(RUN) files/draw_curves.py
 
 PRETRAINED := $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard files/pretrained/*/*.index)))))
@@ -57,7 +57,7 @@ savedmodels/%-nchw/saved_model.pb: files/pretrained/% | $(VENV)/ready
 # $(call export_saved_model,DATA_FORMAT)
 define export_saved_model
 	rm -rf $(@D)
-	$(RUN) export_saved_model.py --ckpt_path=$< --export_dir=$(@D) --data_format=$(1)
+	$(RUN) -m cifar10_resnet export --ckpt_path=$< --export_dir=$(@D) --data_format=$(1)
 endef
 
 # $(call make_environment,FOLDER,REQUIREMENTS)

@@ -1,4 +1,4 @@
-"""Puts CIFAR-10 or CIFAR-100 where the trainer looks for it: fetch, verify, unpack.
+"""Downloads CIFAR-10 or CIFAR-100, verifies it and unpacks it.
 
     python cifar10_download_and_extract.py                      # into ./cifar-10-batches-bin
     python cifar10_download_and_extract.py --data_dir=~/data    # into ~/data/cifar-10-batches-bin
@@ -18,7 +18,6 @@ import http.client
 import io
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -33,7 +32,9 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from cifar10_resnet import errors
+from cifar10_resnet.cli.guard import exits_with_a_sentence
 from cifar10_resnet.formats import FORMATS, IMAGE_BYTES, Digest, Format
+from cifar10_resnet.terminal import command
 
 README_FILE = "readme.html"  # CIFAR-10's archive has one
 MANIFEST = ".sha256"
@@ -807,14 +808,14 @@ def provide_data(flags: argparse.Namespace) -> None:
         else:
             fetch_and_unpack(folder, flags)
             print(f"{flags.file_format.title} is in {folder}")
-    print(f"next: python run_trainer.py --path={shlex.quote(str(folder))}", flush=True)
+    print(f"next: {command('run_trainer.py', f'--path={folder}')}", flush=True)
 
 
 def terminate(signum: int, frame: object) -> None:
     raise Terminated
 
 
-@errors.exits_with_a_sentence
+@exits_with_a_sentence
 def main(argv: Sequence[str] | None = None) -> int:
     flags = parse_flags(argv)
     try:

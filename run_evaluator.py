@@ -1,4 +1,4 @@
-"""Scores checkpoints of a ResNet.
+"""Evaluates checkpoints and prints accuracy, loss and calibration.
 
 python run_evaluator.py --path=cifar-10-batches-bin --ckpt_path=runs/resnet20
 """
@@ -12,11 +12,11 @@ from datetime import datetime, timezone
 
 from absl import flags
 
-import command_line
-import program
 from cifar10_resnet import storage
+from cifar10_resnet.cli import app
+from cifar10_resnet.cli import flags as command_line
+from cifar10_resnet.cli.guard import exits_with_a_sentence
 from cifar10_resnet.device import start_tensorflow
-from cifar10_resnet.errors import exits_with_a_sentence
 from cifar10_resnet.terminal import table
 
 FLAGS = flags.FLAGS
@@ -132,4 +132,4 @@ def _draw(scored, computed_in: str) -> None:
 
 
 if __name__ == "__main__":
-    program.run(main, FLAG_GROUPS)
+    app.run(main, FLAG_GROUPS)

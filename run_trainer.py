@@ -1,4 +1,4 @@
-"""Trains a ResNet on 32x32 images.
+"""Trains a ResNet on CIFAR-10, CIFAR-100, your own photos or synthetic images.
 
 python run_trainer.py --path=cifar-10-batches-bin --num_layers=20
 """
@@ -7,16 +7,15 @@ import contextlib
 import dataclasses
 import json
 import os
-import shlex
-import shutil
 import signal
 import sys
 
 from absl import flags
 
-import command_line
-import program
 from cifar10_resnet import formats, storage
+from cifar10_resnet.cli import app
+from cifar10_resnet.cli import flags as command_line
+from cifar10_resnet.cli.guard import exits_with_a_sentence
 from cifar10_resnet.config import (
     MAX_SEED,
     OPTIMIZERS,
@@ -27,8 +26,8 @@ from cifar10_resnet.config import (
 )
 from cifar10_resnet.device import start_tensorflow
 from cifar10_resnet.distributed import cluster
-from cifar10_resnet.errors import UserError, exits_with_a_sentence
-from cifar10_resnet.terminal import emphasised, table
+from cifar10_resnet.errors import UserError
+from cifar10_resnet.terminal import command, emphasised, table
 
 FLAGS = flags.FLAGS
 
@@ -47,7 +46,9 @@ class StepRange(flags.ArgumentParser):
 
 flags.adopt_module_key_flags(command_line)
 flags.DEFINE_string(
-    "ckpt_path", None, "Folder for the checkpoints (default: runs/resnet20 and so on)."
+    "ckpt_path",
+    None,
+    "Folder for the checkpoints (default: runs/resnet20, runs/resnet20-fast and so on).",
 )
 flags.DEFINE_alias("model_dir", "ckpt_path")
 flags.DEFINE_string(
@@ -221,7 +222,7 @@ def _threshold_is_measured(values: dict[str, object]) -> bool:
 
 @flags.multi_flags_validator(
     ["export_dir", "eval_only"],
-    "--export_dir is for the end of a training: export_saved_model.py exports what is trained",
+    "--export_dir is for the end of a training: the export command exports what is trained",
 )
 def _exports_what_it_trains(values: dict[str, object]) -> bool:
     return values["export_dir"] is None or not values["eval_only"]
@@ -266,7 +267,7 @@ def main(argv: list[str]) -> int:
     if FLAGS.distribution_strategy == "multi_worker" and workers is None:
         raise UserError(
             "--distribution_strategy=multi_worker needs TF_CONFIG to name the workers, as in "
-            f"{cluster.EXAMPLE}: launch_local.py sets it to try it on one machine."
+            f"{cluster.EXAMPLE}: `{command('launch')}` sets it to try it on one machine."
         )
     if FLAGS.export_dir and (workers is None or workers.index == 0):  # the chief
         storage.refuse_patterns(FLAGS.export_dir)
@@ -360,18 +361,14 @@ def _flags_in_common() -> dict[str, object]:
 
 
 def _evaluating(run: RunConfig, checkpoint: str) -> str:
-    """The command that evaluates a checkpoint, for the shell that this one was typed into."""
-    python = sys.executable
-    if python in map(shutil.which, names := ("python", "python3")):
-        python = next(name for name in names if shutil.which(name) == python)
-    script = os.path.join(os.path.dirname(sys.argv[0]), "run_evaluator.py")
-    words = [python, script, f"--ckpt_path={checkpoint}"]
+    """Returns the command that evaluates a checkpoint."""
+    words = [f"--ckpt_path={checkpoint}"]
     if run.data.dataset != "synthetic":
         given = command_line.given_flags(("path", "dataset"))
         words += [f"--{name}={value}" for name, value in given.items() if value is not None]
     if run.data.holdout:
         words.append("--split=holdout")
-    return shlex.join(words)
+    return command("run_evaluator.py", *words)
 
 
 def _given_dataset() -> str | None:
@@ -384,6 +381,7 @@ def _given_dataset() -> str | None:
 
 
 def _default_ckpt_path(dataset: str | None) -> str:
+    """Returns the run folder that a start without --ckpt_path has: one for each kind of run."""
     if FLAGS.pretrained_model_checkpoint_path:
         path = os.path.abspath(FLAGS.pretrained_model_checkpoint_path)
         folder = path if os.path.isdir(path) else os.path.dirname(path)
@@ -398,10 +396,11 @@ def _default_ckpt_path(dataset: str | None) -> str:
         name, kind = network.name, ""
     if FLAGS.fine_tune:
         kind = "-fine-tune"
+    recipe = "" if FLAGS.recipe == "paper" else f"-{FLAGS.recipe}"
     data = "" if dataset in (None, "cifar10") else f"-{dataset}"
     coarse = "-coarse" if FLAGS.coarse_labels else ""
-    return os.path.join("runs", name + kind + data + coarse)
+    return os.path.join("runs", name + kind + recipe + data + coarse)
 
 
 if __name__ == "__main__":
-    program.run(main, FLAG_GROUPS)
+    app.run(main, FLAG_GROUPS)

@@ -1,65 +1,10 @@
-"""How the programs tell of a mistake: one sentence on stderr, exit status 1, no traceback."""
+"""What goes wrong and the user can mend, and how its reason is put in one line."""
 
-import errno
-import functools
-import os
 import re
-import signal
-import sys
-from collections.abc import Callable
-
-from cifar10_resnet.terminal import RED, emphasised
 
 
 class UserError(Exception):
     """Something the user can mend. Its text says what is wrong, where, and what to do next."""
-
-
-def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Wraps a program's `main`: a UserError or Ctrl-C ends it in a sentence, a bug does not."""
-
-    @functools.wraps(main)
-    def guarded(*args, **kwargs):
-        try:
-            return main(*args, **kwargs)
-        except UserError as error:
-            tell(error)
-            return 1
-        except KeyboardInterrupt:
-            # Who has something to lose by Ctrl-C, as a training in its steps, handles it itself.
-            sentence = "interrupted; nothing is lost: start the same command again."
-            print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
-            return 128 + signal.SIGINT
-        except BrokenPipeError:
-            # whoever read the output has gone, as in `… | head`: end as quietly as other programs
-            _silence_stdout()
-            return 128 + signal.SIGPIPE
-        except OSError as error:
-            # What a program writes to it tells of by itself; what is left is its output.
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-                raise
-            _silence_stdout()
-            tell(UserError(f"cannot write {error.filename or 'the output'}: {error.strerror}."))
-            return 1
-        except Exception as error:
-            if not _is_out_of_memory(error):
-                raise
-            advice = "a smaller --batch_size needs less."
-            tell(UserError(f"out of memory: {reason_of(error)}; {advice}"))
-            return 1
-
-    return guarded
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether it is Python's or TensorFlow's; this module does not import TensorFlow."""
-    text = f"{type(error).__name__}: {error}"
-    return bool(re.match("MemoryError|ResourceExhaustedError.*(OOM|[Oo]ut of memory)", text, re.S))
-
-
-def _silence_stdout() -> None:
-    """Lets Python's last flush go nowhere: it would fail as the one before it."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def reason_of(error: Exception) -> str:
@@ -73,9 +18,3 @@ def reason_of(error: Exception) -> str:
 def printable(text: str) -> str:
     """The text in one line without control characters, whatever a file or its name put into it."""
     return "".join(char if char.isprintable() else "?" for char in text)
-
-
-def tell(error: UserError) -> None:
-    """Writes an error's sentence to stderr, in one line, whatever a file put into it."""
-    label = emphasised("error:", sys.stderr, RED)
-    print(f"{os.path.basename(sys.argv[0])}: {label} {printable(str(error))}", file=sys.stderr)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.terminal import command
 
 SIDE, CHANNELS = 32, 3
 IMAGE_BYTES = SIDE * SIDE * CHANNELS  # the red, the green and the blue plane, each row by row
@@ -182,7 +183,7 @@ FORMATS = {
                 Digest("md5", "03b5dce01913d631647c71ecec9e9cb8"),
             ),
         ),
-        # what images_to_binary.py makes; no file has the name of one of the above, so that a folder
+        # what photos are imported into; no file has the name of one of the above, so that a folder
         # tells by its files what it holds
         Format(
             dataset="pictures",
@@ -218,10 +219,11 @@ def find(path: str | None, dataset: str | None = None) -> tuple[str, Format]:
         return found[dataset], FORMATS[dataset]
     titles = " and ".join(FORMATS[name].title for name in found)
     if not found:
+        download, own = command("cifar10_download_and_extract.py"), command("import")
         raise UserError(
             f"{path} holds no data set ({FORMATS['cifar10'].train_files[0]} and so on): name the "
-            "right folder with --path, get one with `python cifar10_download_and_extract.py`, or "
-            "make one of your own pictures with `python images_to_binary.py`."
+            f"right folder with --path, get one with `{download}`, or make one of your own photos "
+            f"with `{own}`."
         )
     if dataset is None:
         raise UserError(f"{path} holds {titles}: choose one with --dataset.")
@@ -243,11 +245,11 @@ def _list(folder: str, dataset: str | None) -> set[str]:
     try:
         return set(os.listdir(folder))
     except FileNotFoundError as error:
-        which = " --dataset=cifar100" if dataset == "cifar100" else ""
+        which = ["--dataset=cifar100"] if dataset == "cifar100" else []
+        download = command("cifar10_download_and_extract.py", *which)
         raise UserError(
-            f"there is no data at {folder}: get it with "
-            f"`python cifar10_download_and_extract.py{which}`, name its folder with --path, or try "
-            "the programs on generated pictures with --use_synthetic_data."
+            f"there is no data at {folder}: get it with `{download}`, name its folder with --path, "
+            "or try the programs on generated pictures with --use_synthetic_data."
         ) from error
     except NotADirectoryError as error:
         raise UserError(

@@ -16,9 +16,9 @@ from absl import flags
 from matplotlib.axes import Axes
 from matplotlib.transforms import offset_copy
 
-import program
 import run_csv
-from cifar10_resnet.errors import exits_with_a_sentence
+from cifar10_resnet.cli import app
+from cifar10_resnet.cli.guard import exits_with_a_sentence
 from cifar10_resnet.figures.style import (
     BLUE,
     INK,
@@ -210,4 +210,4 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
 
 
 if __name__ == "__main__":
-    program.run(main, FLAG_GROUPS)
+    app.run(main, FLAG_GROUPS)

@@ -11,11 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from absl import flags
 
-import program
+from cifar10_resnet.cli import app
+from cifar10_resnet.cli.guard import exits_with_a_sentence
 from cifar10_resnet.config import ModelConfig
 from cifar10_resnet.data.synthetic import CLASS_NAMES
 from cifar10_resnet.device import start_tensorflow
-from cifar10_resnet.errors import exits_with_a_sentence
 from cifar10_resnet.figures.diagram import (
     HEIGHT,
     RADIUS,
@@ -244,4 +244,4 @@ def draw_end(network: Network, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    program.run(main, FLAG_GROUPS)
+    app.run(main, FLAG_GROUPS)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import SMALL, run
 
 from cifar10_resnet.errors import UserError
 
@@ -82,7 +83,7 @@ def write_cifar100(
 
 
 def write_pictures(folder: Path, num_classes: int, train: int = 15, test: int = 4) -> Path:
-    """Writes a data folder as images_to_binary.py does, of random pictures."""
+    """Writes a data folder as the import command does, of random pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, count, seed in (("train", train, 1), ("test", test, 2)):
         images, _ = random_images(count, seed)
@@ -142,3 +143,33 @@ def as_nobody() -> Callable[[], contextlib.AbstractContextManager[None]]:
             os.seteuid(0)
 
     return nobody
+
+
+def assert_same_checkpoint(one: str | Path, other: str | Path) -> None:
+    ours, theirs = values_in(one), values_in(other)
+    assert ours.keys() == theirs.keys()
+    assert any("momentum" in name for name in ours)
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A data folder of 400 training images and 130 test images."""
+    folder = tmp_path_factory.mktemp("data")
+    run(
+        *("cifar10_download_and_extract.py", "--synthetic", f"--data_dir={folder}"),
+        *("--synthetic_train_images=400", "--synthetic_test_images=130"),
+    )
+    return folder / "cifar-10-batches-bin"
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(data, tmp_path_factory) -> Path:
+    """A whole run of 60 steps, for others to be compared with."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run(
+        *("run_trainer.py", f"--path={data}", f"--ckpt_path={folder}", *SMALL),
+        *("--num_iterations=60", "--save_per_iterations=20", "--max_ckpts=-1"),
+    )
+    return folder

@@ -11,20 +11,27 @@ import sys
 import termios
 from pathlib import Path
 
+from cifar10_resnet.__main__ import COMMANDS
 from cifar10_resnet.distributed import cluster
 
 PROJECT = Path(__file__).resolve().parent.parent
-# all but the download script, whose flags are argparse's
-PROGRAMS = sorted(p.stem for p in PROJECT.glob("*.py") if "\n    program.run(main" in p.read_text())
+# The module of each program whose flags are absl's, by the name that `start` takes.
+PROGRAMS = {
+    f"{module}.py" if module in ("run_trainer", "run_evaluator") else name: module
+    for name, module in COMMANDS.items()
+    if module != "cifar10_download_and_extract"
+}
 # 8 layers and small batches: a step takes a few milliseconds
 SMALL = ("--num_layers=8", "--batch_size=16", "--log_per_iterations=5")
 
 
 def start(*command: object, **keywords) -> subprocess.Popen:
+    """Starts one of the project's programs: "run_trainer.py", "export" …"""
     program, *arguments = map(str, command)
+    words = [program] if program.endswith(".py") else ["cifar10_resnet", program]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(
-        [sys.executable, str(PROJECT / program), *arguments], **(pipes | keywords)
+        [sys.executable, str(PROJECT / words[0]), *words[1:], *arguments], **(pipes | keywords)
     )
 
 
@@ -116,3 +123,8 @@ def assert_lost(end: tuple[int, str], index: int) -> None:
     status, error = end
     assert status == 1, error
     assert re.fullmatch(rf"run_trainer.py: error: worker {index} \S+ was lost .*\n", error), error
+
+
+def table_in(shown: str) -> dict[str, str]:
+    """The rows of the table that a program prints at its end."""
+    return dict(re.findall(r"^  (\w+(?: \w+)*)  +(.*)$", shown, re.M))

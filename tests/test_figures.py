@@ -30,7 +30,7 @@ HEADER = "step,epoch,train_loss,train_accuracy,test_accuracy,learning_rate,secon
 # Every kind of row: all units, or equal ones together; short, long and with more layers in a unit.
 DRAW_NETWORKS = """
 import sys
-import draw_network  # which puts the project on the path
+from cifar10_resnet.commands import draw
 from cifar10_resnet.figures.trace import trace
 from resnet_model import ResNet
 from cifar10_resnet.config import ModelConfig
@@ -42,9 +42,9 @@ for config in (
     ModelConfig(20, resnet_version=1),
 ):
     network = trace(ResNet(config))
-    rows = draw_network.rows_of(network)
-    assert draw_network.room_for_convolutions(rows) >= draw_network.NARROWEST, config.name
-    draw_network.draw(network, [f"{sys.argv[1]}/{config.name}.png"])
+    rows = draw.rows_of(network)
+    assert draw.room_for_convolutions(rows) >= draw.NARROWEST, config.name
+    draw.draw(network, [f"{sys.argv[1]}/{config.name}.png"])
 """
 
 
@@ -56,14 +56,14 @@ def words(picture: Path) -> list[str]:
 
 def draw(script: str, *arguments: object, status: int = 0) -> subprocess.CompletedProcess:
     # the scripts find the project from anywhere
-    return run(f"files/{script}", *arguments, status=status, cwd="/")
+    return run(script, *arguments, status=status, cwd="/")
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> Callable[[str], Counter[str]]:
     """The words in a drawing of each of the networks."""
     folder = tmp_path_factory.mktemp("drawn")
-    run_code(DRAW_NETWORKS, folder, cwd=FILES)
+    run_code(DRAW_NETWORKS, folder)
     return lambda name: Counter(words(folder / f"{name}.png"))
 
 
@@ -133,9 +133,9 @@ def test_the_trace_tells_where_each_shortcut_starts_and_what_is_on_it(version):
 
 
 def test_the_pictures_in_the_folder_show_the_networks_as_they_are(tmp_path):
-    draw("draw_network.py", f"--output={tmp_path / 'ResNet20_CIFAR10.png'}")
-    draw("draw_parts.py", f"--output_dir={tmp_path}")
-    draw("draw_curves.py", f"--output_dir={tmp_path}")
+    draw("draw", f"--output={tmp_path / 'ResNet20_CIFAR10.png'}")
+    draw("files/draw_parts.py", f"--output_dir={tmp_path}")
+    draw("files/draw_curves.py", f"--output_dir={tmp_path}")
     pictures = {file.name for file in tmp_path.iterdir()}
     assert pictures >= {"init_conv.png", "unit.png", "shortcut.png", "final.png"}
     for name in pictures:
@@ -149,7 +149,7 @@ def test_a_network_is_drawn_in_the_same_bytes_each_time(tmp_path):
         folder.mkdir()
         files = [folder / "plain8.png", folder / "plain8.pdf"]
         draw(
-            *("draw_network.py", "--resnet_size=8", "--noshortcut_connections"),
+            *("draw", "--resnet_size=8", "--noshortcut_connections"),
             f"--output={files[0]},{files[1]}",
         )
     for file in files:
@@ -157,9 +157,9 @@ def test_a_network_is_drawn_in_the_same_bytes_each_time(tmp_path):
 
 
 def test_the_scripts_refuse_in_a_sentence():
-    refused = draw("draw_network.py", "--num_layers=18", status=1).stderr
+    refused = draw("draw", "--num_layers=18", status=1).stderr
     assert "--num_layers=18 is not a depth" in refused
-    assert "must end in .png or .pdf" in draw("draw_network.py", "--output=a.jpg", status=1).stderr
+    assert "must end in .png or .pdf" in draw("draw", "--output=a.jpg", status=1).stderr
 
 
 def write_run(file: Path, *lines: str, comments: Sequence[str] = ()) -> Path:
@@ -231,7 +231,7 @@ def test_curves_show_the_runs_that_are_there_and_no_others(tmp_path):
     results, output = tmp_path / "results", tmp_path / "drawn"
     results.mkdir()
     output.mkdir()
-    said = draw("draw_curves.py", f"--results_dir={results}", f"--output_dir={output}").stdout
+    said = draw("files/draw_curves.py", f"--results_dir={results}", f"--output_dir={output}").stdout
     assert said.count("not drawn, for want of runs") == 3
     assert not list(output.iterdir())
 
@@ -240,7 +240,7 @@ def test_curves_show_the_runs_that_are_there_and_no_others(tmp_path):
     learning(results / "resnet110-fast.csv", 0.935)
     write_run(results / "resnet56-fast.csv", "200,0.5,1,0.5,,0.1,30")  # not tested yet
     learning(results / "plain110-fast.csv", 0.40)
-    said = draw("draw_curves.py", f"--results_dir={results}", f"--output_dir={output}").stdout
+    said = draw("files/draw_curves.py", f"--results_dir={results}", f"--output_dir={output}").stdout
     assert f"left out: {results / 'resnet56-fast.csv'} has no test accuracy" in said
     assert f"left out: {results / 'plain20-fast.csv'} is not there" in said
 
@@ -256,7 +256,7 @@ def test_curves_show_the_runs_that_are_there_and_no_others(tmp_path):
 
     again = tmp_path / "again"
     shutil.copytree(output, again)
-    draw("draw_curves.py", f"--results_dir={results}", f"--output_dir={output}")
+    draw("files/draw_curves.py", f"--results_dir={results}", f"--output_dir={output}")
     for file in output.iterdir():
         assert file.read_bytes() == (again / file.name).read_bytes()
 

@@ -109,7 +109,7 @@ def test_a_folder_of_other_things_is_told_how_to_get_a_data_set(tmp_path, datase
     (tmp_path / "cats").mkdir()
     (tmp_path / "train.txt").touch()
     text = refusal(tmp_path, dataset)
-    for told in (str(tmp_path), "cifar10_download_and_extract.py", "images_to_binary.py"):
+    for told in (str(tmp_path), "cifar10_download_and_extract.py", "cifar10_resnet import"):
         assert told in text
 
 

@@ -1,4 +1,4 @@
-"""A network as `export_saved_model.py` writes it, loaded: its signatures, called with pictures."""
+"""An exported network, loaded: its signatures, called with images."""
 
 import os
 from typing import Any
@@ -11,6 +11,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 from cifar10_resnet import storage
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.formats import SIDE
+from cifar10_resnet.terminal import command
 
 FILE = "saved_model.pb"
 DEFAULT = "serving_default"
@@ -55,7 +56,7 @@ class SavedNetwork:
             fits = False
         if not fits:
             raise UserError(
-                f"the SavedModel in {folder} is not one that export_saved_model.py wrote: such a "
+                f"the SavedModel in {folder} is not one that `{command('export')}` wrote: such a "
                 "one takes 32x32 pictures and names its classes."
             )
 

@@ -31,9 +31,9 @@ sys.path[:0] = [str(TOP), str(TOP / "files")]
 
 import run_csv  # noqa: E402
 from cifar10_resnet import storage  # noqa: E402
+from cifar10_resnet.cli.guard import exits_with_a_sentence  # noqa: E402
 from cifar10_resnet.config import RunConfig  # noqa: E402
 from cifar10_resnet.device import stderr_held_back  # noqa: E402
-from cifar10_resnet.errors import exits_with_a_sentence  # noqa: E402
 
 # what some of a CSV's columns are called in a run's event files
 IN_EVENTS = {

@@ -1,6 +1,5 @@
 """Several replicas and workers do what one device does, and survive one another."""
 
-import os
 import re
 import signal
 from pathlib import Path
@@ -25,7 +24,6 @@ from programs import (
     start,
 )
 
-import launch_local
 from cifar10_resnet import checkpoints
 from cifar10_resnet.distributed import cluster
 from cifar10_resnet.distributed import replicas as distributed
@@ -148,7 +146,7 @@ def test_workers_lost_one_after_the_other_cost_no_more_than_the_way_from_the_las
     workers.processes[0].kill()
     assert_lost(workers.ends()[1], 0)
 
-    launched = run("launch_local.py", "--workers=2", "--", *command(data, tmp_path), cwd=PROJECT)
+    launched = run("launch", "--workers=2", "--", *command(data, tmp_path), cwd=PROJECT)
     assert f"[0] Going on from {tmp_path}/model.ckpt-40, step 40." in launched.stdout
     assert "over 2 replicas in 2 workers" in launched.stdout
     assert_close_checkpoint(tmp_path / "model.ckpt-20", alone / "model.ckpt-20")
@@ -201,33 +199,6 @@ def test_a_worker_with_other_flags_or_data_than_the_chief_is_refused(data, tmp_p
             assert status == 1
             assert re.fullmatch(f"run_trainer.py: error: {reason}.*\n", error), error
     assert not list((tmp_path / "run").glob("*.index"))
-
-
-# tells that it is there by holding a FIFO open
-IDLE_WORKER = (
-    "import sys, time; f = open(sys.argv[1], 'w'); print(file=f, flush=True); time.sleep(99)"
-)
-
-
-def test_workers_end_with_a_launcher_that_is_killed(tmp_path):
-    os.mkfifo(tmp_path / "there")
-    (tmp_path / "worker.py").write_text(IDLE_WORKER)
-    launcher = start("launch_local.py", "--", tmp_path / "worker.py", tmp_path / "there")
-    with open(tmp_path / "there") as workers:
-        assert [workers.readline(), workers.readline()] == ["\n", "\n"]
-        launcher.kill()
-        assert workers.read() == "", "which is there once all have closed it"
-    launcher.communicate()
-
-
-def test_the_launcher_ends_the_others_where_one_fails_and_with_its_status(tmp_path, monkeypatch):
-    (tmp_path / "worker.py").write_text(
-        "import json, os, sys, time\n"
-        "index = json.loads(os.environ['TF_CONFIG'])['task']['index']\n"
-        "sys.exit(3) if index == 1 else time.sleep(99)\n"
-    )
-    monkeypatch.setattr(launch_local, "PATIENCE", 0.1)
-    assert launch_local.launch([str(tmp_path / "worker.py")], 3) == 3
 
 
 def test_a_worker_that_waits_for_the_others_can_be_stopped(data, tmp_path):

@@ -14,8 +14,8 @@ from fuzzing import fuzzed, result_or_sentence
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import command_line
 import run_trainer
+from cifar10_resnet.cli import flags as command_line
 from cifar10_resnet.config import training_config
 
 NAMES = sorted(name for group in run_trainer.FLAG_GROUPS.values() for name in group)

@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 
-from cifar10_resnet import errors
+from cifar10_resnet.cli import guard
 from cifar10_resnet.errors import UserError
 
 LONG = os.environ.get("FUZZ_EXAMPLES")
@@ -28,7 +28,7 @@ def result_or_sentence(function: Callable[..., Any], *arguments: object) -> Any:
         return function(*arguments)
     except UserError as error:
         with contextlib.redirect_stderr(said):
-            errors.tell(error)
+            guard.tell(error)
     line = said.getvalue()
     assert line.endswith("\n")
     assert line[:-1].isprintable()

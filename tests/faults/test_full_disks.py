@@ -163,7 +163,7 @@ def test_summaries_that_do_not_fit_stop_the_training_in_a_sentence(make_disk):
 
 
 def test_an_output_that_does_not_fit_ends_in_a_sentence():
-    program = "from cifar10_resnet.errors import exits_with_a_sentence\n"
+    program = "from cifar10_resnet.cli.guard import exits_with_a_sentence\n"
     program += "@exits_with_a_sentence\ndef main():\n    {}\nexit(main())"
     for line in ("print(1, flush=True)", "import os; os.write(1, b'1')"):
         with open("/dev/full", "w") as full:
@@ -219,10 +219,10 @@ def test_pictures_that_do_not_fit_leave_nothing(make_disk, tmp_path, spare):
     disk = make_disk()
     flags = [f"--image_dir={tmp_path / 'photos'}", f"--data_dir={disk.path / 'photos-bin'}"]
     disk.fill(spare)
-    assert FULL in error_of("images_to_binary.py", *flags)
+    assert FULL in error_of("import", *flags)
     assert os.listdir(disk.path) == ["ballast"]
     os.remove(disk.path / "ballast")
-    run("images_to_binary.py", *flags)
+    run("import", *flags)
 
 
 @pytest.mark.parametrize("spare", [0, 100_000])

@@ -42,7 +42,7 @@ POST = b"POST /classify HTTP/1.1\r\nHost: localhost\r\n"
 
 
 def save_network(folder: Path, names: tuple[str, ...] = NAMES) -> None:
-    """An untrained network, saved with the signatures that `export_saved_model.py` gives it."""
+    """An untrained network, saved with the signatures that an exported network has."""
     import tensorflow as tf
 
     from cifar10_resnet.config import ModelConfig
@@ -149,7 +149,8 @@ def running(saved_model: Path, log: Path, *arguments: str, **keywords) -> Iterat
     with open(log, "w") as errors:
         process = subprocess.Popen(
             [
-                *(sys.executable, str(PROJECT / "serve.py"), f"--saved_model={saved_model}"),
+                *(sys.executable, str(PROJECT / "cifar10_resnet"), "serve"),
+                f"--saved_model={saved_model}",
                 *("--port=0", *arguments),
             ],
             stdout=subprocess.PIPE,
@@ -859,7 +860,7 @@ def eventually(happens: Callable[[], bool]) -> bool:
 
 def refusal(*arguments: object, status: int = 1, **keywords) -> str:
     """The sentence in which the command refuses to start."""
-    return run("serve.py", *arguments, status=status, **keywords).stderr
+    return run("serve", *arguments, status=status, **keywords).stderr
 
 
 def test_what_cannot_be_served_is_refused_before_tensorflow_is_imported(saved_model, tmp_path):
@@ -909,5 +910,5 @@ def test_another_programs_saved_model_is_refused(tmp_path):
     tf.saved_model.save(tf.Module(), tmp_path / "empty")
     save_network(tmp_path / "other", names=NAMES[:3])
     for name in ("empty", "other"):
-        with pytest.raises(UserError, match="not one that export_saved_model"):
+        with pytest.raises(UserError, match=r"not one that .* export` wrote"):
             SavedNetwork(str(tmp_path / name))

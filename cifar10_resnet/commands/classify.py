@@ -1,6 +1,6 @@
-"""Says what pictures show: the likeliest classes of each, with their probabilities.
+"""Classifies photos and prints the most likely classes with their probabilities.
 
-python classify_images.py --ckpt_path=runs/resnet20 cat.jpg dog.png
+python -m cifar10_resnet classify --ckpt_path=runs/resnet20 cat.jpg dog.png
 """
 
 import itertools
@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-import program
 from cifar10_resnet import device
+from cifar10_resnet.cli import app
+from cifar10_resnet.cli.guard import exits_with_a_sentence, tell
 from cifar10_resnet.data.photos import EXTENSIONS, read_photo_file
-from cifar10_resnet.errors import UserError, exits_with_a_sentence, printable, tell
+from cifar10_resnet.errors import UserError, printable
 
 FLAGS = flags.FLAGS
 BATCH_SIZE = 500
@@ -24,7 +25,7 @@ BATCH_SIZE = 500
 flags.adopt_module_key_flags(device)
 flags.DEFINE_string("ckpt_path", None, "A checkpoint's prefix, or a folder: its newest checkpoint.")
 flags.DEFINE_alias("model_dir", "ckpt_path")
-flags.DEFINE_string("saved_model", None, "Folder that export_saved_model.py wrote, instead.")
+flags.DEFINE_string("saved_model", None, "Folder that the export command wrote, instead.")
 flags.DEFINE_integer("top", 5, "Classes to name for each picture.", lower_bound=1)
 flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 flags.mark_flags_as_mutual_exclusive(["ckpt_path", "saved_model"], required=True)
@@ -140,4 +141,4 @@ def _table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    program.run(main, FLAG_GROUPS, takes_arguments=True)
+    app.run(main, FLAG_GROUPS, takes_arguments=True)

@@ -14,7 +14,7 @@ import pytest
 from conftest import contents
 from PIL import Image
 
-import images_to_binary as program
+from cifar10_resnet.data import photo_folder as program
 from cifar10_resnet.data.photos import read_photo_file
 from cifar10_resnet.errors import UserError
 
@@ -48,7 +48,7 @@ def run(image_dir, tmp_path, capsys) -> Callable[..., str]:
 
     def run(to: str = "bin", source: Path = image_dir, **options: float) -> str:
         capsys.readouterr()
-        program.import_pictures(str(source), str(tmp_path / to), **options)
+        program.import_photos(str(source), str(tmp_path / to), **options)
         out, err = capsys.readouterr()
         assert err == ""
         return out

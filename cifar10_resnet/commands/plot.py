@@ -1,6 +1,6 @@
-"""Draws the learning curves of runs into one picture.
+"""Plots learning curves.
 
-python plot_runs.py --run=runs/resnet20 --run=runs/plain20
+python -m cifar10_resnet plot --run=runs/resnet20 --run=runs/plain20
 """
 
 import itertools
@@ -8,9 +8,10 @@ import os
 
 from absl import flags
 
-import program
 from cifar10_resnet import storage
-from cifar10_resnet.errors import UserError, exits_with_a_sentence
+from cifar10_resnet.cli import app
+from cifar10_resnet.cli.guard import exits_with_a_sentence
+from cifar10_resnet.errors import UserError
 from cifar10_resnet.training.history import read_history
 
 KINDS = ("png", "svg")
@@ -69,4 +70,4 @@ def _history(run: str) -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    program.run(main, FLAG_GROUPS)
+    app.run(main, FLAG_GROUPS)

@@ -1,7 +1,7 @@
 """How every command starts: --help, with the flags in groups, and wrong flags told in a line.
 
 A program defines absl flags as usual, sorts their names into groups and ends in
-`program.run(main, FLAG_GROUPS)`.
+`app.run(main, FLAG_GROUPS)`.
 """
 
 import difflib
@@ -14,9 +14,11 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from absl import app, flags
+from absl import app as absl_app
+from absl import flags
 
-from cifar10_resnet.errors import UserError, tell
+from cifar10_resnet.cli.guard import tell
+from cifar10_resnet.errors import UserError
 from cifar10_resnet.terminal import emphasised
 
 FLAGS = flags.FLAGS
@@ -34,7 +36,7 @@ def run(
     """Parses the flags and runs `main`, as `absl.app.run` does."""
 
     def parse(argv: list[str]) -> list[str]:
-        flags.DEFINE_flag(_HelpFlag(groups))
+        flags.DEFINE_flag(_HelpFlag(inspect.unwrap(main).__globals__["__doc__"], groups))
         try:
             arguments = FLAGS([_at_home(argument) for argument in argv])
             if len(arguments) > 1 and not takes_arguments:
@@ -44,7 +46,7 @@ def run(
             sys.exit(1)
         return arguments
 
-    app.run(main, flags_parser=parse)
+    absl_app.run(main, flags_parser=parse)
 
 
 def _at_home(argument: str) -> str:
@@ -53,19 +55,18 @@ def _at_home(argument: str) -> str:
     return flag + equals + os.path.expanduser(value) if value.startswith("~") else argument
 
 
-class _HelpFlag(app.HelpFlag):
+class _HelpFlag(absl_app.HelpFlag):
     """--help, in place of absl's: in groups, and asking for help is no failure."""
 
-    def __init__(self, groups: Groups):
+    def __init__(self, description: str, groups: Groups):
         super().__init__()
         self.allow_override = True
-        self._groups = groups
+        self._description, self._groups = description, groups
 
     def parse(self, argument: str) -> None:
         if self._parse(argument):
-            description = sys.modules["__main__"].__doc__
             width = min(shutil.get_terminal_size().columns, MAX_WIDTH)
-            print(help_text(description, self._groups, width))
+            print(help_text(self._description, self._groups, width))
             sys.exit(0)
 
 

@@ -1,22 +1,19 @@
-"""Draws a whole network with the sizes of its feature maps, read off the real one.
+"""Draws the diagram of a network, as TensorFlow computes it.
 
-python files/draw_network.py --num_layers=56 --shortcut_connections=False
+python -m cifar10_resnet draw --num_layers=56 --shortcut_connections=False
 """
 
 import itertools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from absl import flags
 
-import command_line
-import program
+from cifar10_resnet.cli import app
+from cifar10_resnet.cli import flags as command_line
+from cifar10_resnet.cli.guard import exits_with_a_sentence
 from cifar10_resnet.config import ModelConfig, with_given
 from cifar10_resnet.device import start_tensorflow
-from cifar10_resnet.errors import exits_with_a_sentence
 from cifar10_resnet.figures.diagram import (
     GAP,
     STRIP,
@@ -32,7 +29,6 @@ from cifar10_resnet.figures.diagram import (
 )
 from cifar10_resnet.figures.style import MARGIN, WIDTH, picture
 
-FOLDER = Path(__file__).resolve().parent
 FLAGS = flags.FLAGS
 
 for name in (*command_line.NETWORK_FLAGS, "resnet_size", "shortcut_connection"):
@@ -66,7 +62,7 @@ def main(argv: list[str]) -> int:
 
     draw(
         trace(ResNet(config)),
-        FLAGS.output or [FOLDER / f"{stem}.{kind}" for kind in ("pdf", "png")],
+        FLAGS.output or [f"{stem}.{kind}" for kind in ("pdf", "png")],
     )
     return 0
 
@@ -165,4 +161,4 @@ def side_note(diagram: Diagram, y: float, heading: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    program.run(main, FLAG_GROUPS)
+    app.run(main, FLAG_GROUPS)

@@ -61,7 +61,7 @@ def answers_for(prefix: str, files: list[Path]) -> list[list[tuple[str, float]]]
 
 def test_good_pictures_are_classified_and_bad_ones_told_of(prefix, pictures):
     done = run(
-        *("classify_images.py", "big.jpg", f"--ckpt_path={prefix}", "text.png", "more", "--top=2"),
+        *("classify", "big.jpg", f"--ckpt_path={prefix}", "text.png", "more", "--top=2"),
         *("nowhere.png", "old.bmp", "empty", "cut.jpg"),
         status=1,
         cwd=pictures,
@@ -74,7 +74,7 @@ def test_good_pictures_are_classified_and_bad_ones_told_of(prefix, pictures):
         for row, start, (name, share) in zip(rows[2 * i :], (file, ""), guesses, strict=False):
             assert row == f"{start:<14}  {name:<5}  {share:.4f}"
     problems = done.stderr.splitlines()
-    assert all(line.startswith("classify_images.py: error: ") for line in problems)
+    assert all(line.startswith("cifar10_resnet classify: error: ") for line in problems)
     for problem, said in zip(
         problems,
         (
@@ -92,7 +92,7 @@ def test_a_saved_model_answers_in_json_as_the_checkpoint_does(prefix, pictures, 
     export.export_saved_model(prefix, str(tmp_path / "exported"))
     files = [pictures / "small.png", pictures / "big.jpg"]
     done = run(
-        *("classify_images.py", "--json", f"--saved_model={tmp_path / 'exported'}", *files),
+        *("classify", "--json", f"--saved_model={tmp_path / 'exported'}", *files),
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )
     assert done.stderr == ""
@@ -106,14 +106,14 @@ def test_a_saved_model_answers_in_json_as_the_checkpoint_does(prefix, pictures, 
 
 
 def test_the_network_is_looked_for_before_any_picture_is_read(pictures):
-    done = run("classify_images.py", "text.png", "--ckpt_path=typo", status=1, cwd=pictures)
+    done = run("classify", "text.png", "--ckpt_path=typo", status=1, cwd=pictures)
     assert "no checkpoint is at typo" in done.stderr
     assert "text.png" not in done.stderr
 
 
 def test_a_pictures_name_cannot_command_the_terminal(prefix, pictures, tmp_path):
     shutil.copy(pictures / "big.jpg", tmp_path / "a\x1b]0;b\x07\nc.jpg")
-    shown = run("classify_images.py", f"--ckpt_path={prefix}", "--top=1", tmp_path).stdout
+    shown = run("classify", f"--ckpt_path={prefix}", "--top=1", tmp_path).stdout
     assert shown.startswith(f"{tmp_path}/a?]0;b??c.jpg  ")
     assert shown.count("\n") == 1
 
@@ -124,7 +124,7 @@ def test_a_layout_that_has_no_kernels_here_is_told_of_in_a_sentence(prefix, pict
         pytest.skip("this CPU has them")
     export.export_saved_model(prefix, str(tmp_path / "x"), "channels_first", "fp16")
     done = run(
-        *("classify_images.py", f"--saved_model={tmp_path / 'x'}", pictures / "big.jpg"),
+        *("classify", f"--saved_model={tmp_path / 'x'}", pictures / "big.jpg"),
         status=1,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
     )
@@ -135,11 +135,11 @@ def test_what_needs_no_network_is_told_without_importing_tensorflow(prefix, pict
     environment = without_tensorflow(tmp_path)
 
     def stopped(*arguments: object) -> str:
-        done = run("classify_images.py", *arguments, status=1, env=environment, cwd=pictures)
+        done = run("classify", *arguments, status=1, env=environment, cwd=pictures)
         return done.stdout + done.stderr
 
     checkpoint = f"--ckpt_path={prefix}"
-    shown = run("classify_images.py", "--help", env=environment, cwd=pictures).stdout
+    shown = run("classify", "--help", env=environment, cwd=pictures).stdout
     assert "--saved_model" in shown
     assert "Exactly one of" in stopped("big.jpg")
     assert "Exactly one of" in stopped("big.jpg", checkpoint, "--saved_model=x")

@@ -8,18 +8,18 @@ import pytest
 from programs import PROGRAMS, in_terminal, run, run_code
 
 DESCRIBE = """
-import json, sys
-import {program} as module
+import importlib, json, sys
 from absl import flags
-from program import help_text
+from cifar10_resnet.cli.app import help_text
+module = importlib.import_module(sys.argv[1])
 flags.FLAGS.mark_as_parsed()
 key_flags = flags.FLAGS.get_key_flags_for_module(module)
-print(json.dumps({{
+print(json.dumps({
     "flags": [flag.name for flag in key_flags if not flag.help.startswith("Alias for ")],
     "aliases": [flag.name for flag in key_flags if flag.help.startswith("Alias for ")],
     "groups": module.FLAG_GROUPS,
-    "help": {{width: help_text(module.__doc__, module.FLAG_GROUPS, width) for width in (60, 100)}},
-}}))
+    "help": {width: help_text(module.__doc__, module.FLAG_GROUPS, width) for width in (60, 100)},
+}))
 """
 
 
@@ -33,7 +33,7 @@ def answer(program: str, *flags: str, status: int = 1, **environment: str) -> st
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_shows_each_flag_in_one_group_and_each_group_on_a_screen(program):
-    described = json.loads(run_code(DESCRIBE.format(program=program)).stdout)
+    described = json.loads(run_code(DESCRIBE, PROGRAMS[program]).stdout)
     grouped = [name for names in described["groups"].values() for name in names]
     assert sorted(grouped) == sorted(described["flags"])
     for width, shown in described["help"].items():
@@ -108,7 +108,7 @@ def test_colour_is_for_terminals_and_not_where_it_is_unwanted():
 @pytest.mark.parametrize("columns", [60, 100, 200])
 def test_help_fits_the_terminal(columns):
     unset = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    status, shown = in_terminal("serve.py", "--help", columns=columns, env=unset)
+    status, shown = in_terminal("serve", "--help", columns=columns, env=unset)
     assert status == 0
     longest = max(map(len, shown[shown.index("The network") :].splitlines()))
     assert longest <= columns

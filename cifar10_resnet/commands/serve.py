@@ -1,6 +1,6 @@
-"""Serves an exported network: a page to try it, and an address for programs.
+"""Serves an exported network: a web page and a REST API.
 
-python serve.py --saved_model=savedmodels/resnet20
+python -m cifar10_resnet serve --saved_model=savedmodels/resnet20
 """
 
 import asyncio
@@ -9,16 +9,17 @@ import os
 import socket
 
 from absl import flags
-from tornado.netutil import bind_sockets
 
-import program
 from cifar10_resnet import device
-from cifar10_resnet.errors import UserError, exits_with_a_sentence, reason_of
+from cifar10_resnet.cli import app
+from cifar10_resnet.cli.guard import exits_with_a_sentence
+from cifar10_resnet.errors import UserError, reason_of
+from cifar10_resnet.terminal import command
 
 FLAGS = flags.FLAGS
 
 flags.adopt_module_key_flags(device)
-flags.DEFINE_string("saved_model", None, "Folder that export_saved_model.py wrote.")
+flags.DEFINE_string("saved_model", None, "Folder that the export command wrote.")
 flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 lets other machines in.")
 flags.DEFINE_integer(
     "port", 8501, "Port to listen on; 0 takes any free one.", lower_bound=0, upper_bound=65535
@@ -38,7 +39,7 @@ FLAG_GROUPS = {
 def main(argv: list[str]) -> int:
     if not os.path.isfile(os.path.join(FLAGS.saved_model, "saved_model.pb")):
         raise UserError(
-            f"there is no SavedModel in {FLAGS.saved_model}: export_saved_model.py makes one of a "
+            f"there is no SavedModel in {FLAGS.saved_model}: `{command('export')}` makes one of a "
             "checkpoint."
         )
     sockets = _listen(FLAGS.host, FLAGS.port)
@@ -56,6 +57,8 @@ def main(argv: list[str]) -> int:
 
 
 def _listen(host: str, port: int) -> list[socket.socket]:
+    from tornado.netutil import bind_sockets
+
     try:
         return bind_sockets(port, host, backlog=1024)
     except (OSError, UnicodeError) as error:  # the latter of names that cannot be a machine's
@@ -66,4 +69,4 @@ def _listen(host: str, port: int) -> list[socket.socket]:
 
 
 if __name__ == "__main__":
-    program.run(main, FLAG_GROUPS)
+    app.run(main, FLAG_GROUPS)

@@ -1,6 +1,6 @@
-"""Starts several workers on this machine, to try out what a cluster does.
+"""Starts several workers on this machine, to try distributed training.
 
-python launch_local.py --workers=2 -- run_trainer.py --use_synthetic_data
+python -m cifar10_resnet launch --workers=2 -- run_trainer.py --use_synthetic_data
 """
 
 import contextlib
@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-import program
+from cifar10_resnet.cli import app
+from cifar10_resnet.cli.guard import exits_with_a_sentence
 from cifar10_resnet.distributed import cluster
-from cifar10_resnet.errors import UserError, exits_with_a_sentence
+from cifar10_resnet.errors import UserError
+from cifar10_resnet.terminal import command
 
 FLAGS = flags.FLAGS
 
@@ -32,7 +34,7 @@ PR_SET_PDEATHSIG = 1
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
     if len(argv) < 2:
-        raise UserError("name the program to start: launch_local.py -- run_trainer.py …")
+        raise UserError(f"name the program to start: {command('launch')} -- run_trainer.py …")
     return launch(argv[1:], FLAGS.workers)
 
 
@@ -125,4 +127,4 @@ def _passing_on_signals(workers: Sequence[subprocess.Popen]):
 
 
 if __name__ == "__main__":
-    program.run(main, FLAG_GROUPS, takes_arguments=True)
+    app.run(main, FLAG_GROUPS, takes_arguments=True)

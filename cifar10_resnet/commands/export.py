@@ -1,14 +1,14 @@
-"""Exports a trained network.
+"""Exports a network as a SavedModel or for LiteRT.
 
-python export_saved_model.py --ckpt_path=runs/resnet20 --export_dir=savedmodels/resnet20
+python -m cifar10_resnet export --ckpt_path=runs/resnet20 --export_dir=savedmodels/resnet20
 """
 
 from absl import flags
 
-import program
 from cifar10_resnet import storage
+from cifar10_resnet.cli import app
+from cifar10_resnet.cli.guard import exits_with_a_sentence
 from cifar10_resnet.device import start_tensorflow
-from cifar10_resnet.errors import exits_with_a_sentence
 
 FLAGS = flags.FLAGS
 
@@ -60,4 +60,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    program.run(main, FLAG_GROUPS)
+    app.run(main, FLAG_GROUPS)

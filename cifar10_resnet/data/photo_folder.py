@@ -1,14 +1,10 @@
-"""Turns a folder of pictures, one sub-folder a class, into binary files that the trainer reads.
+"""Turns a folder of photos, with a sub-folder for each class, into a data folder.
 
-    python images_to_binary.py --image_dir=photos --data_dir=photos-bin
-    python run_trainer.py --path=photos-bin
-
-The classes have the names of the sub-folders. Each picture's middle square is resized to 32x32. A
+The classes have the names of the sub-folders. Each photo's middle square is resized to 32x32. A
 share of every class becomes the test images. The data folder appears only once it is complete.
 """
 
 import os
-import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,25 +13,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from absl import flags
 from tqdm import tqdm
 
-import program
 from cifar10_resnet import storage
 from cifar10_resnet.data.photos import read_photo_file
-from cifar10_resnet.errors import UserError, exits_with_a_sentence, printable
+from cifar10_resnet.errors import UserError, printable
 from cifar10_resnet.formats import FORMATS, MAX_CLASSES
 
-FLAGS = flags.FLAGS
-
-flags.DEFINE_string("image_dir", None, "Folder with a sub-folder of pictures for each class.")
-flags.DEFINE_string("data_dir", None, "New folder for the binary files.")
-flags.DEFINE_float("test_share", 0.2, "Share of each class that becomes test images.")
-flags.DEFINE_integer("seed", 0, "Of the split and the order.", lower_bound=0)
-flags.mark_flags_as_required(["image_dir", "data_dir"])
-flags.register_validator("test_share", lambda share: 0 < share < 1, "it is between 0 and 1")
-
-FLAG_GROUPS = {"Where from and where to": ("image_dir", "data_dir"), "How": ("test_share", "seed")}
 FORMAT = FORMATS["pictures"]
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 THREADS = min(8, os.cpu_count() or 1)
@@ -167,8 +151,8 @@ def split(labels: np.ndarray, test_share: float, seed: int) -> tuple[np.ndarray,
 
 def write_files(
     folder: str, classes: Mapping[str, Sequence[str]], test_share: float, seed: int
-) -> None:
-    """Writes the data folder's files, and says what is in them."""
+) -> int:
+    """Writes and counts the data folder's records; returns the number of training images."""
     train_file, test_file, names_file = (os.path.join(folder, name) for name in FORMAT.files)
     with tempfile.TemporaryFile(dir=folder) as scratch:
         labels = write_records(classes, scratch)
@@ -183,6 +167,7 @@ def write_files(
     with open(names_file, "w", encoding="utf-8") as out:
         out.writelines(f"{name}\n" for name in classes)
     show_counts(list(classes), np.bincount(labels[train]), np.bincount(labels[test]))
+    return len(train)
 
 
 def show_counts(names: Sequence[str], train: np.ndarray, test: np.ndarray) -> None:
@@ -193,8 +178,8 @@ def show_counts(names: Sequence[str], train: np.ndarray, test: np.ndarray) -> No
         print(f"{name:<{width}}{train_count:>8}{test_count:>8}")
 
 
-def import_pictures(image_dir: str, data_dir: str, test_share: float = 0.2, seed: int = 0) -> None:
-    """Makes the data folder `data_dir` of the pictures in `image_dir`."""
+def import_photos(image_dir: str, data_dir: str, test_share: float = 0.2, seed: int = 0) -> int:
+    """Makes a data folder of the photos in `image_dir`; returns the number of training images."""
     if Path(data_dir).resolve().is_relative_to(Path(image_dir).resolve()):
         raise UserError(
             f"{data_dir} is inside {image_dir}, whose folders are classes: name a --data_dir "
@@ -204,15 +189,4 @@ def import_pictures(image_dir: str, data_dir: str, test_share: float = 0.2, seed
     refuse_small_classes({name: len(files) for name, files in classes.items()}, "files")
     storage.refuse_unwritable(data_dir)
     with storage.new(data_dir) as folder:
-        write_files(folder, classes, test_share, seed)
-    print(f"next: python run_trainer.py --path={shlex.quote(data_dir)}", flush=True)
-
-
-@exits_with_a_sentence
-def main(argv: list[str]) -> int:
-    import_pictures(FLAGS.image_dir, FLAGS.data_dir, FLAGS.test_share, FLAGS.seed)
-    return 0
-
-
-if __name__ == "__main__":
-    program.run(main, FLAG_GROUPS)
+        return write_files(folder, classes, test_share, seed)

@@ -1,0 +1,53 @@
+"""Imports a folder of photos as a data set.
+
+    python -m cifar10_resnet import --image_dir=photos --data_dir=photos-bin
+
+The classes have the names of the sub-folders. Each photo's middle square is resized to 32x32. A
+share of every class becomes the test images. The data folder appears only once it is complete.
+"""
+
+import math
+
+from absl import flags
+
+from cifar10_resnet.cli import app
+from cifar10_resnet.cli.guard import exits_with_a_sentence
+from cifar10_resnet.data.photo_folder import import_photos
+from cifar10_resnet.terminal import command, in_project
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("image_dir", None, "Folder with a sub-folder of photos for each class.")
+flags.DEFINE_string("data_dir", None, "New folder for the binary files.")
+flags.DEFINE_float("test_share", 0.2, "Share of each class that becomes test images.")
+flags.DEFINE_integer("seed", 0, "Of the split and the order.", lower_bound=0)
+flags.mark_flags_as_required(["image_dir", "data_dir"])
+flags.register_validator("test_share", lambda share: 0 < share < 1, "it is between 0 and 1")
+
+FLAG_GROUPS = {"Where from and where to": ("image_dir", "data_dir"), "How": ("test_share", "seed")}
+
+
+@exits_with_a_sentence
+def main(argv: list[str]) -> int:
+    count = import_photos(FLAGS.image_dir, FLAGS.data_dir, FLAGS.test_share, FLAGS.seed)
+    print(f"next: {transfer(FLAGS.data_dir, count)}", flush=True)
+    return 0
+
+
+def transfer(data_dir: str, count: int) -> str:
+    """Returns the command that trains the shipped ResNet-20 on so many images of new classes."""
+    # Few images need many epochs, or the network takes too few steps to learn the new classes.
+    epochs = max(20, math.ceil(100 * 128 / count))
+    return command(
+        "run_trainer.py",
+        f"--path={data_dir}",
+        f"--pretrained_model_checkpoint_path={in_project('files', 'pretrained', 'resnet20')}",
+        "--recipe=fast",
+        f"--train_epochs={epochs}",
+        # Averages that keep 99 % of themselves in each step would lag behind so short a training.
+        "--batch_norm_decay=0.9",
+    )
+
+
+if __name__ == "__main__":
+    app.run(main, FLAG_GROUPS)

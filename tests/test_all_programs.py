@@ -1,0 +1,135 @@
+"""What goes through several programs, as their users run them."""
+
+import os
+import re
+
+import numpy as np
+import pytest
+from conftest import write_cifar100
+from PIL import Image
+from programs import SMALL, error_of, run, run_code, without_tensorflow
+
+
+def test_a_newcomers_commands_work_one_after_the_other(tmp_path):
+    run("cifar10_download_and_extract.py", "--synthetic", "--synthetic_train_images=200",
+        "--synthetic_test_images=50", cwd=tmp_path)  # fmt: skip
+    trained = run(
+        *("run_trainer.py", "--path=cifar-10-batches-bin", *SMALL, "--max_train_steps=6"),
+        cwd=tmp_path,
+    )
+    assert "64000 steps" in trained.stdout  # the paper's schedule
+    plain = run(
+        *("run_trainer.py", "--path=cifar-10-batches-bin", *SMALL, "--max_train_steps=6"),
+        "--shortcut_connections=False",
+        cwd=tmp_path,
+    )
+    assert "plain8" in plain.stdout
+    scored = run(
+        *("run_evaluator.py", "--path=cifar-10-batches-bin", "--num_layers=8"),
+        "--ckpt_path=runs/plain8/model.ckpt-6",
+        cwd=tmp_path,
+    )
+    assert re.search(r"accuracy +0\.\d{4}", scored.stdout)
+    assert (tmp_path / "runs/resnet8/log/train").is_dir()
+    # nothing but the sentences that are meant for people
+    assert (trained.stderr, scored.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("program", ["run_trainer.py", "run_evaluator.py"])
+def test_help_and_wrong_flags_answer_without_importing_tensorflow(program, tmp_path):
+    environment = without_tensorflow(tmp_path)
+    shown = run(program, "--help", env=environment).stdout
+    for flag in ("path", "ckpt_path", "num_layers", "data_format", "dtype", "device"):
+        assert f"--{flag}" in shown or f"--[no]{flag}" in shown
+    wrong = run(program, "--num_layer=20", "--ckpt_path=x", status=1, env=environment)
+    assert "num_layers" in wrong.stderr
+    if program == "run_trainer.py":
+        assert "20 or 26" in error_of(program, "--num_layers=21", env=environment)
+        wrong = (program, "--dataset=cifar10", f"--path={write_cifar100(tmp_path / 'data')}")
+        assert "holds CIFAR-100, not CIFAR-10" in error_of(*wrong, env=environment)
+
+
+def test_the_names_of_both_reference_programs_are_understood(data, tmp_path):
+    run(
+        *("run_trainer.py", f"--data_dir={data}", f"--model_dir={tmp_path}", "--resnet_size=8"),
+        *("--shortcut_connection=False", "--batch_size=16", "--max_train_steps=1"),
+    )
+    scored = run(
+        *("run_evaluator.py", f"--data_dir={data}", f"--model_dir={tmp_path}", "--resnet_size=8"),
+        "--noshortcut_connection",
+    )
+    assert "plain8, step 1" in scored.stdout
+
+
+OUT_OF_MEMORY = """
+import tensorflow as tf
+from cifar10_resnet.cli.guard import exits_with_a_sentence
+raise SystemExit(exits_with_a_sentence(lambda: tf.zeros([10**6, 10**7]))())
+"""
+
+
+def test_what_does_not_fit_into_memory_ends_in_one_sentence():
+    error = run_code(OUT_OF_MEMORY, status=1).stderr.splitlines()[-1]
+    assert re.search(r"error: out of memory: OOM .*; a smaller --batch_size needs less\.$", error)
+
+
+def test_a_gpu_that_is_not_there_is_refused_by_name_of_what_to_install(tmp_path):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
+    for program in ("run_trainer.py", "run_evaluator.py"):
+        arguments = (program, "--device=gpu", f"--ckpt_path={tmp_path}")
+        assert "requirements-gpu.txt" in error_of(*arguments, env=environment)
+
+
+def test_generated_pictures_need_no_files(tmp_path):
+    run(
+        *("run_trainer.py", "--use_synthetic_data", *SMALL, "--max_train_steps=2"),
+        cwd=tmp_path,
+    )
+    scored = run("run_evaluator.py", "--ckpt_path=runs/resnet8-synthetic", cwd=tmp_path)
+    assert re.search(r"images +2000", scored.stdout)
+    assert "crescent" in scored.stdout
+
+
+@pytest.mark.parametrize("program", ["run_trainer.py", "run_evaluator.py"])
+def test_a_program_interrupted_while_it_imports_ends_in_one_sentence(program, tmp_path):
+    (tmp_path / "tensorflow.py").write_text(
+        "import os, signal; os.write(2, b'noise'); os.kill(os.getpid(), signal.SIGINT)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    interrupted = run(program, "--ckpt_path=x", status=130, env=environment)
+    assert interrupted.stderr.splitlines() == [
+        f"{program}: interrupted; nothing is lost: start the same command again."
+    ]
+
+
+def test_a_folder_of_ones_own_pictures_becomes_a_network_that_knows_them(tmp_path):
+    rng = np.random.default_rng(0)
+    colours = {"leaf": (30, 160, 40), "sea": (20, 60, 180), "sunset": (230, 120, 40)}
+    for name, colour in colours.items():
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(20):
+            image = np.array(colour) + rng.integers(-20, 21, (60 + i, 80, 3))
+            kind = ("png", "jpg", "bmp")[i % 3]
+            Image.fromarray(image.astype(np.uint8)).save(tmp_path / f"photos/{name}/{i}.{kind}")
+    made = run("import", "--image_dir=photos", "--data_dir=photos-bin", cwd=tmp_path).stdout
+    command = made.splitlines()[-1].removeprefix("next: python ").split()
+    run(
+        *(*command, "--num_layers=8", "--recipe=one_cycle", "--num_iterations=20", "--holdout=9"),
+        *("--batch_norm_decay=0.5", "--epochs_between_evals=20"),  # the batch of 128 outdoes the 48
+        cwd=tmp_path,
+    )
+    scored = ("run_evaluator.py", "--path=photos-bin", "--ckpt_path=runs/resnet8-pictures")
+    tested = run(*scored, cwd=tmp_path).stdout
+    assert re.search(r"images +12\n", tested)
+    assert float(re.search(r" accuracy +(\d\.\d+)\n", tested)[1]) > 0.9
+    assert all(re.search(rf"^    {name} +\d", tested, re.M) for name in colours)
+    assert re.search(r"images +9\n", run(*scored, "--split=holdout", cwd=tmp_path).stdout)
+
+
+def test_cifar100_is_learned_by_its_coarse_labels_too(tmp_path):
+    write_cifar100(tmp_path / "cifar-100-binary")
+    command = ("run_trainer.py", "--dataset=cifar100", *SMALL, "--max_train_steps=2")
+    assert "(cifar100)" in run(*command, "--coarse_labels", cwd=tmp_path).stdout
+    scored = run("run_evaluator.py", "--ckpt_path=runs/resnet8-cifar100-coarse", cwd=tmp_path)
+    assert re.search(r"images +4\n", scored.stdout)
+    assert "coarse 19" in scored.stdout
