@@ -21,14 +21,14 @@ demo: $(VENV)/ready
 test: lint
 	$(RUN) -m pytest --numprocesses=2 --dist=loadfile
 
-lint: $(VENV)/ready
+lint: $(VENV)/ready-for-tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 drill: $(VENV)/ready
 	TF_CPP_MIN_LOG_LEVEL=2 $(RUN) tests/faults/drill.py
 
-fuzz: $(VENV)/ready
+fuzz: $(VENV)/ready-for-tests
 	FUZZ_EXAMPLES=40000 $(RUN) -m pytest tests/faults/test_fuzz.py
 
 load: $(VENV)/ready
@@ -38,9 +38,9 @@ bench: $(BENCH_VENV)/ready
 	$(BENCH_VENV)/bin/python benchmarks/compare.py
 
 figures: $(VENV)/ready
-	$(RUN) files/draw_parts.py
+	$(RUN) docs/draw_parts.py
 	$(RUN) -m cifar10_resnet draw --output=files/ResNet20_CIFAR10.pdf,files/ResNet20_CIFAR10.png
-	$(RUN) files/draw_curves.py
+	$(RUN) benchmarks/accuracy/draw_curves.py
 
 PRETRAINED := $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard files/pretrained/*/*.index)))))
 SAVEDMODELS := $(foreach layout,nhwc nchw,$(PRETRAINED:%=savedmodels/%-$(layout)))
@@ -60,15 +60,35 @@ define export_saved_model
 	$(RUN) -m cifar10_resnet export --ckpt_path=$< --export_dir=$(@D) --data_format=$(1)
 endef
 
-# $(call make_environment,FOLDER,REQUIREMENTS)
+# $(call make_environment,FOLDER): with the first Python that fits
 define make_environment
-	@python=$$(sh files/find_python.sh $(PYTHON)) && "$$python" -m venv $(1)
-	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -r $(2)
+	@unfit= bare=; for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10); do \
+		version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue; \
+		case $$version in 3.1[0-3]) ;; *) unfit="$$unfit ($$python is $$version)"; continue ;; esac; \
+		$$python -c 'import ensurepip, venv' 2>/dev/null && exec $$python -m venv $(1); \
+		bare=$$version; \
+	done; \
+	[ "$$bare" ] && echo "Python $$bare has no venv module. Install it, on Debian or Ubuntu with" \
+		"'apt-get install python$$bare-venv', and run make again." >&2 || \
+	echo "Python 3.10 to 3.13 is needed and was not found$$unfit. Install one, on Debian or Ubuntu" \
+		"with 'apt-get install python3 python3-venv', or name one: make PYTHON=/path/to/python3" >&2; \
+	exit 1
+endef
+
+# $(call install,FOLDER,REQUIREMENTS)
+define install
+	@echo "Installing $(2) into $(1). The first time, this downloads several hundred megabytes."
+	@$(1)/bin/python -m pip install --disable-pip-version-check -r $(2)
 	@touch $@
 endef
 
-$(VENV)/ready: requirements.txt requirements-test.txt files/find_python.sh
-	$(call make_environment,$(VENV),requirements-test.txt)
+$(VENV)/ready: requirements.txt
+	$(call make_environment,$(VENV))
+	$(call install,$(VENV),requirements.txt)
 
-$(BENCH_VENV)/ready: requirements.txt benchmarks/requirements.txt files/find_python.sh
-	$(call make_environment,$(BENCH_VENV),benchmarks/requirements.txt)
+$(VENV)/ready-for-tests: requirements-test.txt $(VENV)/ready
+	$(call install,$(VENV),requirements-test.txt)
+
+$(BENCH_VENV)/ready: requirements.txt benchmarks/requirements.txt
+	$(call make_environment,$(BENCH_VENV))
+	$(call install,$(BENCH_VENV),benchmarks/requirements.txt)

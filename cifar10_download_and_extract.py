@@ -665,10 +665,15 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     official = {name: file_format for name, file_format in FORMATS.items() if file_format.archive}
     folders = " or ".join(file_format.folder for file_format in official.values())
     add = parser.add_argument
-    add("--dataset", choices=official, default="cifar10", help="(default: %(default)s)")
+    add("--dataset", choices=official, default="cifar10", help="data set (default: %(default)s)")
     add("--data_dir", metavar="DIR", default=".", help=f"gets {folders} (default: %(default)s)")
-    add("--url", action="append", type=address, help="repeat it for mirrors (default: official)")
-    add("--sha256", type=sha256, help="of the archive (default: the official digest)")
+    add(
+        "--url",
+        action="append",
+        type=address,
+        help="address, repeated for mirrors (default: official)",
+    )
+    add("--sha256", type=sha256, help="expected of the archive (default: the official digest)")
     add("--keep_archive", action="store_true", help="keep the archive beside the data")
     add(
         "--timeout",
@@ -679,9 +684,9 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--synthetic", action="store_true", help="write a generated stand-in; download nothing")
     of_stand_in = {
-        "synthetic_train_images": (train, 10000, ""),
-        "synthetic_test_images": (test, 2000, ""),
-        "seed": (seed, 0, "of the stand-in "),
+        "synthetic_train_images": (train, 10000, "number of synthetic training images "),
+        "synthetic_test_images": (test, 2000, "number of synthetic test images "),
+        "seed": (seed, 0, "random seed of the synthetic images "),
     }
     for name, (convert, default, what) in of_stand_in.items():
         add(f"--{name}", metavar="N", type=convert, help=f"{what}(default: {default})")

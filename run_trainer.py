@@ -60,7 +60,7 @@ flags.DEFINE_bool("fine_tune", False, "Train the final layer alone; all below it
 flags.DEFINE_bool(
     "recompute_mean", False, "Subtract the new images' mean, not the pretrained network's."
 )
-flags.DEFINE_string("train_log_path", None, "Folder for TensorBoard (default: <ckpt_path>/log).")
+flags.DEFINE_string("train_log_path", None, "Folder for TensorBoard (default: log in --ckpt_path).")
 flags.DEFINE_enum("recipe", "paper", list(RECIPES), "Schedule and hyperparameters to start from.")
 flags.DEFINE_integer("batch_size", 128, "Images in a step.", lower_bound=1)
 flags.DEFINE_integer(
@@ -191,7 +191,7 @@ FLAG_GROUPS = {
         *("distribution_strategy", "num_gpus", "sync_batch_norm", "worker_timeout"),
     ),
 }
-# under the names of the dataclasses in run_config
+# under the names of the dataclasses in config.py
 RUN_FLAGS = (
     *command_line.DATA_FLAGS,
     *("recipe", "batch_size", "num_iterations", "optimizer", "init_lr", "scale_lr", "momentum"),

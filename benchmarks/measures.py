@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import report
-from contender import BATCH_SIZE
+from contenders.contender import BATCH_SIZE
 from processes import FOLDER, PROJECT, Ended, Failure, Worker, run_program
 
 DTYPES = ("fp32", "bf16")
@@ -30,7 +30,7 @@ MEMORY_STEPS = 20
 
 
 @dataclass(frozen=True)
-class Contender:
+class Entrant:
     """A way to train the network, and the file that has it."""
 
     name: str
@@ -40,11 +40,11 @@ class Contender:
     options: tuple[tuple[str, Any], ...] = ()
 
 
-THIS_PROJECT = Contender("this project", "this_project.py", "tensorflow")
-KERAS = Contender("Keras fit", "keras_fit.py", "keras")
-TF2 = Contender("TF2 reference", "tf2_reference.py", "tensorflow", ("fp32",))
+THIS_PROJECT = Entrant("this project", "contenders/this_project.py", "tensorflow")
+KERAS = Entrant("Keras fit", "contenders/keras_fit.py", "keras")
+TF2 = Entrant("TF2 reference", "contenders/tf2_reference.py", "tensorflow", ("fp32",))
 TORCH = tuple(
-    Contender(f"PyTorch {name}", "pytorch.py", "torch", options=(("compiled", compiled),))
+    Entrant(f"PyTorch {name}", "contenders/pytorch.py", "torch", options=(("compiled", compiled),))
     for name, compiled in (("eager", False), ("compile", True))
 )
 CONTENDERS = (THIS_PROJECT, KERAS, TF2, *TORCH)
@@ -155,7 +155,7 @@ class Bench:
     def steps(
         self,
         stack: contextlib.ExitStack,
-        contender: Contender,
+        contender: Entrant,
         steps: int,
         dtype: str = "fp32",
         layers: int = 20,
@@ -169,7 +169,7 @@ class Bench:
         return functools.partial(worker.ask, "steps", count=steps), facts
 
     def pipeline(
-        self, stack: contextlib.ExitStack, contender: Contender, batches: int
+        self, stack: contextlib.ExitStack, contender: Entrant, batches: int
     ) -> tuple[Turn, Facts]:
         """Gets a contender's input pipeline ready; its turn gives images per second."""
         worker = stack.enter_context(Worker.start(contender.file))

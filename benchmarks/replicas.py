@@ -1,8 +1,13 @@
-"""What it costs to spread one batch over replicas and workers that share this machine.
+"""What it costs to spread one batch over replicas and workers, measured and on paper.
 
-python benchmarks/replicas.py times the same steps in one process, over virtual CPU devices in one
-process, and over processes on loopback, and counts the bytes that pass through loopback. Nothing
+`python benchmarks/replicas.py` times the same steps in one process, over virtual CPU devices in one
+process, and over processes on loopback. It counts the bytes that pass through loopback. Nothing
 gets faster on shared cores: what is lost is the price of spreading.
+
+`python benchmarks/replicas.py --on_paper` computes how many GPUs stay 80 % efficient. A step starts
+so many kernels, however few images there are, and computes. Then all gradients travel around a ring
+of N in one piece, as 2 (N - 1) messages of 1/N of their bytes from each. Nothing overlaps, because
+the sum waits for the last gradient.
 """
 
 import argparse
@@ -13,9 +18,10 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+sys.path[:0] = [str(PROJECT), str(PROJECT / "benchmarks" / "contenders")]
 
 # name: processes, devices in each
 LAYOUTS = {
@@ -96,6 +102,80 @@ def run_layout(processes: int, devices: int, arguments: list[str]) -> dict[str, 
     return json.loads(answers[0].splitlines()[-1])
 
 
+# --- On paper -------------------------------------------------------------------------------------
+
+IMAGES = 128  # of each GPU, or of all together
+EFFICIENT = 0.8
+MOST = 10_000
+# of a large GPU, on layers as small as these
+FLOPS = 20e12
+KERNEL_SECONDS = 4e-6
+KERNELS = 12  # a layer: convolution, batch norm, ReLU and their gradients, decay and momentum
+BYTES = 4
+
+
+class Link(NamedTuple):
+    """What joins the GPUs: bytes a second each way, and seconds that a message takes at least."""
+
+    name: str
+    bandwidth: float
+    latency: float
+
+
+LINKS = (
+    Link("NVLink, 200 GB/s", 200e9, 3e-6),
+    Link("PCIe, 20 GB/s", 20e9, 6e-6),
+    Link("network, 10 GB/s", 10e9, 15e-6),
+    Link("network, 1 GB/s", 1e9, 30e-6),
+)
+
+
+class Network(NamedTuple):
+    parameters: int
+    multiply_adds: int  # forward, an image
+    layers: int
+
+    def step(self, images: float) -> float:
+        """Seconds of one GPU's work."""
+        computing = 3 * 2 * self.multiply_adds * images / FLOPS
+        return KERNELS * self.layers * KERNEL_SECONDS + computing
+
+    def summing(self, gpus: int, link: Link) -> float:
+        """Seconds that the gradients travel."""
+        message = link.latency + BYTES * self.parameters / gpus / link.bandwidth
+        return 2 * (gpus - 1) * message
+
+    def most(self, link: Link, split: bool) -> int:
+        """The most GPUs that are efficient, with the one batch split or one batch for each."""
+
+        def is_efficient(gpus: int) -> bool:
+            here = IMAGES / gpus if split else IMAGES
+            step = self.step(here) + self.summing(gpus, link)
+            return self.step(IMAGES) / (gpus if split else 1) / step >= EFFICIENT
+
+        return max((n for n in range(1, MOST) if is_efficient(n)), default=1)
+
+
+def show_on_paper() -> None:
+    """Prints up to how many GPUs a training stays efficient, by network and link."""
+    from cifar10_resnet.config import ModelConfig
+    from resnet_model import ResNet
+    from this_project import multiply_adds
+
+    print("| network | ms a step | MB of gradients | " + " | ".join(n.name for n in LINKS) + " |")
+    print("| --- | --- | --- |" + " --- |" * len(LINKS))
+    for depth in (20, 56, 110):
+        config = ModelConfig(num_layers=depth)
+        parameters = sum(v.shape.num_elements() for v in ResNet(config).trainable_variables)
+        network = Network(parameters, multiply_adds(config), depth)
+        most = [f"{network.most(n, False)} ({network.most(n, True)})" for n in LINKS]
+        step, size = 1000 * network.step(IMAGES), BYTES * parameters / 1e6
+        print(f"| ResNet-{depth} | {step:.1f} | {size:.1f} | {' | '.join(most)} |")
+
+
+# --- The program ----------------------------------------------------------------------------------
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=20)
@@ -104,7 +184,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sync_batch_norm", action="store_true")
     parser.add_argument("--devices", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--on_paper", action="store_true", help="measure nothing: compute")
     options = parser.parse_args()
+    if options.on_paper:
+        show_on_paper()
+        return
     if options.devices:
         what = (options.layers, options.batch_size, options.steps, options.devices)
         print(json.dumps(measure(*what, options.sync_batch_norm)))

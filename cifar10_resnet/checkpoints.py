@@ -1,7 +1,7 @@
 """Checkpoints: saved whole or not at all, found, verified, restored; and the run folder's lock.
 
 A checkpoint is an ordinary `tf.train.Checkpoint` prefix, `model.ckpt-STEP`, with a file of SHA-256
-digests beside it. It carries the description of its run (see run_config.py), so that its path is
+digests beside it. It carries the description of its run (see config.py), so that its path is
 all one needs to build the network again.
 """
 

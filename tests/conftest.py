@@ -173,3 +173,11 @@ def uninterrupted(data, tmp_path_factory) -> Path:
         *("--num_iterations=60", "--save_per_iterations=20", "--max_ckpts=-1"),
     )
     return folder
+
+
+def words_in(picture: Path) -> list[str]:
+    """The words in a PNG that the project drew."""
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        return image.info["Description"].split(" | ")

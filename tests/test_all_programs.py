@@ -3,10 +3,8 @@
 import os
 import re
 
-import numpy as np
 import pytest
 from conftest import write_cifar100
-from PIL import Image
 from programs import SMALL, error_of, run, run_code, without_tensorflow
 
 
@@ -100,30 +98,6 @@ def test_a_program_interrupted_while_it_imports_ends_in_one_sentence(program, tm
     assert interrupted.stderr.splitlines() == [
         f"{program}: interrupted; nothing is lost: start the same command again."
     ]
-
-
-def test_a_folder_of_ones_own_pictures_becomes_a_network_that_knows_them(tmp_path):
-    rng = np.random.default_rng(0)
-    colours = {"leaf": (30, 160, 40), "sea": (20, 60, 180), "sunset": (230, 120, 40)}
-    for name, colour in colours.items():
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(20):
-            image = np.array(colour) + rng.integers(-20, 21, (60 + i, 80, 3))
-            kind = ("png", "jpg", "bmp")[i % 3]
-            Image.fromarray(image.astype(np.uint8)).save(tmp_path / f"photos/{name}/{i}.{kind}")
-    made = run("import", "--image_dir=photos", "--data_dir=photos-bin", cwd=tmp_path).stdout
-    command = made.splitlines()[-1].removeprefix("next: python ").split()
-    run(
-        *(*command, "--num_layers=8", "--recipe=one_cycle", "--num_iterations=20", "--holdout=9"),
-        *("--batch_norm_decay=0.5", "--epochs_between_evals=20"),  # the batch of 128 outdoes the 48
-        cwd=tmp_path,
-    )
-    scored = ("run_evaluator.py", "--path=photos-bin", "--ckpt_path=runs/resnet8-pictures")
-    tested = run(*scored, cwd=tmp_path).stdout
-    assert re.search(r"images +12\n", tested)
-    assert float(re.search(r" accuracy +(\d\.\d+)\n", tested)[1]) > 0.9
-    assert all(re.search(rf"^    {name} +\d", tested, re.M) for name in colours)
-    assert re.search(r"images +9\n", run(*scored, "--split=holdout", cwd=tmp_path).stdout)
 
 
 def test_cifar100_is_learned_by_its_coarse_labels_too(tmp_path):

@@ -116,11 +116,9 @@ def test_a_folder_of_other_things_is_told_how_to_get_a_data_set(tmp_path, datase
 def test_a_path_that_is_missing_is_named_with_the_command_that_gets_the_data(tmp_path, monkeypatch):
     text = refusal(tmp_path / "nowhere")
     assert str(tmp_path / "nowhere") in text
-    assert "`python cifar10_download_and_extract.py`" in text
+    assert re.search(r"`\S*python3? cifar10_download_and_extract\.py`", text)
     monkeypatch.chdir(tmp_path)
-    assert "`python cifar10_download_and_extract.py --dataset=cifar100`" in refusal(
-        None, "cifar100"
-    )
+    assert "/cifar10_download_and_extract.py --dataset=cifar100`" in refusal(None, "cifar100")
     assert "no data at cifar-100-binary" in refusal(None, "cifar100")
     assert "no data at cifar-10-batches-bin" in refusal(None)
 

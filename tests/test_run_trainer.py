@@ -229,7 +229,7 @@ def test_wrong_data_ends_in_one_sentence_before_training(data, tmp_path, where):
 
 def test_without_data_the_trainer_says_how_to_get_it(tmp_path):
     error = error_of("run_trainer.py", cwd=tmp_path)
-    assert "python cifar10_download_and_extract.py" in error
+    assert "/cifar10_download_and_extract.py`" in error
     assert "--use_synthetic_data" in error
 
 

@@ -82,14 +82,12 @@ def help_text(description: str, groups: Groups, width: int) -> str:
 
 
 def _flag_lines(name: str, width: int) -> list[str]:
-    names = ", ".join(
-        f"--[no]{each}" if FLAGS[name].boolean else f"--{each}" for each in (name, *_aliases(name))
-    )
+    names = ", ".join(names_of(name))
     # where the terminal is narrow, or the names are long, the text goes below them
     indent = NAMES_WIDTH if width >= 80 else 6
     below = len(names) + 3 >= indent
     text = textwrap.fill(
-        _explanation(name),
+        explanation(name),
         width,
         initial_indent=" " * indent,
         subsequent_indent=" " * indent,
@@ -99,11 +97,18 @@ def _flag_lines(name: str, width: int) -> list[str]:
     return [f"  {names}", text] if below else [f"  {names}".ljust(indent) + text[indent:]]
 
 
+def names_of(name: str) -> list[str]:
+    """Returns a flag and its aliases, as they are typed."""
+    prefix = "--[no]" if FLAGS[name].boolean else "--"
+    return [prefix + each for each in (name, *_aliases(name))]
+
+
 def _aliases(name: str) -> list[str]:
     return [other for other in FLAGS if FLAGS[other].help == f"Alias for --{name}."]
 
 
-def _explanation(name: str) -> str:
+def explanation(name: str) -> str:
+    """Returns what a flag does, its choices and its default."""
     flag = FLAGS[name]
     # what absl adds to the help of a flag that may be repeated says nothing new
     text = flag.help.partition(";\n    repeat this option")[0].rstrip(".")

@@ -62,7 +62,7 @@ def refuse_infinite(*names: str) -> None:
 
 refuse_infinite("loss_scale")
 
-# those that say which network it is, and which data, under the names of run_config's dataclasses
+# those that say which network it is, and which data, under the names of config.py's dataclasses
 DATA_FLAGS = ("dataset", "coarse_labels")
 NETWORK_FLAGS = ("num_layers", "shortcut_connections", "bottleneck", "resnet_version")
 
@@ -89,7 +89,7 @@ def given_flags(names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def given_network() -> dict[str, Any]:
-    """The network's flags that were given, under the names of run_config.ModelConfig."""
+    """The network's flags that were given, under the names of config.ModelConfig."""
     given = given_flags(NETWORK_FLAGS)
     if given["resnet_version"] is not None:
         given["resnet_version"] = int(given["resnet_version"])

@@ -24,29 +24,35 @@ flags.DEFINE_integer("seed", 0, "Of the split and the order.", lower_bound=0)
 flags.mark_flags_as_required(["image_dir", "data_dir"])
 flags.register_validator("test_share", lambda share: 0 < share < 1, "it is between 0 and 1")
 
+BATCH_SIZE = 128  # The trainer's default.
+LEAST_STEPS = 100
+
 FLAG_GROUPS = {"Where from and where to": ("image_dir", "data_dir"), "How": ("test_share", "seed")}
 
 
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
     count = import_photos(FLAGS.image_dir, FLAGS.data_dir, FLAGS.test_share, FLAGS.seed)
-    print(f"next: {transfer(FLAGS.data_dir, count)}", flush=True)
+    pretrained = in_project("files", "pretrained", "resnet20")
+    train = command(
+        "run_trainer.py",
+        f"--path={FLAGS.data_dir}",
+        f"--pretrained_model_checkpoint_path={pretrained}",
+        *training_flags(count),
+    )
+    print(f"next: {train}", flush=True)
     return 0
 
 
-def transfer(data_dir: str, count: int) -> str:
-    """Returns the command that trains the shipped ResNet-20 on so many images of new classes."""
+def training_flags(num_images: int) -> list[str]:
+    """Returns the recipe that teaches a pretrained network the classes of so many images."""
     # Few images need many epochs, or the network takes too few steps to learn the new classes.
-    epochs = max(20, math.ceil(100 * 128 / count))
-    return command(
-        "run_trainer.py",
-        f"--path={data_dir}",
-        f"--pretrained_model_checkpoint_path={in_project('files', 'pretrained', 'resnet20')}",
-        "--recipe=fast",
-        f"--train_epochs={epochs}",
-        # Averages that keep 99 % of themselves in each step would lag behind so short a training.
-        "--batch_norm_decay=0.9",
-    )
+    epochs = max(20, math.ceil(LEAST_STEPS * BATCH_SIZE / num_images))
+    flags = ["--recipe=fast", f"--train_epochs={epochs}"]
+    if epochs * num_images / BATCH_SIZE < 1000:
+        # The default, 0.99, averages over more steps than so short a run has to spare.
+        flags.append("--batch_norm_decay=0.9")
+    return flags
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Trains, evaluates and saves for long in one process: memory and open files must stay level.
 
-    python tests/faults/load.py     # writes load.png beside this file
+    python tests/faults/load.py     # writes files/load.png
 
 2,000 steps with an evaluation and a checkpoint every 20 of them, then 200 evaluations of the last
 checkpoint, each with a network of its own.
@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(PROJECT))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np  # noqa: E402
@@ -106,7 +106,7 @@ def main() -> int:
             f"{STEPS:,} steps, an evaluation and a checkpoint every {EVERY}": train(folder),
             f"{EVALUATIONS} evaluations, each of a network of its own": evaluate(folder),
         }
-    draw(runs, HERE / "load.png")
+    draw(runs, PROJECT / "files" / "load.png")
     failed = False
     for title, samples in runs.items():
         memory = growth([s.megabytes for s in samples])

@@ -92,7 +92,6 @@ def exported(prefix, tmp_path_factory) -> Path:
         shutil.copy(file, project)
     shutil.copytree(PROJECT / "cifar10_resnet", project / "cifar10_resnet")
     (project / "files" / "pretrained").mkdir(parents=True)
-    shutil.copy(PROJECT / "files" / "find_python.sh", project / "files")
     (project / ".venv").mkdir()
     (project / ".venv" / "ready").touch()
     make = ("make", "savedmodels", f"RUN={sys.executable}")

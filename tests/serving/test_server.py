@@ -245,9 +245,9 @@ def test_encoded_pictures_of_any_size_are_read_as_everywhere_in_the_project(serv
     np.testing.assert_array_equal(columns["outputs"]["classes"], answer["classes"])
 
 
-def test_the_readmes_client_works_as_it_is_printed(server, tmp_path):
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    (client,) = re.findall(r"```python\n([^`]*8501[^`]*)```", readme)
+def test_the_client_in_the_docs_works_as_it_is_printed(server, tmp_path):
+    page = (PROJECT / "docs" / "export_and_serve.md").read_text(encoding="utf-8")
+    (client,) = re.findall(r"```python\n([^`]*8501[^`]*)```", page)
     upload = encoded(photo(40, 40), "JPEG")
     (tmp_path / "cat.jpg").write_bytes(upload)
     printed = run_code(client.replace("8501", str(server.port)), cwd=tmp_path).stdout

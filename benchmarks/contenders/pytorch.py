@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from contender import (
     BATCH_NORM_DECAY,
     BATCH_NORM_EPSILON,
@@ -21,7 +23,6 @@ from contender import (
     memory_batches,
     serve,
 )
-from torch import nn
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 

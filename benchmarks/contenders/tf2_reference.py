@@ -16,6 +16,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
 import tensorflow as tf
+
 from contender import (
     BATCH_NORM_DECAY,
     BATCH_NORM_EPSILON,

@@ -1,6 +1,6 @@
-"""Draws how the runs recorded in files/results learned, leaving out those that are not there.
+"""Draws how the runs recorded here learned, leaving out those that are not there.
 
-python files/draw_curves.py --results_dir=files/results --output_dir=files
+python benchmarks/accuracy/draw_curves.py --results_dir=benchmarks/accuracy --output_dir=files
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 from absl import flags
@@ -28,11 +28,13 @@ from cifar10_resnet.figures.style import (
     SMALL,
     picture,
 )
+from cifar10_resnet.terminal import PROJECT
 
-FOLDER = Path(__file__).resolve().parent
 FLAGS = flags.FLAGS
-flags.DEFINE_string("results_dir", str(FOLDER / "results"), "Folder of the runs' CSV files.")
-flags.DEFINE_string("output_dir", str(FOLDER), "Folder to draw into.")
+flags.DEFINE_string(
+    "results_dir", str(PROJECT / "benchmarks" / "accuracy"), "Folder of the runs' CSV files."
+)
+flags.DEFINE_string("output_dir", str(PROJECT / "files"), "Folder to draw into.")
 
 FLAG_GROUPS = {"Where from and where to": ("results_dir", "output_dir")}
 

@@ -9,6 +9,10 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+from cifar10_input import mean_image, read_images, training_batches
+from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig, units_per_block
+from cifar10_resnet.training.trainer import Trainer
 from contender import (
     BATCH_SIZE,
     BLOCK_DEPTHS,
@@ -21,10 +25,6 @@ from contender import (
     memory_batches,
     serve,
 )
-
-from cifar10_input import mean_image, read_images, training_batches
-from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig, units_per_block
-from cifar10_resnet.training.trainer import Trainer
 from resnet_model import DTYPES, ResNet, resolve_data_format
 
 MATRIX_SIDE = 4096

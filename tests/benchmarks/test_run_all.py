@@ -16,7 +16,7 @@ from cifar10_resnet import checkpoints
 @pytest.fixture
 def script(monkeypatch):
     """The script as a module."""
-    file = programs.PROJECT / "files" / "results" / "run_all.py"
+    file = programs.PROJECT / "benchmarks" / "accuracy" / "run_all.py"
     spec = importlib.util.spec_from_file_location("run_all", file)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "run_all", module)
@@ -32,8 +32,7 @@ def run_all(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "RUNS", runs)
     monkeypatch.setattr(script, "RESULTS", tmp_path)
     monkeypatch.setattr(script, "PRETRAINED", tmp_path / "pretrained")
-    monkeypatch.setattr(script, "PAPER_ERROR", {8: 12.345})
-    monkeypatch.setattr(script, "REPRODUCTION_ERROR", {8: 11.0})
+    monkeypatch.setattr(script, "PAPER_ACCURACY", {8: 87.655})
     return script
 
 
@@ -93,8 +92,8 @@ def test_the_table_gives_the_mean_of_the_seeds_and_each_of_them(run_all):
         fake_csv(run_all, run, accuracy)
     table = run_all.table([run_all.read_result(run) for run in run_all.RUNS])
     assert table.splitlines()[2:] == [
-        "| resnet8 | 75,290 | 12.35 % | 11.00 % | **8.83 %** (10.00, 8.00, 8.50) | `fast` | 41 | "
-        "10 | `files/pretrained/resnet8` |"
+        "| resnet8 | 75,290 | **91.17%** | 90.00%, 92.00%, 91.50% | `fast` | 41 | 10 | 87.66% | "
+        "`files/pretrained/resnet8` |"
     ]
 
 
@@ -123,7 +122,7 @@ signal.pause()
 
 def test_ctrl_c_waits_for_the_trainer_to_save(tmp_path):
     (tmp_path / "trainer.py").write_text(SLOW_TRAINER)
-    code = "import sys; sys.path.insert(0, 'files/results'); import run_all; "
+    code = "import sys; sys.path.insert(0, 'benchmarks/accuracy'); import run_all; "
     code += "run_all._run_program(*sys.argv[1:])"
     process = subprocess.Popen(
         [sys.executable, "-c", code, tmp_path / "trainer.py", tmp_path / "saved"],
@@ -167,7 +166,7 @@ def test_the_shipped_networks_are_whole_and_those_of_the_table(script):
     assert sum(f.stat().st_size for f in script.PRETRAINED.rglob("*")) < 30 * 2**20
 
 
-def test_the_readme_shows_the_table_that_the_results_give():
-    table = programs.run("files/results/run_all.py", "--table").stdout
+def test_the_page_of_results_has_the_table_that_the_runs_give():
+    table = programs.run("benchmarks/accuracy/run_all.py", "--table").stdout
     assert table.count("\n") > 2
-    assert table in (programs.PROJECT / "README.md").read_text()
+    assert table in (programs.PROJECT / "docs" / "results.md").read_text("utf-8")

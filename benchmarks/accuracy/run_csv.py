@@ -1,4 +1,4 @@
-"""The CSV file that a run leaves in files/results: its comments, its columns, its pace."""
+"""The CSV file that a run leaves here: its comments, its columns, its pace."""
 
 from pathlib import Path
 from typing import NamedTuple

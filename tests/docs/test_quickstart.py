@@ -6,7 +6,7 @@ import nbformat
 from nbclient import NotebookClient
 from programs import PROJECT
 
-NOTEBOOK = PROJECT / "examples" / "quickstart.ipynb"
+NOTEBOOK = PROJECT / "docs" / "quickstart.ipynb"
 
 
 def kinds(notebook: nbformat.NotebookNode) -> list[list[str]]:

@@ -1,6 +1,6 @@
 """Draws the parts of the networks: first convolution, units, shortcuts, the way to the classes.
 
-python files/draw_parts.py --output_dir=somewhere
+python docs/draw_parts.py --output_dir=somewhere
 """
 
 import sys
@@ -36,10 +36,10 @@ from cifar10_resnet.figures.style import (
     PAPER,
     picture,
 )
+from cifar10_resnet.terminal import PROJECT
 
-FOLDER = Path(__file__).resolve().parent
 FLAGS = flags.FLAGS
-flags.DEFINE_string("output_dir", str(FOLDER), "Folder to draw into.")
+flags.DEFINE_string("output_dir", str(PROJECT / "files"), "Folder to draw into.")
 
 FLAG_GROUPS = {"Where to": ("output_dir",)}
 

@@ -1,8 +1,8 @@
 """Trains every network of the README's table of results, or goes on where that was left off.
 
-    python files/results/run_all.py --path=cifar-10-batches-bin
+    python benchmarks/accuracy/run_all.py --path=cifar-10-batches-bin
 
-Each run leaves `files/results/NAME.csv`, its curves with the command that made them, and, of
+Each run leaves `benchmarks/accuracy/NAME.csv`, its curves with the command that made them, and, of
 several seeds the one in the middle, its weights in `files/pretrained/`. What is there already is
 left as it is, unless `--again` is given; Ctrl-C saves, and the same command goes on from there.
 `--table` prints the table.
@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).resolve().parent
 TOP = RESULTS.parents[1]
-PRETRAINED = RESULTS.parent / "pretrained"
-sys.path[:0] = [str(TOP), str(TOP / "files")]
+PRETRAINED = TOP / "files" / "pretrained"
+sys.path[:0] = [str(TOP), str(RESULTS)]
 
 import run_csv  # noqa: E402
 from cifar10_resnet import storage  # noqa: E402
@@ -99,9 +99,8 @@ RUNS = (
     Run("resnet32-fast", 32),
     Run("resnet44-fast", 44),
 )
-# test error in percent: the first paper's table 6, and a well-known reproduction's
-PAPER_ERROR = {20: 8.75, 32: 7.51, 44: 7.17, 56: 6.97, 110: 6.43}
-REPRODUCTION_ERROR = {20: 8.27, 32: 7.37, 44: 6.90, 56: 6.61, 110: 6.32}
+# Test accuracy in percent, from the first paper's table 6; the best of five runs at 110 layers.
+PAPER_ACCURACY = {20: 91.25, 32: 92.49, 44: 92.83, 56: 93.03, 110: 93.57}
 
 
 class Result(NamedTuple):
@@ -118,37 +117,39 @@ def read_result(run: Run) -> Result | None:
 
 
 def table(results: Sequence[Result]) -> str:
-    """The README's table in Markdown: a row for each network and recipe that is finished.
+    """Returns the table of results in Markdown: a row for each network and recipe that is finished.
 
     The residual networks stand first, then the plain ones, each by their depth.
     """
     rows = [
-        "| network | parameters | paper | best reproduction | ours | recipe | epochs "
-        "| minutes on 2 cores | checkpoint |",
+        "| network | parameters | accuracy | seeds | recipe | epochs | minutes | paper "
+        "| checkpoint |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     of_run = {result.run: result for result in results}
     for run in sorted(of_run, key=lambda run: (not run.shortcut_connections, run.num_layers)):
-        if run != run.seeds[0]:
-            continue
-        group = [of_run[seed] for seed in run.seeds if seed in of_run]
-        shipped = _middle(group)
-        errors = [100 * (1 - result.csv.accuracy) for result in group]
-        ours = f"**{statistics.fmean(errors):.2f} %**"
-        if len(errors) > 1:
-            ours += " (" + ", ".join(f"{error:.2f}" for error in errors) + ")"
-        compared = run.shortcut_connections
-        published = [
-            f"{errors_of[run.num_layers]:.2f} %" if compared else ""
-            for errors_of in (PAPER_ERROR, REPRODUCTION_ERROR)
-        ]
-        folder = f"`files/pretrained/{run.network}`" if run.is_shipped else ""
-        rows.append(
-            f"| {run.network} | {int(shipped.csv.comments['parameters']):,} | {published[0]} | "
-            f"{published[1]} | {ours} | `{run.recipe}` | {shipped.csv.columns['epoch'][-1]:.0f} | "
-            f"{min(result.csv.minutes[-1] for result in group):.0f} | {folder} |"
-        )
+        if run == run.seeds[0]:
+            rows.append(_row(run, [of_run[seed] for seed in run.seeds if seed in of_run]))
     return "\n".join(rows)
+
+
+def _row(run: Run, group: Sequence[Result]) -> str:
+    """Returns the row of a network and recipe: the mean of its seeds, then each of them."""
+    accuracies = [100 * result.csv.accuracy for result in group]
+    seeds = ", ".join(f"{accuracy:.2f}%" for accuracy in accuracies) if len(group) > 1 else "one"
+    shipped = _middle(group).csv
+    cells = (
+        run.network,
+        f"{int(shipped.comments['parameters']):,}",
+        f"**{statistics.fmean(accuracies):.2f}%**",
+        seeds,
+        f"`{run.recipe}`",
+        f"{shipped.columns['epoch'][-1]:.0f}",
+        f"{min(result.csv.minutes[-1] for result in group):.0f}",
+        f"{PAPER_ACCURACY[run.num_layers]:.2f}%" if run.shortcut_connections else "",
+        f"`files/pretrained/{run.network}`" if run.is_shipped else "",
+    )
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
 
 
 def _middle(group: Sequence[Result]) -> Result:

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+
 from contender import (
     BATCH_NORM_DECAY,
     BATCH_NORM_EPSILON,

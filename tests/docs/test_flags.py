@@ -1,0 +1,70 @@
+"""docs/flags.md lists every flag of every program, as the program defines it."""
+
+import json
+import re
+
+import pytest
+from pages import PAGES
+from programs import PROGRAMS, run, run_code
+
+from cifar10_resnet.config import TrainingConfig
+
+LIST_FLAGS = """
+import importlib, json, sys
+from absl import flags
+module = importlib.import_module(sys.argv[1])
+flags.FLAGS.mark_as_parsed()
+print(json.dumps([flag.name for flag in flags.FLAGS.get_key_flags_for_module(module)]))
+"""
+
+
+def section(heading: str) -> str:
+    """Returns the part of the page below a heading."""
+    parts = re.split(r"^## (.*)\n", PAGES["docs/flags.md"], flags=re.M)
+    return parts[parts.index(heading) + 1]
+
+
+def listed(heading: str) -> list[str]:
+    """Returns the names of the flags below a heading."""
+    rows = re.findall(r"^\| (`--.*?) \|", section(heading), re.M)
+    return [name for names in rows for name in re.findall(r"--(?:\[no\])?(\w+)", names)]
+
+
+def test_the_page_is_what_its_script_writes():
+    code = "import sys; sys.path.insert(0, 'docs'); "
+    code += "import make_flags; print(make_flags.page(), end='')"
+    written = run_code(code).stdout
+    assert written == PAGES["docs/flags.md"], "write it again: python docs/make_flags.py"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_flag_of_a_program_is_listed_once(program):
+    started = program if program.endswith(".py") else f"-m cifar10_resnet {program}"
+    defined = json.loads(run_code(LIST_FLAGS, PROGRAMS[program]).stdout)
+    assert sorted(listed(f"python {started}")) == sorted(defined)
+
+
+def test_every_flag_of_the_download_script_is_listed_once():
+    shown = run("cifar10_download_and_extract.py", "--help").stdout.split("options:")[1]
+    defined = re.findall(r"^  --(\w+)", shown, re.M)
+    assert sorted(listed("python cifar10_download_and_extract.py")) == sorted(defined)
+
+
+def test_the_values_of_the_papers_recipe_are_told():
+    told = dict(
+        re.findall(
+            r"^\| `--(?:\[no\])?(\w+)` \| .*\(default: the recipe's; paper: ([^;)]+)[;)]",
+            section("python run_trainer.py"),
+            re.M,
+        )
+    )
+    assert len(told) == 7
+    for name, value in told.items():
+        actual = getattr(TrainingConfig(), name)
+        assert value == str(actual).lower() or float(value) == actual, name
+
+
+def test_no_page_has_a_table_of_flags_beside_this_one():
+    others = {name: page for name, page in PAGES.items() if name != "docs/flags.md"}
+    for name, page in others.items():
+        assert len(re.findall(r"^\| `--\w+`", page, re.M)) < 8, name

@@ -1,0 +1,113 @@
+"""The pages in docs/ are true: links lead somewhere, commands have flags that exist, code runs."""
+
+import functools
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pages import PAGES, anchors, blocks, links
+from programs import PROJECT, run
+
+
+def commands() -> list[list[str]]:
+    """Returns the words of all commands that start one of the project's programs."""
+    shell = "".join(block for page in PAGES.values() for block in blocks(page, "sh"))
+    lines = shell.replace("\\\n", " ").replace(" -- ", "\npython ").replace(" && ", "\n")
+    words = [shlex.split(line, comments=True) for line in lines.splitlines()]
+    words = [line for line in words if line[:1] == ["python"] and line[1] != "-c"]
+    return [line[3:] if line[1:3] == ["-m", "cifar10_resnet"] else line[1:] for line in words]
+
+
+PROGRAMS = sorted({command[0] for command in commands()})
+
+
+@functools.cache
+def flags_in_help(program: str) -> set[str]:
+    return set(re.findall(r"--(?:\[no\])?(\w+)", run(program, "--help").stdout))
+
+
+def test_the_pages_have_commands():
+    assert {"run_trainer.py", "run_evaluator.py", "export", "serve", "launch"} <= set(PROGRAMS)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_commands_have_flags_that_exist(program):
+    words = [word for command in commands() if command[0] == program for word in command[1:]]
+    flags = {re.match(r"--(\w+)", word)[1] for word in words if word.startswith("--")}
+    known = flags_in_help(program)
+    assert {flag if flag in known else flag.removeprefix("no") for flag in flags} <= known
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_leads_to_a_file_and_every_anchor_to_a_heading(name):
+    folder = (PROJECT / name).parent
+    for link in links(PAGES[name]):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = Path(os.path.normpath(folder / path)) if path else PROJECT / name
+        assert target.exists(), f"{name} links to {link}"
+        if anchor:
+            page = str(target.relative_to(PROJECT))
+            assert anchor in anchors(PAGES[page]), f"{name} links to {link}"
+
+
+def test_the_makefiles_commands_have_flags_that_exist():
+    makefile = (PROJECT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"^\t\$\(RUN\) (?:-m cifar10_resnet )?(\w+(?:\.py)?) (.*)$", makefile, re.M)
+    assert {"run_trainer.py", "run_evaluator.py", "export", "draw"} <= {name for name, _ in found}
+    for program, words in found:
+        assert set(re.findall(r"--(\w+)", words)) <= flags_in_help(program)
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A folder with the project's files in it, where what runs leaves its traces."""
+    for path in PROJECT.iterdir():
+        if path.suffix == ".py" or path.name in ("cifar10_resnet", "docs", "files"):
+            (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+def test_the_marked_commands_run(checkout):
+    script = "\n".join(block for page in PAGES.values() for block in blocks(page, "sh", True))
+    done = subprocess.run(
+        ["sh", "-e", "-c", script],
+        cwd=checkout,
+        env={**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for told in ("runs/look/model.ckpt-157", "wrote report.html", "drew curves.png"):
+        assert told in done.stdout
+    assert (checkout / "report.html").stat().st_size > 100_000
+
+
+def test_the_marked_code_runs(checkout, write_cifar10):
+    from cifar10_resnet import checkpoints
+    from cifar10_resnet.serving import export
+
+    write_cifar10()
+    shipped = checkpoints.find(str(PROJECT / "files" / "pretrained" / "resnet20"))
+    export.export_saved_model(shipped, str(checkout / "savedmodels" / "resnet20"))
+    (checkout / "cat.jpg").symlink_to(PROJECT / "files" / "cat.jpg")
+    for page in ("docs/export_and_serve.md", "docs/python.md"):
+        code = "\n".join(blocks(PAGES[page], "python", marked=True))
+        assert code, page
+        (checkout / "page.py").write_text(code)
+        done = subprocess.run(
+            [sys.executable, "page.py"], cwd=checkout, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        if page == "docs/export_and_serve.md":
+            assert re.match(r"\[b'cat'\] \[0\.97\d*\]\n$", done.stdout), done.stdout
+    assert done.stdout.startswith("(1, 10)\n")
+    assert re.search(r"^loss \d\.\d{3}, accuracy [01]\.\d{3}$", done.stdout, flags=re.M)
+    _, step = checkpoints.read_run(checkpoints.find(str(checkout / "runs" / "ten-steps")))
+    assert step == 10

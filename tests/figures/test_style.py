@@ -1,0 +1,36 @@
+"""Pictures appear whole or not at all."""
+
+import errno
+import os
+import re
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from cifar10_resnet.errors import UserError
+from cifar10_resnet.figures import style
+
+
+def test_a_picture_that_cannot_be_written_is_told_of_in_a_sentence(tmp_path):
+    file = tmp_path / "missing" / "picture.png"
+    told = re.escape(f"cannot write {file}: No such file or directory.")
+    with pytest.raises(UserError, match=told), style.picture(file, height=100, title=""):
+        pass
+
+
+def test_a_picture_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    def fill_the_disk(figure: Figure, file: Path, **options: object) -> None:
+        file.write_bytes(b"half a picture")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    file = tmp_path / "picture.png"
+    file.write_bytes(b"the old one")
+    monkeypatch.setattr(Figure, "savefig", fill_the_disk)
+    with (
+        pytest.raises(UserError, match="No space left"),
+        style.picture(file, height=100, title=""),
+    ):
+        pass
+    assert file.read_bytes() == b"the old one"
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]

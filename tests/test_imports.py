@@ -1,0 +1,212 @@
+"""The rules of import: which file of the project may import what.
+
+`BROKEN` and `DEFINING` list what does not keep the rules yet. They may only shrink.
+"""
+
+import ast
+import graphlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from programs import PROJECT, run_code
+
+PACKAGE = "cifar10_resnet"
+FRONT = (
+    *("resnet_model", "cifar10_input"),
+    *("run_trainer", "run_evaluator", "cifar10_download_and_extract"),
+)
+# A floor imports only from the floors above it in this list.
+FLOORS = (
+    ("resnet_model", "cifar10_input"),
+    ("errors", "terminal", "storage", "formats", "config", "device"),
+    ("data", "distributed", "checkpoints", "cli"),
+    ("evaluation", "serving"),
+    ("figures",),
+    ("training",),
+    ("commands", "run_trainer", "run_evaluator", "cifar10_download_and_extract"),
+    ("__main__",),
+)
+# Within a floor, everyone may import the first two, and config the formats.
+OPEN_TO_ALL = ("errors", "terminal")
+NEIGHBOURS = {("config", "formats")}
+PROGRAMS = ("cli", "commands", "__main__", *FRONT[2:])
+
+LIFTED_OUT = {"numpy", "tensorflow"}
+STANDARD_LIBRARY_ALONE = (
+    *("errors", "terminal", "storage", "formats", "config", "distributed.cluster"),
+    *("data.download", "data.archive", "data.data_folder", "training.signals"),
+)
+# Who may import these packages. Everyone may import NumPy, TensorFlow and protobuf.
+OWNERS = {
+    "absl": ("cli",),
+    "matplotlib": ("figures",),
+    "PIL": ("data.photos", "serving.server"),
+    "tornado": ("serving.server", "commands.serve"),
+    "tensorboard": ("training.summaries", "training.history"),
+}
+FREE = {"numpy", "tensorflow", "google"}
+WITH_TENSORFLOW = (
+    *("resnet_model", "cifar10_input", "data.splits", "checkpoints", "figures.trace"),
+    *("distributed.replicas", "distributed.sync_batch_norm", "evaluation.evaluator"),
+    *("serving.export", "serving.saved_network", "serving.rest", "serving.server"),
+    *("training.optimizers", "training.trainer", "training.loop", "training.resume"),
+    *("training.run_folder", "training.progress", "training.summaries"),
+)
+
+BROKEN = {
+    "resnet_model imports config",
+    "resnet_model imports errors",
+    "cifar10_input imports config",
+    "cifar10_input imports data.synthetic",
+    "cifar10_input imports errors",
+    "cifar10_input imports formats",
+    "checkpoints imports training.summaries",
+    "config imports numpy",
+    *(f"{room} imports absl" for room in ("device", "run_trainer", "run_evaluator")),
+    *(
+        f"commands.{name} imports absl"
+        for name in ("classify", "draw", "export", "import_photos", "launch", "plot", "serve")
+    ),
+    *(
+        f"{room} imports tqdm"
+        for room in ("data.photo_folder", "evaluation.evaluator", "training.progress")
+    ),
+}
+# The programs whose flags are absl's, and what they share.
+DEFINING = {
+    *("device", "cli.flags", "run_trainer", "run_evaluator"),
+    *(
+        f"commands.{name}"
+        for name in ("classify", "draw", "export", "import_photos", "launch", "plot", "serve")
+    ),
+}
+
+
+def rooms() -> dict[str, Path]:
+    """Each module of the project, by its name within the package or at the front."""
+    inside = {
+        ".".join(file.relative_to(PROJECT / PACKAGE).with_suffix("").parts): file
+        for file in (PROJECT / PACKAGE).rglob("*.py")
+        if file.name != "__init__.py"
+    }
+    return inside | {name: PROJECT / f"{name}.py" for name in FRONT}
+
+
+ROOMS = rooms()
+
+
+def module_of(room: str) -> str:
+    return room if room in FRONT else f"{PACKAGE}.{room}"
+
+
+def imports_of(room: str) -> set[str]:
+    """The project's rooms and the packages that a room imports, within its functions too."""
+    modules = set()
+    for node in ast.walk(ast.parse(ROOMS[room].read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            modules.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{room} has a relative import"
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            is_package = node.module.partition(".")[0] == PACKAGE
+            found = {name for name in whole if is_package and strip(name) in ROOMS}
+            modules.update(found or {node.module})
+    return {name for name in map(strip, modules) if name not in sys.stdlib_module_names}
+
+
+def strip(module: str) -> str:
+    """A room's name, or a package's."""
+    if module.startswith(f"{PACKAGE}."):
+        return module.removeprefix(f"{PACKAGE}.")
+    return module.partition(".")[0]
+
+
+def is_in(room: str, names: tuple[str, ...]) -> bool:
+    """Whether it is one of these rooms, or lies in one of these folders."""
+    return room in names or room.partition(".")[0] in names
+
+
+def floor_of(room: str) -> int:
+    (floor,) = (n for n, names in enumerate(FLOORS) if room.partition(".")[0] in names)
+    return floor
+
+
+def may_import(room: str, other: str) -> bool:
+    if room in FRONT[:2]:
+        return other in LIFTED_OUT
+    if other not in ROOMS:
+        if is_in(room, STANDARD_LIBRARY_ALONE):
+            return False
+        return other in FREE or is_in(room, OWNERS.get(other, ()))
+    if is_in(other, ("cli",)) and not is_in(room, PROGRAMS):
+        return False
+    if floor_of(other) != floor_of(room):
+        return floor_of(other) < floor_of(room)
+    same_folder = "." in room and room.split(".")[0] == other.split(".")[0]
+    inside = same_folder and not room.startswith("commands.")
+    return inside or other in OPEN_TO_ALL or (room, other) in NEIGHBOURS
+
+
+def test_the_project_keeps_the_rules_of_import():
+    arrows = [(room, other) for room in ROOMS for other in imports_of(room)]
+    assert len(arrows) > 100
+    broken = {f"{room} imports {other}" for room, other in arrows if not may_import(room, other)}
+    assert broken == BROKEN
+
+
+def test_no_two_rooms_import_each_other_in_a_circle():
+    graph = {room: imports_of(room) & ROOMS.keys() for room in ROOMS}
+    for room, other in (line.split(" imports ") for line in BROKEN):
+        graph[room].discard(other)
+    tuple(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_no_folder_lies_deeper_than_one_below_the_package():
+    assert max(room.count(".") for room in ROOMS) == 1
+
+
+IMPORT = """
+import importlib, json, signal, sys, threading
+from absl import flags
+import absl.app, absl.logging  # which define flags of their own
+
+def state():
+    handlers = [str(signal.getsignal(number)) for number in signal.valid_signals()]
+    return sorted(flags.FLAGS), handlers, threading.active_count()
+
+for module in sys.argv[1:]:
+    before = state()
+    importlib.import_module(module)
+    tensorflow = "tensorflow" in sys.modules
+    print(json.dumps([module, tensorflow, state() != before]))
+"""
+
+
+def import_all(*rooms: str) -> dict[str, tuple[bool, bool]]:
+    """Whether TensorFlow is there after each import, and whether the import did anything."""
+    lines = run_code(IMPORT, *map(module_of, rooms)).stdout.splitlines()
+    return {
+        strip(module): (tensorflow, acted) for module, tensorflow, acted in map(json.loads, lines)
+    }
+
+
+LIBRARIES = sorted(ROOMS.keys() - DEFINING - {"__main__"})
+
+
+def test_importing_a_library_starts_nothing_and_tensorflow_only_where_it_is_needed():
+    without = [room for room in LIBRARIES if room not in WITH_TENSORFLOW]
+    with_it = [room for room in LIBRARIES if room in WITH_TENSORFLOW]
+    found = import_all(*without)
+    assert found == dict.fromkeys(without, (False, False))
+    # First come TensorFlow, which defines flags of its own, and the one library that still does.
+    found = import_all("device", "resnet_model", *with_it)
+    del found["device"]
+    assert found == dict.fromkeys(with_it, (True, False))
+
+
+@pytest.mark.parametrize("room", sorted(DEFINING))
+def test_importing_a_program_does_not_import_tensorflow(room):
+    (found,) = import_all(room).values()
+    assert found == (False, True)
