@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
             command_line.given_network() | command_line.given_flags(command_line.DATA_FLAGS),
         ):
             if FLAGS.verbose:
-                print(table(scored.run.settings()))
+                print(table(scored.run.settings().items()))
             print(scored.line() if FLAGS.quiet else scored.report(), file=stdout, flush=True)
             scores.append(scored.as_json())
     if FLAGS.output_json:

@@ -334,7 +334,7 @@ def main(argv: list[str]) -> int:
         run, resume_from = json.loads(replicas.from_chief(prepare))
         run = RunConfig.from_json(run)
         if FLAGS.verbose and replicas.is_chief:
-            print(table(run.settings() | dataclasses.asdict(options)))
+            print(table((run.settings() | dataclasses.asdict(options)).items()))
         with command_line.quiet_work():
             outcome = training.train(run, options, resume_from, replicas)
             if FLAGS.export_dir and replicas.is_chief and not outcome.stopped_by:
@@ -350,7 +350,7 @@ def main(argv: list[str]) -> int:
             rows["stopped"] = f"by {name}; {again} goes on from there"
         rows["evaluate"] = _evaluating(run, outcome.checkpoint)
         print(emphasised(title, sys.stdout))
-        print(table(rows))
+        print(table(rows.items()))
     return 128 + outcome.stopped_by if outcome.stopped_by else 0
 
 

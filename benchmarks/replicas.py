@@ -23,6 +23,8 @@ from typing import NamedTuple
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(PROJECT), str(PROJECT / "benchmarks" / "contenders")]
 
+from cifar10_resnet.terminal import table  # noqa: E402
+
 # name: processes, devices in each
 LAYOUTS = {
     "one process": (1, 1),
@@ -197,7 +199,7 @@ def main() -> None:
         {name: run_layout(*layout, sys.argv[1:]) for name, layout in LAYOUTS.items()}
         for _ in range(options.rounds)
     ]
-    print(f"{'':26}{'ms a step':>10}{'of one':>8}{'MB sent':>9}{'MB expected':>12}")
+    rows = [("", "ms a step", "of one", "MB sent", "MB expected")]
     for name, (processes, _) in LAYOUTS.items():
         times = [found[name]["milliseconds"] for found in rounds]
         ratios = [
@@ -206,10 +208,9 @@ def main() -> None:
         found = rounds[-1][name]
         # around the ring: each worker sends everything but one part of its own, twice
         expected = 2 * (processes - 1) * found["values"] / 1e6
-        print(
-            f"{name:26}{median(times):10.1f}{median(ratios):8.2f}"
-            f"{found['sent'] / 1e6:9.2f}{expected:12.2f}"
-        )
+        figures = (median(ratios), found["sent"] / 1e6, expected)
+        rows.append((name, f"{median(times):.1f}", *(f"{figure:.2f}" for figure in figures)))
+    print(table(rows, "<>>>>"))
 
 
 if __name__ == "__main__":

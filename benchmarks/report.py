@@ -12,6 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cifar10_resnet.terminal import table
+
 DEPARTURE = 0.25
 
 
@@ -61,19 +65,6 @@ def number(value: float) -> str:
     return f"{value:,.{max(0, digits)}f}"
 
 
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """The first column to the left, the others to the right; what is last in a short row, free."""
-    widths = [max(len(r[i]) for r in rows if len(r) == len(rows[0])) for i in range(len(rows[0]))]
-    widths[0] = max(len(row[0]) for row in rows)
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        if len(row) == len(rows[0]):
-            cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        else:
-            cells += row[1:]
-        print("  " + "  ".join(cells).rstrip())
-
-
 def print_measure(measure: dict[str, Any]) -> None:
     """One measure as a table."""
     print(f"\n{measure['title']}")
@@ -89,7 +80,7 @@ def print_measure(measure: dict[str, Any]) -> None:
         ratio = f"{entry['ratio']:.2f}" if "ratio" in entry and not entry["is_reference"] else ""
         figures = (number(entry[key]) for key in ("median", "min", "max"))
         rows.append((entry["name"], *figures, ratio))
-    print_table(rows)
+    print(table(rows, "<>>>>>>"))
     if any("ratio" in entry for entry in measure["entries"]):
         better = "more" if measure["more_is_better"] else "less"
         print(f"  ratio: this project / the contender, {unit}; {better} is better")
@@ -114,7 +105,7 @@ def _print_scaling(measure: dict[str, Any]) -> None:
                 f"{point['peak_mib']:,.0f}",
             )
         )
-    print_table(rows)
+    print(table(rows, "<>>>>>>"))
     for remark in measure["remarks"]:
         print(f"  {remark}")
 

@@ -51,7 +51,7 @@ def overview() -> str:
         [
             f"Usage: {command('COMMAND')} [FLAGS]",
             "",
-            table(lines),
+            table(lines.items()),
             "",
             f"{command('COMMAND')} --help lists the flags of a command.",
         ]

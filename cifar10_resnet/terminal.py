@@ -1,10 +1,12 @@
-"""What text for people looks like: tables, commands to type, emphasis where a terminal shows it."""
+"""What people read on a terminal: tables, one live line, commands to type, emphasis."""
 
+import contextlib
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -20,10 +22,111 @@ def emphasised(text: str, stream: TextIO, style: str = BOLD) -> str:
     return f"\x1b[{style}m{text}\x1b[0m"
 
 
-def table(rows: Mapping[str, object]) -> str:
-    """Names and values, a line for each."""
-    width = max(map(len, rows)) + 2
-    return "\n".join(f"  {name:<{width}}{value}" for name, value in rows.items())
+def table(rows: Iterable[Sequence[object]], align: str = "", indent: str = "  ") -> str:
+    """Returns rows of cells as aligned columns, the first row being the header if there is one.
+
+    `align` has a "<" or ">" for each column, "<" by default. A row that is shorter than the first
+    does not widen the columns: its last cell may be a sentence.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    whole = [row for row in cells if len(row) == len(cells[0])]
+    widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
+    widths[0] = max(len(row[0]) for row in cells)
+    lines = []
+    for row in cells:
+        columns = [f"{cell:{align[i : i + 1]}{widths[i]}}" for i, cell in enumerate(row)]
+        if len(row) < len(widths):
+            columns[-1] = row[-1]
+        lines.append((indent + "  ".join(columns)).rstrip())
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Returns hours, minutes and seconds: 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def fitting(parts: Sequence[str], separator: str, room: int) -> str:
+    """Returns as many of the parts as have room, the first ones first and one at least."""
+    count = len(parts)
+    while count > 1 and len(separator.join(parts[:count])) > room:
+        count -= 1
+    return separator.join(parts[:count])
+
+
+class LiveLine:
+    """A line at the bottom of a terminal that is drawn again while work goes on.
+
+    Files and pipes get no moving line. With `plain` they get a line for each tenth of the work. A
+    context manager: in the end the line is gone, and what was written above it stays.
+    """
+
+    SECONDS = 0.5  # between two drawings, and before the first
+
+    def __init__(self, plain: bool = False):
+        self.is_live = sys.stdout.isatty()
+        self._plain, self._tenth = plain, 0
+        self._shown, self._shown_at = "", time.monotonic()
+
+    def __enter__(self) -> "LiveLine":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Takes the line away."""
+        self._draw("")
+
+    @property
+    def columns(self) -> int:
+        """How many characters fit into a line."""
+        with contextlib.suppress(OSError, ValueError):  # a terminal that does not tell
+            return (os.get_terminal_size(sys.stdout.fileno()).columns or 80) - 1
+        return 79
+
+    def is_due(self) -> bool:
+        """Whether the line should be drawn again: so that the work itself never waits for it."""
+        return self.is_live and time.monotonic() - self._shown_at > self.SECONDS
+
+    def update(self, share: float | None, *facts: str) -> None:
+        """Shows how far the work is, if a terminal's line or a file's next tenth is due."""
+        if self.is_due():
+            self.show(share, *facts)
+        elif self._plain and not self.is_live and int(10 * (share or 0)) > self._tenth:
+            self._tenth = int(10 * share)
+            print(f"{share:4.0%}  {', '.join(facts)}", flush=True)
+
+    def show(self, share: float | None, *facts: str) -> None:
+        """Draws the line: a bar, then the facts, of which the last ones are left out first."""
+        least, most = 4, 20  # characters of the bar
+        around = len("100%  ")
+        text = fitting(facts, ", ", self.columns - around - least)
+        if share is not None:
+            width = min(most, max(least, self.columns - around - len(text)))
+            text = f"{share:4.0%} {bar(share, width)} {text}"
+        self._draw(text)
+        self._shown_at = time.monotonic()
+
+    def write(self, line: str) -> None:
+        """Prints a line, above the live one if that is shown."""
+        shown = self._shown
+        self._draw("")
+        print(line)
+        self._draw(shown)
+
+    def _draw(self, text: str) -> None:
+        if self._shown:
+            print(f"\r{' ' * len(self._shown)}\r", end="")
+        print(text, end="", flush=True)
+        self._shown = text
+
+
+def bar(share: float, width: int) -> str:
+    """Returns a bar that is filled by a share."""
+    return ("#" * int(width * min(share, 1))).ljust(width, ".")
 
 
 def command(program: str, *arguments: str) -> str:

@@ -69,10 +69,6 @@ BROKEN = {
         f"commands.{name} imports absl"
         for name in ("classify", "draw", "export", "import_photos", "launch", "plot", "serve")
     ),
-    *(
-        f"{room} imports tqdm"
-        for room in ("data.photo_folder", "evaluation.evaluator", "training.progress")
-    ),
 }
 # The programs whose flags are absl's, and what they share.
 DEFINING = {

@@ -18,6 +18,7 @@ from cifar10_resnet.cli import app
 from cifar10_resnet.cli.guard import exits_with_a_sentence, tell
 from cifar10_resnet.data.photos import EXTENSIONS, read_photo_file
 from cifar10_resnet.errors import UserError, printable
+from cifar10_resnet.terminal import table
 
 FLAGS = flags.FLAGS
 BATCH_SIZE = 500
@@ -133,11 +134,7 @@ def _table(results: list[dict[str, Any]]) -> str:
         for result in results
         for i, guess in enumerate(result["classes"])
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
+    return table(rows, indent="")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ share of every class becomes the test images. The data folder appears only once 
 """
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from cifar10_resnet import storage
 from cifar10_resnet.data.photos import read_photo_file
 from cifar10_resnet.errors import UserError, printable
 from cifar10_resnet.formats import FORMATS, MAX_CLASSES
+from cifar10_resnet.terminal import LiveLine, table
 
 FORMAT = FORMATS["pictures"]
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
@@ -119,19 +118,14 @@ def write_records(classes: Mapping[str, Sequence[str]], records: BinaryIO) -> np
     expected = [label for label, files in enumerate(classes.values()) for _ in files]
     labels = bytearray()
     pictures = read_all([file for files in classes.values() for file in files])
-    tenth = max(1, len(expected) // 10)
-    with tqdm(
-        total=len(expected), disable=not sys.stdout.isatty(), file=sys.stdout, unit=" files"
-    ) as bar:
+    with LiveLine(plain=True) as line:
         for done, (label, picture) in enumerate(zip(expected, pictures, strict=True), 1):
             if isinstance(picture, str):
-                bar.write(f"skipped: {printable(picture)}", file=sys.stdout)
+                line.write(f"skipped: {printable(picture)}")
             else:
                 records.write(bytes([label]) + picture.transpose(2, 0, 1).tobytes())
                 labels.append(label)
-            bar.update()
-            if bar.disable and done % tenth == 0:
-                print(f"read {done} of {len(expected)} files", flush=True)
+            line.update(done / len(expected), f"read {done} of {len(expected)} files")
     records.flush()
     print(f"{len(labels)} of {len(expected)} files are pictures that can be read")
     return np.frombuffer(labels, np.uint8)
@@ -171,11 +165,9 @@ def write_files(
 
 
 def show_counts(names: Sequence[str], train: np.ndarray, test: np.ndarray) -> None:
-    width = max(map(len, names)) + 2
-    print(f"{'':<{width}}{'training':>8}{'test':>8}")
-    rows = [*zip(names, train, test, strict=True), ("all", train.sum(), test.sum())]
-    for name, train_count, test_count in rows:
-        print(f"{name:<{width}}{train_count:>8}{test_count:>8}")
+    rows = zip(names, train, test, strict=True)
+    header, total = ("", "training", "test"), ("all", train.sum(), test.sum())
+    print(table([header, *rows, total], "<>>", indent=""))
 
 
 def import_photos(image_dir: str, data_dir: str, test_share: float = 0.2, seed: int = 0) -> int:

@@ -1,20 +1,19 @@
 """A model and images in, metrics out."""
 
 import dataclasses
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 from cifar10_input import ImageSet, describe_data, load_split
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import RunConfig, refuse_contradictions
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.metrics import Metrics, Scored
+from cifar10_resnet.terminal import LiveLine
 from resnet_model import IMAGE_SHAPE, ResNet
 
 
@@ -32,17 +31,16 @@ class Evaluator:
         """Scores every image exactly once."""
         loss, top_5, predictions, confidences = 0.0, 0, [], []
         count = len(examples.labels)
-        starts = range(0, count, self.batch_size)
-        # shown on a terminal, where it takes longer than a moment
-        bar = {"file": sys.stdout, "disable": None, "delay": 1, "leave": False}
-        for start in tqdm(starts, "evaluating", unit="batch", **bar):
-            images, labels = examples.part(slice(start, start + self.batch_size))
-            scores = self._score(tf.constant(images), tf.constant(labels))
-            batch_loss, batch_top_5, predicted, confidence = (score.numpy() for score in scores)
-            loss += float(batch_loss)
-            top_5 += int(batch_top_5)
-            predictions.append(predicted)
-            confidences.append(confidence)
+        with LiveLine() as line:
+            for start in range(0, count, self.batch_size):
+                line.update(start / count, f"evaluating: {start:,} of {count:,} images")
+                images, labels = examples.part(slice(start, start + self.batch_size))
+                scores = self._score(tf.constant(images), tf.constant(labels))
+                batch_loss, batch_top_5, predicted, confidence = (s.numpy() for s in scores)
+                loss += float(batch_loss)
+                top_5 += int(batch_top_5)
+                predictions.append(predicted)
+                confidences.append(confidence)
         return Metrics(
             loss / count,
             top_5 / count,

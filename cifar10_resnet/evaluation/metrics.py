@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cifar10_resnet.config import RunConfig
+from cifar10_resnet.terminal import table
 
 NUM_BINS = 15
 
@@ -101,20 +102,20 @@ class Metrics:
         return [float(r / n) if n else None for r, n in zip(right, counts, strict=True)]
 
     def report(self, names: Sequence[str]) -> str:
-        """The figures as lines for people."""
-        shown = min(5, len(names))
-        lines = [
-            f"  {'images':<19}{self.num_images}",
-            f"  {'loss':<19}{self.loss:.4f}",
-            f"  {'accuracy':<19}{self.accuracy:.4f}",
-            f"  {f'top-{shown} accuracy':<19}{self.top_5_accuracy:.4f}",
-            f"  {'calibration error':<19}{self.calibration.error:.4f}",
+        """Returns all of it as lines for people."""
+        rows = {
+            "images": self.num_images,
+            "loss": f"{self.loss:.4f}",
+            "accuracy": f"{self.accuracy:.4f}",
+            f"top-{min(5, len(names))} accuracy": f"{self.top_5_accuracy:.4f}",
+            "calibration error": f"{self.calibration.error:.4f}",
+        }
+        shares = [
+            "no images" if accuracy is None else f"{accuracy:.4f}"
+            for accuracy in self.per_class_accuracy
         ]
-        width = max(len(name) for name in names) + 2
-        for name, accuracy in zip(names, self.per_class_accuracy, strict=True):
-            share = "no images" if accuracy is None else f"{accuracy:.4f}"
-            lines.append(f"    {name:<{width}}{share}")
-        return "\n".join(lines)
+        classes = table(zip(names, shares, strict=True), indent="    ")
+        return f"{table(rows.items())}\n{classes}"
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 from cifar10_resnet.config import RunConfig
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.metrics import Metrics
+from cifar10_resnet.terminal import LiveLine, duration, fitting
 from cifar10_resnet.training.summaries import Summaries
 
 
@@ -37,25 +37,16 @@ class Progress:
         # the last of what was logged: loss, accuracy, over so many steps; step, split, metrics
         self._trained = (float("nan"), float("nan"), 0)
         self._evaluated: tuple[int, str, Metrics] | None = None
-        self._started = self._logged_at = self._shown_at = time.monotonic()
+        self._started = self._logged_at = time.monotonic()
         self._first_step = self._logged_step = first_step
         # A pipe or a file gets lines that grep can read; only a terminal gets the moving one.
-        self._bar = tqdm(
-            total=last_step,
-            initial=first_step,
-            disable=not sys.stdout.isatty(),
-            file=sys.stdout,
-            dynamic_ncols=True,
-            leave=False,
-            unit="step",
-            bar_format="{percentage:3.0f}%|{bar}| {n}/{total}{postfix}",
-        )
+        self._line = LiveLine()
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.close()
+        self._line.close()
         self._stop_profiling()
         self._summaries.close()
 
@@ -84,27 +75,21 @@ class Progress:
 
     def wants_update(self) -> bool:
         """Whether the live line is due: asked every step, so that the step itself never waits."""
-        return not self._bar.disable and time.monotonic() - self._shown_at > 0.5
+        return self._line.is_due()
 
     def update(self, step: int, loss: float, accuracy: float, learning_rate: float) -> None:
         """Moves the live line."""
-        self._shown_at = time.monotonic()
         rate = self._rate(self._first_step, self._started, step)
-        # the most important first, for narrow terminals
-        parts = [
+        self._line.show(
+            step / self._last_step,
+            f"{step}/{self._last_step}",
             f"left {self._left(step, rate)}",
             f"loss {loss:.3f}",
             f"acc {accuracy:.3f}",
             f"{rate:,.0f} images/s",
             f"epoch {step / self._steps_per_epoch:.2f}",
             f"lr {learning_rate:.4g}",
-        ]
-        shown = self._fitting(parts, ", ", beside=f"100%|....| {step}/{self._last_step}, ")
-        self._bar.set_postfix_str(shown, refresh=False)
-        # Not tqdm's own `update` and `remaining`: they go by the clock on the wall, and stand still
-        # for an hour where that is put back by one.
-        self._bar.n = step
-        self._bar.refresh()
+        )
 
     def log_training(
         self,
@@ -127,7 +112,8 @@ class Progress:
             f"images/s {rate:.0f}",
             f"left {self._left(step, rate)}",
         ]
-        self.write(self._fitting(parts, " "))
+        room = self._line.columns if self._line.is_live else sys.maxsize
+        self.write(fitting(parts, " ", room))
         values = {
             "loss": loss,
             "accuracy": accuracy,
@@ -195,16 +181,8 @@ class Progress:
 
     def write(self, line: str) -> None:
         """Prints a line, above the live one where there is one."""
-        self._bar.write(line, file=sys.stdout)
+        self._line.write(line)
         sys.stdout.flush()
-
-    def _fitting(self, parts: list[str], separator: str, beside: str = "") -> str:
-        """As many of the parts, the first at least, as the terminal has room for in a line."""
-        if not self._bar.disable:
-            room = (self._bar.format_dict["ncols"] or 80) - len(beside)
-            while len(separator.join(parts)) > room and len(parts) > 1:
-                parts = parts[:-1]
-        return separator.join(parts)
 
     def _rate(self, since_step: int, since: float, step: int) -> float:
         return (step - since_step) * self._batch_size / max(time.monotonic() - since, 1e-9)
@@ -244,10 +222,3 @@ class NoProgress(Progress):
 
     def write(self, line: str) -> None:
         pass
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: 1:02:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

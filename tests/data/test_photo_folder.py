@@ -13,6 +13,7 @@ import pytest
 from conftest import contents
 from PIL import Image
 
+from cifar10_resnet import terminal
 from cifar10_resnet.data import photo_folder
 from cifar10_resnet.data.photos import read_photo_file
 from cifar10_resnet.errors import UserError
@@ -172,12 +173,14 @@ def test_few_pictures_are_under_way_at_a_time(image_dir, monkeypatch):
 def test_a_terminal_gets_one_live_line_and_a_file_gets_plain_ones(run, monkeypatch):
     plain = run(to="one")
     assert "\r" not in plain
-    assert "read 30 of 34 files\n" in plain
+    assert re.search(r"^ \d0%  read \d+ of 34 files$", plain, re.M)
+    assert plain.count("read ") == 10
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(terminal.LiveLine, "SECONDS", 0)
     live = run(to="two")
     assert "\r" in live
-    assert "34/34" in live
-    assert "read 30" not in live
+    assert re.search(r" #+\.* read \d+ of 34 files", live)
+    assert "\n 50%" not in live
 
 
 # --- What is passed over --------------------------------------------------------------------------
