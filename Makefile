@@ -43,22 +43,22 @@ figures: $(VENV)/ready
 	$(RUN) benchmarks/accuracy/draw_curves.py
 
 PRETRAINED := $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard files/pretrained/*/*.index)))))
-SAVEDMODELS := $(foreach layout,nhwc nchw,$(PRETRAINED:%=savedmodels/%-$(layout)))
+FORMS := nhwc-fp32 nhwc-fp16 nchw-fp32 nchw-fp16
+SAVEDMODELS := $(foreach form,$(FORMS),$(PRETRAINED:%=savedmodels/%-$(form)))
 
 savedmodels: $(SAVEDMODELS:=/saved_model.pb)
 	@test -n "$^" || { echo "There is no trained network in files/pretrained to export." >&2; exit 1; }
 
-savedmodels/%-nhwc/saved_model.pb: files/pretrained/% | $(VENV)/ready
-	$(call export_saved_model,channels_last)
-
-savedmodels/%-nchw/saved_model.pb: files/pretrained/% | $(VENV)/ready
-	$(call export_saved_model,channels_first)
-
-# $(call export_saved_model,DATA_FORMAT)
-define export_saved_model
-	rm -rf $(@D)
-	$(RUN) -m cifar10_resnet export --ckpt_path=$< --export_dir=$(@D) --data_format=$(1)
+# $(call export_rule,FORM,DATA_FORMAT,DTYPE)
+define export_rule
+savedmodels/%-$(1)/saved_model.pb: files/pretrained/% | $(VENV)/ready
+	rm -rf $$(@D)
+	$(RUN) -m cifar10_resnet export --ckpt_path=$$< --export_dir=$$(@D) --data_format=$(2) --dtype=$(3)
 endef
+$(eval $(call export_rule,nhwc-fp32,channels_last,fp32))
+$(eval $(call export_rule,nhwc-fp16,channels_last,fp16))
+$(eval $(call export_rule,nchw-fp32,channels_first,fp32))
+$(eval $(call export_rule,nchw-fp16,channels_first,fp16))
 
 # $(call make_environment,FOLDER): with the first Python that fits
 define make_environment

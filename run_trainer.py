@@ -260,6 +260,8 @@ def main(argv: list[str]) -> int:
     given["dataset"] = dataset
     ckpt_path = FLAGS.ckpt_path or _default_ckpt_path(dataset)
     log_path = FLAGS.train_log_path or os.path.join(ckpt_path, "log")
+    for path in (ckpt_path, log_path):
+        storage.refuse_patterns(path)
 
     workers = None
     if FLAGS.distribution_strategy in ("auto", "multi_worker"):

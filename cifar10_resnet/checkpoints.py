@@ -100,6 +100,7 @@ def newest_intact(directory: str) -> tuple[str | None, list[str]]:
     passed_over = []
     with_index, with_digests = list_checkpoints(directory), list_checkpoints(directory, ".sha256")
     if not with_index:  # at most the remains of a first save that was killed
+        refuse_foreign(directory)
         if names := _named_in_state(directory):
             passed_over.append(
                 f"{os.path.join(directory, names[-1])} is not there, of which the file {STATE} "
@@ -113,6 +114,16 @@ def newest_intact(directory: str) -> tuple[str | None, list[str]]:
         except UserError as error:
             passed_over.append(str(error))
     return None, passed_over
+
+
+def refuse_foreign(directory: str) -> None:
+    """Refuses a folder that has checkpoints of another program: saving would hide them."""
+    names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+    if foreign := [name for name in names if name.endswith(".index")]:
+        raise UserError(
+            f"--ckpt_path={directory} contains checkpoints of another program ({foreign[0]}). Use "
+            "another folder."
+        )
 
 
 def find(path: str) -> str:

@@ -67,12 +67,13 @@ def _without_keras() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_start() -> Iterator[None]:
-    """Keeps TensorFlow's start-up messages from the terminal, unless its log level was chosen."""
-    if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
+    """Keeps TensorFlow's start-up messages from the terminal, unless they are asked for."""
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") in ("0", "1"):
         yield
         return
     # Beside other workers even its errors: where one of them is lost, TensorFlow writes pages.
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3" if os.environ.get("TF_CONFIG") else "2"
+    level = "3" if os.environ.get("TF_CONFIG") else "2"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", level)
     with stderr_held_back():
         yield
 

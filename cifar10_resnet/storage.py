@@ -13,7 +13,9 @@ from cifar10_resnet.errors import UserError
 
 
 def refuse_patterns(path: str) -> None:
-    """TensorFlow takes a path of what it saved for a pattern, and so would not find some again."""
+    """Refuses a path that TensorFlow would take for a pattern, or for another file system's."""
+    if re.match(r"[a-zA-Z][\w+.-]*:/", path):
+        raise UserError(f"{path} is not a folder of this machine. Use a local one.")
     if re.search(r"[*?\[\]\\]", path):
         raise UserError(
             f"{path} has one of * ? [ ] \\ in it, which TensorFlow cannot have in the path of what "

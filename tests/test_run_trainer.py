@@ -11,7 +11,7 @@ import termios
 import numpy as np
 import pytest
 from conftest import assert_same_checkpoint, skip_without_channels_first, values_in
-from programs import SMALL, error_of, run, run_code, start, table_in, wait_for
+from programs import SMALL, error_of, run, run_code, start, table_in, wait_for, without_tensorflow
 
 from cifar10_resnet import checkpoints
 
@@ -375,3 +375,57 @@ def test_a_run_whose_output_nobody_reads_any_more_saves_and_goes_on_from_there(
     again = run(*command)
     assert f"Going on from {saved}, step " in again.stdout
     assert_same_checkpoint(uninterrupted / "model.ckpt-60", tmp_path / "model.ckpt-60")
+
+
+def test_a_folder_with_checkpoints_of_another_program_is_left_alone(data, tmp_path):
+    (tmp_path / "checkpoint").write_text('model_checkpoint_path: "ckpt-5"\n')
+    (tmp_path / "ckpt-5.index").write_bytes(b"theirs")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    refused = error_of("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL)
+    assert "contains checkpoints of another program (ckpt-5.index). Use another folder." in refused
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert not list(tmp_path.glob("model.ckpt*"))
+
+
+@pytest.mark.parametrize("place", ["gs://bucket/run", "file:///tmp/run", "ram://run"])
+def test_a_folder_of_another_file_system_is_refused_at_once(data, tmp_path, place):
+    command = ("run_trainer.py", f"--path={data}", f"--ckpt_path={place}", *SMALL)
+    refused = error_of(*command, cwd=tmp_path, env=without_tensorflow(tmp_path))
+    assert f"{place} is not a folder of this machine. Use a local one." in refused
+    assert {path.name for path in tmp_path.iterdir()} == {"tensorflow.py"}
+
+
+def test_a_run_that_ends_before_its_first_log_tells_of_no_training(data, tmp_path):
+    shown = run(
+        *("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL[:2]),
+        *("--epochs_between_evals=1", "--stop_threshold=0", "--batch_size=200"),
+    ).stdout
+    assert "nan" not in shown
+    assert "training" not in table_in(shown)
+    assert table_in(shown)["saved as"] == f"{tmp_path}/model.ckpt-2"
+
+
+def test_fine_tuning_a_run_of_all_layers_is_refused_with_the_way_to_do_it(
+    data, uninterrupted, tmp_path
+):
+    command = ("run_trainer.py", f"--path={data}", f"--ckpt_path={uninterrupted}")
+    refused = error_of(*command, "--fine_tune")
+    assert "--fine_tune does not match the run in" in refused
+    start = f"--pretrained_model_checkpoint_path={uninterrupted} --fine_tune"
+    assert f"start a new run: {start}, with another --ckpt_path." in refused
+
+
+def test_a_depth_that_imagenets_networks_have_too_is_said_to_be_another(data, tmp_path):
+    flags = ("--resnet_size=50", "--max_train_steps=1", "--batch_size=2")
+    shown = run("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *flags).stdout
+    assert "This network is for 32x32 images. ImageNet's ResNet-50 is another." in shown
+
+
+@pytest.mark.parametrize("level", ["2", "3"])
+def test_a_log_level_that_wants_less_of_tensorflow_gets_no_more_than_none_does(
+    data, uninterrupted, level
+):
+    command = ("run_trainer.py", f"--path={data}", f"--ckpt_path={uninterrupted}")
+    shown = run(*command, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": level})
+    assert shown.stderr == ""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from absl import app as absl_app
 from absl import flags
 
-from cifar10_resnet.cli.guard import tell
+from cifar10_resnet.cli.guard import exits_with_a_sentence, open_closed_streams
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.terminal import emphasised
 
@@ -39,14 +39,18 @@ def run(
         flags.DEFINE_flag(_HelpFlag(inspect.unwrap(main).__globals__["__doc__"], groups))
         try:
             arguments = FLAGS([_at_home(argument) for argument in argv])
-            if len(arguments) > 1 and not takes_arguments:
-                raise UserError(f"{arguments[1]!r} is no flag: flags begin with --; see --help.")
-        except (flags.Error, UserError) as error:
-            tell(error if isinstance(error, UserError) else _sentence(error, groups))
-            sys.exit(1)
+        except flags.Error as error:
+            raise _sentence(error, groups) from error
+        if len(arguments) > 1 and not takes_arguments:
+            raise UserError(
+                f"{arguments[1]!r} is not a flag. Write --flag=value, for example "
+                "--shortcut_connections=False."
+            )
         return arguments
 
-    absl_app.run(main, flags_parser=parse)
+    open_closed_streams()
+    # absl ends the process itself; what goes wrong before `main` comes back.
+    sys.exit(exits_with_a_sentence(absl_app.run)(main, flags_parser=parse))
 
 
 def _at_home(argument: str) -> str:
@@ -66,7 +70,8 @@ class _HelpFlag(absl_app.HelpFlag):
     def parse(self, argument: str) -> None:
         if self._parse(argument):
             width = min(shutil.get_terminal_size().columns, MAX_WIDTH)
-            print(help_text(self._description, self._groups, width))
+            # Flushed here, where it is noticed that the reader has gone, as in `--help | head -3`.
+            print(help_text(self._description, self._groups, width), flush=True)
             sys.exit(0)
 
 
@@ -110,8 +115,7 @@ def _aliases(name: str) -> list[str]:
 def explanation(name: str) -> str:
     """Returns what a flag does, its choices and its default."""
     flag = FLAGS[name]
-    # what absl adds to the help of a flag that may be repeated says nothing new
-    text = flag.help.partition(";\n    repeat this option")[0].rstrip(".")
+    text = _help_of(name).rstrip(".")
     # with spaces, long lists of choices can be broken
     text = re.sub(r"^<.*?>", lambda choices: choices[0].replace("|", " | "), text)
     if flag.default is None or "default" in text.lower():
@@ -119,6 +123,11 @@ def explanation(name: str) -> str:
     values = flag.default if isinstance(flag.default, list) else [flag.default]
     default = ", ".join(str(value).lower() if flag.boolean else str(value) for value in values)
     return f"{text} (default:{UNBROKEN}{default})"
+
+
+def _help_of(name: str) -> str:
+    """Returns a flag's help, without what absl adds if the flag may be repeated."""
+    return FLAGS[name].help.partition(";\n    repeat this option")[0]
 
 
 def _all_names(groups: Groups) -> Iterator[str]:
@@ -138,7 +147,7 @@ def _sentence(error: flags.Error, groups: Groups) -> UserError:
         # about several flags, or none of them
         return UserError(re.sub(r"^flags .*?: |\.$", "", str(error).splitlines()[0]) + ".")
     flag, name, value, reason = complaint.groups()
-    parser, text = FLAGS[name].parser, FLAGS[name].help
+    parser, text = FLAGS[name].parser, _help_of(name)
     if reason == f"Flag {flag} must have a value other than None":
         return UserError(f"{flag} is missing: {text[0].lower()}{text[1:]}")
     if isinstance(error.__context__, TypeError | ValueError):

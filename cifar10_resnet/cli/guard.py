@@ -18,7 +18,10 @@ def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int 
     @functools.wraps(main)
     def guarded(*args, **kwargs):
         try:
-            return main(*args, **kwargs)
+            status = main(*args, **kwargs)
+            if sys.stdout:
+                sys.stdout.flush()
+            return status
         except UserError as error:
             tell(error)
             return 1
@@ -63,3 +66,16 @@ def tell(error: UserError) -> None:
     """Writes an error's sentence to stderr, in one line, whatever a file put into it."""
     label = emphasised("error:", sys.stderr, RED)
     print(f"{os.path.basename(sys.argv[0])}: {label} {printable(str(error))}", file=sys.stderr)
+
+
+def open_closed_streams() -> None:
+    """Lets what is printed go nowhere if a standard stream is closed, as by `2>&-`.
+
+    The next file that is opened would get its number, and with it what is printed.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115

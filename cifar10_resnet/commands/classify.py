@@ -29,7 +29,15 @@ flags.DEFINE_alias("model_dir", "ckpt_path")
 flags.DEFINE_string("saved_model", None, "Folder that the export command wrote, instead.")
 flags.DEFINE_integer("top", 5, "Classes to name for each picture.", lower_bound=1)
 flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
-flags.mark_flags_as_mutual_exclusive(["ckpt_path", "saved_model"], required=True)
+
+
+@flags.multi_flags_validator(
+    ["ckpt_path", "saved_model"], "Pass a network: either --ckpt_path or --saved_model"
+)
+def _one_network(values: dict[str, object]) -> bool:
+    return (values["ckpt_path"] is None) != (values["saved_model"] is None)
+
+
 FLAGS.set_gnu_getopt()  # pictures and flags may come in any order
 
 FLAG_GROUPS = {
@@ -41,7 +49,7 @@ FLAG_GROUPS = {
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
     if len(argv) == 1:
-        raise UserError("name the picture files to classify, or folders of them.")
+        raise UserError("No photos given. Pass photo files, or folders of photos.")
     folder = FLAGS.saved_model
     if folder is not None and not os.path.isfile(os.path.join(folder, "saved_model.pb")):
         raise UserError(f"{folder} is not a SavedModel: name the folder that holds saved_model.pb.")

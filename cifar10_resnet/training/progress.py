@@ -149,7 +149,7 @@ class Progress:
         """
         rows = {}
         loss, accuracy, steps = self._trained
-        results = {"train_loss": loss, "train_accuracy": accuracy}
+        results = {"train_loss": loss, "train_accuracy": accuracy} if steps else {}
         if self._evaluated:
             at, split, metrics = self._evaluated
             best, best_at = self._best_evaluation(step)
@@ -158,7 +158,8 @@ class Progress:
             results |= {"loss": metrics.loss, "accuracy": metrics.accuracy, "best_accuracy": best}
             self._summaries.mistakes(at, images, metrics, self._run.data.class_names)
         self._summaries.results(step, results)
-        rows["training"] = f"loss {loss:.4f}, accuracy {accuracy:.4f} in the last {steps} steps"
+        if steps:  # --stop_threshold may end a run before its first log
+            rows["training"] = f"loss {loss:.4f}, accuracy {accuracy:.4f} in the last {steps} steps"
         seconds = time.monotonic() - self._started
         rows["time"] = f"{duration(seconds)} for {step - self._first_step} steps"
         rows["saved as"] = saved

@@ -43,6 +43,8 @@ from resnet_model import IMAGE_SHAPE, ResNet, assign
 
 # Several workers ask each other this often whether one was told to stop.
 STEPS_BETWEEN_AGREEMENTS = 10
+# Depths that networks for ImageNet have too.
+IMAGENET_DEPTHS = (50, 152, 200)
 
 
 @dataclass(frozen=True)
@@ -307,6 +309,13 @@ def prepare_run(
         if pretrained:
             print(f"The run in {ckpt_path} goes on; {pretrained} is not used.", flush=True)
         run, _ = checkpoints.read_run(newest)
+        if given.get("fine_tune") and not run.training.fine_tune:
+            raise UserError(
+                f"--fine_tune does not match the run in {ckpt_path}, which trains all layers. To "
+                "fine-tune its network, start a new run: "
+                f"--pretrained_model_checkpoint_path={ckpt_path} --fine_tune, with another "
+                "--ckpt_path."
+            )
         refuse_contradictions(run, given, newest)
         if checkpoints.is_network_alone(newest):
             raise UserError(
@@ -559,8 +568,14 @@ def _opening(run: RunConfig, options: Options, trainer: Trainer, num_images: int
     if run.training.fine_tune:
         trained = f"{_count(trainer.optimizer.variables):,} of its {parameters}"
         what = f"Fine-tuning the final layer of {run.model.name} ({trained})"
+    note = ""
+    if run.model.num_layers in IMAGENET_DEPTHS:
+        note = (
+            f"This network is for 32x32 images. ImageNet's ResNet-{run.model.num_layers} is "
+            "another.\n"
+        )
     return (
-        f"{what} on {num_images:,} images ({run.data.dataset}):\n"
+        f"{note}{what} on {num_images:,} images ({run.data.dataset}):\n"
         f"{run.training.num_iterations} steps of {run.training.batch_size} images"
         f"{trainer.replicas.describe()}, recipe {run.training.recipe}, {options.dtype}, "
         f"{options.data_format}.\nCheckpoints go to {options.ckpt_path}."

@@ -79,7 +79,7 @@ def test_absls_own_full_help_stays():
         (["--seed"], "Missing value for flag --seed."),
         (["--quiet", "--verbose"], "give --quiet or --verbose, not both."),
         (["--stop_threshold=1"], "--stop_threshold needs evaluations: give --epochs_between"),
-        (["resnet20"], "'resnet20' is no flag: flags begin with --; see --help."),
+        (["resnet20"], "'resnet20' is not a flag. Write --flag=value, for example"),
     ],
 )
 def test_a_wrong_flag_is_told_in_one_line_that_helps(flags, sentence):

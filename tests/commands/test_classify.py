@@ -141,8 +141,8 @@ def test_what_needs_no_network_is_told_without_importing_tensorflow(prefix, pict
     checkpoint = f"--ckpt_path={prefix}"
     shown = run("classify", "--help", env=environment, cwd=pictures).stdout
     assert "--saved_model" in shown
-    assert "Exactly one of" in stopped("big.jpg")
-    assert "Exactly one of" in stopped("big.jpg", checkpoint, "--saved_model=x")
+    assert "Pass a network: either --ckpt_path or --saved_model." in stopped("big.jpg")
+    assert "Pass a network: either" in stopped("big.jpg", checkpoint, "--saved_model=x")
     assert "--top" in stopped("big.jpg", checkpoint, "--top=0")
-    assert "name the picture files" in stopped(checkpoint)
+    assert "No photos given" in stopped(checkpoint)
     assert "holds saved_model.pb" in stopped("big.jpg", "--saved_model=more")

@@ -53,6 +53,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
+        ([], "--run is missing: folder of a run, or of its event files; repeatable."),
         (["--run=none"], "there is no folder none"),
         (["--run=empty"], "there are no curves in empty"),
         (["--run=a", "--run=empty"], "there are no curves in empty"),

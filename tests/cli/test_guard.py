@@ -1,0 +1,51 @@
+"""How programs end: also if nobody reads what they print, or if nothing can be printed at all."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from programs import PROGRAMS, PROJECT, start
+
+TRAINER = f"{sys.executable} {PROJECT}/run_trainer.py"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_whose_reader_goes_ends_quietly(program):
+    read, write = os.pipe()
+    os.close(read)
+    process = start(program, "--help", stdout=write)
+    os.close(write)
+    assert process.communicate(timeout=60) == (None, "")
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize(
+    ("closed", "flags", "status", "printed"),
+    [
+        (">&-", "--help", 0, ""),
+        ("2>&-", "--help", 0, "Trains a ResNet"),
+        ("2>&-", "--recipe=none", 1, ""),
+        (">&-", "--recipe=none", 1, "run_trainer.py: error: "),
+        (">&- 2>&-", "--recipe=none", 1, ""),
+        ("<&-", "--recipe=none", 1, "run_trainer.py: error: "),
+    ],
+)
+def test_a_closed_stream_loses_what_is_printed_there_and_nothing_else(
+    closed, flags, status, printed
+):
+    command = f"{TRAINER} {flags} {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, done.stderr
+    assert (done.stdout + done.stderr).startswith(printed)
+    assert bool(done.stdout + done.stderr) == bool(printed)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_training_whose_streams_are_closed_saves_what_it_learned(tmp_path):
+    flags = "--use_synthetic_data --num_layers=8 --batch_size=8 --max_train_steps=2"
+    command = f"{TRAINER} {flags} --ckpt_path={tmp_path} >&- 2>&- <&-"
+    done = subprocess.run(command, shell=True, capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert (tmp_path / "model.ckpt-2.index").exists()
