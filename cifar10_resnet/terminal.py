@@ -148,6 +148,7 @@ def command(program: str, *arguments: str) -> str:
 
 
 def in_project(*parts: str) -> str:
-    """Returns the path of one of the project's files, as short as it can be typed here."""
+    """Returns the path of one of the project's files, as one would type it in this folder."""
     path = PROJECT.joinpath(*parts)
-    return min(os.path.relpath(path), str(path), key=len)
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith(os.path.join("..", "..")) else relative

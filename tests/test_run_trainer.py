@@ -399,7 +399,7 @@ def test_a_folder_of_another_file_system_is_refused_at_once(data, tmp_path, plac
 def test_a_run_that_ends_before_its_first_log_tells_of_no_training(data, tmp_path):
     shown = run(
         *("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL[:2]),
-        *("--epochs_between_evals=1", "--stop_threshold=0", "--batch_size=200"),
+        *("--epochs_between_evals=1", "--stop_threshold=0.01", "--batch_size=200"),
     ).stdout
     assert "nan" not in shown
     assert "training" not in table_in(shown)

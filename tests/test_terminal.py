@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+from programs import PROJECT
 
 from cifar10_resnet import terminal
 
@@ -103,3 +104,18 @@ def test_a_file_gets_a_line_for_each_tenth_if_it_is_asked_for(capsys):
                 line.update(i / 100, f"read {i}")
     shown = capsys.readouterr().out.splitlines()
     assert shown == [f"{10 * i:3}%  read {10 * i}" for i in range(1, 11)]
+
+
+def test_a_command_is_printed_as_it_can_be_typed_in_the_folder(tmp_path, monkeypatch):
+    for folder, script, package in (
+        (PROJECT, "run_trainer.py", "-m cifar10_resnet export"),
+        (PROJECT / "docs", "../run_trainer.py", "../cifar10_resnet export"),
+        (tmp_path, f"{PROJECT}/run_trainer.py", f"{PROJECT}/cifar10_resnet export"),
+    ):
+        monkeypatch.chdir(folder)
+        assert terminal.command("run_trainer.py", "--path=a b").endswith(f" {script} '--path=a b'")
+        assert terminal.command("export").endswith(f" {package}")
+        # In an environment that is entered, the interpreter has its short name.
+        monkeypatch.setenv("PATH", str(PROJECT / "nowhere"))
+        assert terminal.command("export").startswith(sys.executable)
+        monkeypatch.undo()
