@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
             scores.append(scored.as_json())
     if FLAGS.output_json:
         told = scores if FLAGS.all_checkpoints else scores[0]
-        storage.write(FLAGS.output_json, (json.dumps(told, indent=2) + "\n").encode())
+        storage.new_file(FLAGS.output_json, (json.dumps(told, indent=2) + "\n").encode())
     if FLAGS.report or FLAGS.plot_dir:
         with command_line.quiet_work():
             _draw(scored, f"{FLAGS.dtype}, {data_format}, on a {device.upper()}")
@@ -110,7 +110,7 @@ def _draw(scored, computed_in: str) -> None:
     if FLAGS.plot_dir:
         for name, picture in pictures.items():
             file = os.path.join(FLAGS.plot_dir, f"{name}.png")
-            storage.write(file, picture)
+            storage.new_file(file, picture)
             print(f"drew {file}")
     if FLAGS.report:
         import numpy as np
@@ -127,7 +127,7 @@ def _draw(scored, computed_in: str) -> None:
             "machine": platform.platform(),
         }
         page = report.html(scored, pictures, made)
-        storage.write(FLAGS.report, page.encode())
+        storage.new_file(FLAGS.report, page.encode())
         print(f"wrote {FLAGS.report}")
 
 

@@ -273,7 +273,7 @@ def main(argv: list[str]) -> int:
         )
     if FLAGS.export_dir and (workers is None or workers.index == 0):  # the chief
         storage.refuse_patterns(FLAGS.export_dir)
-        storage.refuse_unwritable(FLAGS.export_dir, apart_from=[ckpt_path, log_path])
+        storage.refuse_unwritable_folder(FLAGS.export_dir, apart_from=[ckpt_path, log_path])
 
     device = start_tensorflow(FLAGS.device, FLAGS.verbose, FLAGS.num_gpus)
     from cifar10_resnet import checkpoints

@@ -25,6 +25,7 @@ from typing import Any
 
 import measures
 import report
+from cifar10_resnet.errors import UserError
 from processes import FOLDER, Failure, Worker
 
 # In this order; "matmul" shares the rounds of "train20".
@@ -240,7 +241,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nstopped; nothing was saved", file=sys.stderr)
         return 130
-    except (Failure, measures.DifferentNetworks, OSError) as error:
+    except (Failure, measures.DifferentNetworks, UserError, OSError) as error:
         print(f"compare.py: error: {error}", file=sys.stderr)
         return 1
     return 0

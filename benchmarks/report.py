@@ -3,9 +3,9 @@
 `python benchmarks/report.py FILE.json` shows a file's tables and draws its plot again.
 """
 
+import io
 import json
 import math
-import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from cifar10_resnet import storage
 from cifar10_resnet.terminal import table
 
 DEPARTURE = 0.25
@@ -112,13 +113,8 @@ def _print_scaling(measure: dict[str, Any]) -> None:
 
 def save(results: dict[str, Any], file: Path) -> None:
     """Writes the results: whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(file.name + ".new")
-    try:
-        new.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-        os.replace(new, file)
-    finally:
-        new.unlink(missing_ok=True)
+    storage.make_folder(str(file.parent))
+    storage.new_file(file, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     print(f"\nsaved as {file}")
     draw(results, file.with_suffix(".png"))
 
@@ -153,9 +149,9 @@ def draw(results: dict[str, Any], file: Path) -> None:
         _draw_panel(axis, measure, group)
     machine = results["machine"]
     figure.suptitle(f"{machine['gpu'] or machine['processor']}, {results['date']}", fontsize=11)
-    new = file.with_name(file.name + ".new")
-    figure.savefig(new, dpi=130, format="png")
-    os.replace(new, file)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=130, format="png")
+    storage.new_file(file, content.getvalue())
     print(f"plotted in {file}")
 
 

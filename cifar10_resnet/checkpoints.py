@@ -6,9 +6,7 @@ all one needs to build the network again.
 """
 
 import contextlib
-import fcntl
 import glob
-import hashlib
 import os
 import re
 import shutil
@@ -26,7 +24,6 @@ NAME = "model.ckpt"
 EVENTS = f"events.out.tfevents.*{summaries.FILE_SUFFIX}"
 DESCRIPTION_KEY = "description/.ATTRIBUTES/VARIABLE_VALUE"
 STEP_KEY = "step/.ATTRIBUTES/VARIABLE_VALUE"
-LOCK = ".lock"
 STATE = "checkpoint"  # the file by which `tf.train.latest_checkpoint` finds the newest one
 # What TensorFlow's reader raises over damaged files, beside errors of its own.
 UNREADABLE = (tf.errors.OpError, ValueError, RuntimeError, IndexError, AttributeError)
@@ -46,16 +43,15 @@ def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep
         with _saving_folder(directory) as folder:
             written = checkpoint.write(os.path.join(folder, name))
             with open(written + ".sha256", "w") as digests:
-                digests.writelines(
-                    f"{_sha256(written + suffix)}  {name}{suffix}\n" for suffix in SUFFIXES[1:]
-                )
+                for suffix in SUFFIXES[1:]:
+                    digests.write(f"{storage.digest(written + suffix)}  {name}{suffix}\n")
             for suffix in SUFFIXES:
-                _flush(written + suffix)
+                storage.sync(written + suffix)
             # Where a damaged one is replaced, it stops counting as a checkpoint first.
-            _remove(prefix + ".index")
+            storage.remove(prefix + ".index")
             for suffix in SUFFIXES:
                 os.replace(written + suffix, prefix + suffix)
-            _flush(directory)
+            storage.sync(directory)
         _delete_remains(directory)
         kept = []
         for saved_step, saved in list_checkpoints(directory):
@@ -67,7 +63,7 @@ def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep
         _write_state(directory, kept[surplus:])
         for old in kept[:surplus]:
             delete(old)
-    except (OSError, tf.errors.OpError) as error:
+    except (OSError, UserError, tf.errors.OpError) as error:
         raise UserError(
             f"cannot save {prefix}: {reason_of(error)}. The checkpoints before it are as they "
             "were; make room or mend the folder and start the same command again."
@@ -168,7 +164,7 @@ def verify(prefix: str) -> None:
     for suffix in SUFFIXES[1:]:
         file = prefix + suffix
         try:
-            intact = _sha256(file) == expected.get(suffix)
+            intact = storage.digest(file) == expected.get(suffix)
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror}.") from error
         if not intact:
@@ -275,29 +271,18 @@ def load_model(prefix: str, data_format: str = "channels_last", dtype: str = "fp
 
 @contextlib.contextmanager
 def lock(directory: str) -> Iterator[None]:
-    """Holds a run's folder, created where missing, against a second trainer.
-
-    The system drops the lock with the process, however that ends: nothing stale stays behind.
-    """
+    """Holds a run's folder, created where missing, against a second trainer."""
     storage.refuse_patterns(directory)
-    try:
-        os.makedirs(directory, exist_ok=True)
-        file = open(os.path.join(directory, LOCK), "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error.strerror}.") from error
-    with file:
+    refusal = (
+        f"--ckpt_path={directory} is in use by another trainer. Wait, stop it, or use another "
+        "folder."
+    )
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another trainer is at work in {directory}: wait for it, stop it, or name another "
-                "--ckpt_path."
-            ) from error
-        except OSError as error:
-            raise UserError(f"cannot lock {directory}: {error.strerror}.") from error
-        try:
+            os.makedirs(directory, exist_ok=True)
+            held.enter_context(storage.lock(directory, refusal))
             # Clears what a process that was killed while it saved has left behind, and shows that
-            # this one may save: the lock alone may be writable in a folder that is not.
+            # this one may save: an older lock may be writable in a folder that is not.
             with _saving_folder(directory):
                 pass
         except OSError as error:
@@ -327,7 +312,7 @@ def clean(directory: str, log_path: str, needed: str | None = None) -> None:
         glob.glob(os.path.join(glob.escape(log_path), files))
         for files in ("*/" + EVENTS, "plugins/profile/*/*.xplane.pb")
     )
-    others = set(os.listdir(directory)) - {LOCK} if os.path.isdir(directory) else set()
+    others = set(os.listdir(directory)) - {storage.LOCK} if os.path.isdir(directory) else set()
     state = _named_in_state(directory)
     if others and not (saved or events or state):
         raise UserError(
@@ -336,7 +321,7 @@ def clean(directory: str, log_path: str, needed: str | None = None) -> None:
         )
     try:
         if state:
-            _remove(os.path.join(directory, STATE))
+            storage.remove(os.path.join(directory, STATE))
         for _, prefix in saved:
             delete(prefix)
         for file in events + profiles:
@@ -372,17 +357,13 @@ def _write_state(directory: str, prefixes: list[str]) -> None:
     names = [os.path.basename(prefix) for prefix in prefixes]
     lines = [f'model_checkpoint_path: "{names[-1]}"\n']
     lines += [f'all_model_checkpoint_paths: "{name}"\n' for name in names]
-    file = os.path.join(directory, STATE)
-    with open(file + ".new", "w") as new:
-        new.writelines(lines)
-    _flush(file + ".new")
-    os.replace(file + ".new", file)
+    storage.new_file(os.path.join(directory, STATE), "".join(lines).encode())
 
 
 def delete(prefix: str) -> None:
     """Deletes a checkpoint, which stops counting as one first."""
     for suffix in reversed(SUFFIXES):
-        _remove(prefix + suffix)
+        storage.remove(prefix + suffix)
 
 
 def _delete_remains(directory: str) -> None:
@@ -390,25 +371,3 @@ def _delete_remains(directory: str) -> None:
     for _, prefix in list_checkpoints(directory, ".sha256"):
         if not os.path.exists(prefix + ".index"):
             delete(prefix)
-
-
-def _remove(file: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(file)
-
-
-def _flush(path: str) -> None:
-    """Makes sure that a file or a folder's entries are on the disk, not only in memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(file: str) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while chunk := opened.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

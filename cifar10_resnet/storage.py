@@ -1,15 +1,27 @@
-"""Files and folders that the programs write: refused early, and whole or not at all."""
+"""Files and folders that the programs write: refused early, whole or not at all, on the disk.
+
+What a function here has written survives a power cut from the moment it returns.
+"""
 
 import contextlib
+import errno
+import fcntl
+import hashlib
 import os
 import re
 import secrets
 import shutil
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 
 from cifar10_resnet.errors import UserError
+
+CHUNK_BYTES = 1 << 20
+LOCK = ".lock"
+
+StrPath = str | os.PathLike[str]
+
+
+# --- Early refusals -------------------------------------------------------------------------------
 
 
 def refuse_patterns(path: str) -> None:
@@ -18,13 +30,13 @@ def refuse_patterns(path: str) -> None:
         raise UserError(f"{path} is not a folder of this machine. Use a local one.")
     if re.search(r"[*?\[\]\\]", path):
         raise UserError(
-            f"{path} has one of * ? [ ] \\ in it, which TensorFlow cannot have in the path of what "
-            "it saves or loads: name another folder."
+            f"{path} is invalid: TensorFlow cannot use paths with * ? [ ] or \\. "
+            "Use another folder."
         )
 
 
-def refuse_unwritable(path: str, apart_from: Sequence[str] = ()) -> None:
-    """Refuses, before long work begins, a folder that `new` could not write at its end."""
+def refuse_unwritable_folder(path: StrPath, apart_from: Sequence[str] = ()) -> None:
+    """Refuses, before long work begins, a folder that `new_folder` could not write at its end."""
     wanted = os.path.realpath(path)
     for other in apart_from:
         if os.path.commonpath([wanted, os.path.realpath(other)]) == wanted:
@@ -32,47 +44,126 @@ def refuse_unwritable(path: str, apart_from: Sequence[str] = ()) -> None:
     os.rmdir(_beside(path))
 
 
+def refuse_unwritable_file(path: StrPath) -> None:
+    """Refuses, before long work begins, a file that `new_file` could not write at its end."""
+    path = _place(path)
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise UserError(
+            f"{path} cannot be written: its folder does not exist. Run `mkdir -p {folder}`."
+        )
+    if os.path.isdir(path):
+        raise UserError(f"{path} cannot be written: it is a folder. Use a file in it.")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{path} cannot be written: you may not write to its folder.")
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def new_file(path: StrPath, content: bytes) -> None:
+    """Writes a file, which appears whole or stays as it was."""
+    place = _place(path)
+    try:
+        if os.path.exists(place) and not os.path.isfile(place):
+            # A device or a pipe is written to. Replacing it would make it a plain file.
+            with open(place, "wb") as file:
+                file.write(content)
+        else:
+            _replace(place, content)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}.") from error
+
+
+def _replace(place: str, content: bytes) -> None:
+    beside = place + ".new"
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+        sync(beside)
+        os.replace(beside, place)
+        sync(os.path.dirname(place) or ".")
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(beside)  # It is still there if one of these steps failed.
+
+
+def _place(path: StrPath) -> str:
+    """Returns where a file is to be: where a link leads, so the link stays a link."""
+    place = os.path.realpath(path)
+    # A link such as /dev/stdout may lead to an open pipe, which has no path.
+    return place if os.path.lexists(place) or not os.path.exists(path) else os.fspath(path)
+
+
+def remove(path: StrPath) -> None:
+    """Removes a file, if there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+
+
+def digest(path: StrPath, algorithm: str = "sha256") -> str:
+    """Returns the digest of a file, in hexadecimal digits."""
+    # The digests find damage, and some systems allow MD5 for nothing else.
+    found = hashlib.new(algorithm, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def sync(path: StrPath) -> None:
+    """Waits until a file, or the list of a folder's entries, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # Some network file systems cannot sync a folder.
+            raise
+    finally:
+        os.close(handle)
+
+
+# --- Folders --------------------------------------------------------------------------------------
+
+
+def make_folder(path: str) -> None:
+    """Makes sure that there is a folder to write files into."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the folder {path}: {error.strerror}.") from error
+    refuse_unwritable_file(os.path.join(path, "file"))
+
+
 @contextlib.contextmanager
-def new(path: str) -> Iterator[str]:
+def new_folder(path: StrPath) -> Iterator[str]:
     """A folder to write into, which becomes `path` once the block has ended well."""
     folder = _beside(path)
     try:
-        with _ended_by_sigterm():
-            yield folder
-        os.replace(folder, os.path.realpath(path))
+        yield folder
+        for place, _, files in os.walk(folder):
+            for name in files:
+                sync(os.path.join(place, name))
+            sync(place)
+        wanted = os.path.realpath(path)
+        os.replace(folder, wanted)
+        sync(os.path.dirname(wanted))
     except BrokenPipeError:
-        raise  # of who read the output, not of the folder
+        raise  # The reader of the output has gone: nothing is wrong with the folder.
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """While entered, SIGTERM ends the program by an exception, as Ctrl-C does: it tidies up."""
-    if threading.current_thread() is not threading.main_thread():  # where there are no signals
-        yield
-        return
-
-    def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _beside(path: str) -> str:
+def _beside(path: StrPath) -> str:
     """Creates a folder beside `path`, where there must be nothing or an empty folder."""
     wanted = os.path.realpath(path)
     try:
         if os.path.lexists(wanted) and os.listdir(wanted):
-            raise UserError(f"{path} is there and not empty: name a new folder.")
+            raise UserError(f"{path} already exists and is not empty. Use a new folder.")
         if os.path.ismount(wanted):
-            raise UserError(f"{path} is a mount point and cannot be replaced: name a folder in it.")
+            raise UserError(f"{path} is a mount point and cannot be replaced. Use a folder in it.")
         beside = f"{wanted}.unfinished-{secrets.token_hex(4)}"
         os.makedirs(beside)
         return beside
@@ -80,50 +171,35 @@ def _beside(path: str) -> str:
         raise UserError(f"cannot write {path}: {error.strerror}.") from error
 
 
-# --- Files ----------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def lock(folder: StrPath, refusal: str) -> Iterator[None]:
+    """Holds a folder against all others who lock it. They are told the refusal.
 
-
-def refuse_unwritable_file(file: str) -> None:
-    """Refuses, before long work begins, a file that `write` could not write at its end."""
-    file = _place(file)
-    folder = os.path.dirname(file) or "."
-    if not os.path.isdir(folder):
-        raise UserError(f"{file} is in a folder that does not exist: create {folder} first.")
-    if os.path.isdir(file):
-        raise UserError(f"{file} is a folder: name a file in it.")
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write {file}: its folder may not be written to.")
-
-
-def make_folder(folder: str) -> None:
-    """Makes sure that there is a folder to write files into."""
+    The system drops the lock when its process ends, however that ends.
+    """
+    path = os.path.join(folder, LOCK)
     try:
-        os.makedirs(folder, exist_ok=True)
+        handle = _take(path)
+    except BlockingIOError as error:
+        raise UserError(refusal) from error
     except OSError as error:
-        raise UserError(f"cannot create the folder {folder}: {error.strerror}.") from error
-    refuse_unwritable_file(os.path.join(folder, "picture"))
-
-
-def write(file: str, content: bytes) -> None:
-    """Writes a file, which appears whole or stays as it was."""
-    place = _place(file)
-    # a device or a pipe is written to: it is not to become a file
-    special = os.path.exists(place) and not os.path.isfile(place)
-    new = place if special else place + ".new"
+        raise UserError(f"cannot write to {folder}: {error.strerror}.") from error
     try:
-        with open(new, "wb") as opened:
-            opened.write(content)
-        if not special:
-            os.replace(new, place)
-    except OSError as error:
-        if not special:
-            with contextlib.suppress(OSError):
-                os.remove(new)
-        raise UserError(f"cannot write {file}: {error.strerror}.") from error
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(path)
+        os.close(handle)
 
 
-def _place(file: str) -> str:
-    """Where a file is to be: what a link leads to, so that the link stays one."""
-    place = os.path.realpath(file)
-    # the target of a link such as /dev/stdout may be an open pipe, which has no path
-    return place if os.path.lexists(place) or not os.path.exists(file) else file
+def _take(path: str) -> int:
+    """Opens a file, made where missing, and locks it; returns its descriptor."""
+    while True:
+        with contextlib.ExitStack() as opened:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            opened.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The last holder may have removed the file after it was opened here.
+            if os.fstat(handle).st_nlink:
+                opened.pop_all()
+                return handle

@@ -80,4 +80,4 @@ def output_of(*words: str) -> str:
 
 
 if __name__ == "__main__":
-    storage.write(str(PROJECT / "docs" / "flags.md"), page().encode())
+    storage.new_file(str(PROJECT / "docs" / "flags.md"), page().encode())

@@ -96,7 +96,7 @@ def test_a_program_interrupted_while_it_imports_ends_in_one_sentence(program, tm
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     interrupted = run(program, "--ckpt_path=x", status=130, env=environment)
     assert interrupted.stderr.splitlines() == [
-        f"{program}: interrupted; nothing is lost: start the same command again."
+        f"{program}: interrupted before any work was lost. Run the same command again."
     ]
 
 

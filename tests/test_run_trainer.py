@@ -313,7 +313,7 @@ app.run(run_trainer.main)
 def test_a_trainer_interrupted_before_its_first_step_says_that_nothing_is_lost(data, tmp_path):
     flags = (f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL)
     interrupted = run_code(INTERRUPTED_TRAINER, *flags, status=130)
-    assert "interrupted; nothing is lost" in interrupted.stderr.splitlines()[-1]
+    assert "interrupted before any work was lost" in interrupted.stderr.splitlines()[-1]
     assert "Traceback" not in interrupted.stderr
     assert not list(tmp_path.glob("model*"))
 

@@ -1,19 +1,45 @@
-"""Files and folders that the programs write: whole or not at all, and refused early."""
+"""Files and folders that the programs write: whole or not at all, on the disk, refused early."""
 
+import errno
+import fcntl
+import hashlib
 import os
+import signal
+import subprocess
+import sys
 import threading
 
 import pytest
-from programs import run_code
+from programs import PROJECT, run_code
 
 from cifar10_resnet import storage
 from cifar10_resnet.errors import UserError
+
+
+@pytest.fixture
+def events(monkeypatch) -> list[tuple[str, str]]:
+    """What is synced to the disk, and what takes its place, in this order."""
+    found = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_sync(handle: int) -> None:
+        found.append(("sync", os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def record_replace(source: str, target: str) -> None:
+        found.append(("replace", str(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    return found
+
 
 # --- Folders --------------------------------------------------------------------------------------
 
 
 def write_to(path) -> None:
-    with storage.new(str(path)) as folder:
+    with storage.new_folder(str(path)) as folder:
         with open(os.path.join(folder, "part"), "w") as file:
             file.write("whole")
         assert not os.path.exists(path) or not os.listdir(path)
@@ -28,7 +54,7 @@ def test_a_new_folder_is_there_once_it_is_whole(tmp_path, before):
         (tmp_path / "above").mkdir()
         (tmp_path / "elsewhere").mkdir()
         path.symlink_to(tmp_path / "elsewhere")
-    storage.refuse_unwritable(str(path))
+    storage.refuse_unwritable_folder(str(path))
     write_to(path)
     assert (path / "part").read_text() == "whole"
     assert os.listdir(tmp_path / "above") == ["new"]
@@ -40,13 +66,23 @@ def test_a_new_folder_is_as_open_to_others_as_any(tmp_path):
     assert (tmp_path / "new").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
+def test_a_new_folder_is_on_the_disk_before_it_takes_its_place_and_after(tmp_path, events):
+    with storage.new_folder(tmp_path / "new") as folder:
+        os.mkdir(os.path.join(folder, "deeper"))
+        for name in ("one", "deeper/two"):
+            open(os.path.join(folder, name), "w").close()
+    parts = {os.path.join(folder, name) for name in ("", "one", "deeper", "deeper/two")}
+    assert {("sync", part.rstrip("/")) for part in parts} == {*events[:4]}
+    assert events[4:] == [("replace", str(tmp_path / "new")), ("sync", str(tmp_path))]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_nothing_is_left_of_a_folder_that_was_not_finished(tmp_path, error):
     def fail(folder: str) -> None:
         (tmp_path / folder / "part").write_text("half")
         raise error
 
-    with pytest.raises(error), storage.new(str(tmp_path / "new")) as folder:
+    with pytest.raises(error), storage.new_folder(str(tmp_path / "new")) as folder:
         fail(folder)
     assert not os.listdir(tmp_path)
 
@@ -54,7 +90,7 @@ def test_nothing_is_left_of_a_folder_that_was_not_finished(tmp_path, error):
 def test_a_full_disk_is_told_of_in_a_sentence(tmp_path):
     with (
         pytest.raises(UserError, match=r"cannot write .*/new: No space left on device\."),
-        storage.new(str(tmp_path / "new")),
+        storage.new_folder(str(tmp_path / "new")),
         open("/dev/full", "w") as file,
     ):
         file.write("more than there is room for")
@@ -63,7 +99,7 @@ def test_a_full_disk_is_told_of_in_a_sentence(tmp_path):
 
 def test_what_came_into_the_folder_meanwhile_stays(tmp_path):
     path = tmp_path / "new"
-    with pytest.raises(UserError, match="not empty"), storage.new(str(path)):
+    with pytest.raises(UserError, match="not empty"), storage.new_folder(str(path)):
         (path / "mine").mkdir(parents=True)
     assert os.listdir(tmp_path) == ["new"]
     assert os.listdir(path) == ["mine"]
@@ -93,7 +129,7 @@ def test_what_cannot_be_written_is_refused_early(tmp_path, monkeypatch, kind, se
         monkeypatch.setattr(os.path, "ismount", lambda p: p == str(path))
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(UserError, match=sentence):
-        storage.refuse_unwritable(str(path))
+        storage.refuse_unwritable_folder(str(path))
     assert sorted(os.listdir(tmp_path)) == before
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -103,15 +139,15 @@ def test_a_folder_without_permission_is_refused_early(tmp_path, monkeypatch, as_
     # from within, as the folders above pytest's are closed to anybody else
     monkeypatch.chdir(tmp_path / "closed")
     with as_nobody(), pytest.raises(UserError, match="Permission denied"):
-        storage.refuse_unwritable("new")
+        storage.refuse_unwritable_folder("new")
 
 
 def test_a_folder_that_something_else_will_fill_is_refused(tmp_path):
     run = str(tmp_path / "run")
     for path in (run, str(tmp_path), os.path.join(run, "log", "..")):
         with pytest.raises(UserError, match="will hold"):
-            storage.refuse_unwritable(path, apart_from=[run, os.path.join(run, "log")])
-    storage.refuse_unwritable(os.path.join(run, "exported"), apart_from=[run])
+            storage.refuse_unwritable_folder(path, apart_from=[run, os.path.join(run, "log")])
+    storage.refuse_unwritable_folder(os.path.join(run, "exported"), apart_from=[run])
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -121,9 +157,41 @@ def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path):
     file = tmp_path / "scores.json"
     for content in (b"first", b"second"):
         storage.refuse_unwritable_file(str(file))
-        storage.write(str(file), content)
+        storage.new_file(str(file), content)
         assert file.read_bytes() == content
     assert os.listdir(tmp_path) == ["scores.json"]
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place_and_after(tmp_path, events):
+    file = tmp_path / "scores.json"
+    storage.new_file(file, b"scores")
+    assert events == [("sync", f"{file}.new"), ("replace", str(file)), ("sync", str(tmp_path))]
+
+
+@pytest.mark.parametrize(
+    ("problem", "end"),
+    [(OSError(errno.ENOSPC, "full"), UserError), (KeyboardInterrupt(), KeyboardInterrupt)],
+)
+def test_nothing_is_left_of_a_file_that_was_not_finished(tmp_path, monkeypatch, problem, end):
+    def fail(handle: int) -> None:
+        raise problem
+
+    file = tmp_path / "scores.json"
+    file.write_bytes(b"earlier")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(end):
+        storage.new_file(file, b"scores")
+    assert file.read_bytes() == b"earlier"
+    assert os.listdir(tmp_path) == ["scores.json"]
+
+
+def test_a_file_system_that_cannot_sync_folders_is_no_obstacle(tmp_path, monkeypatch):
+    def refuse(handle: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    storage.new_file(tmp_path / "scores.json", b"scores")
+    assert (tmp_path / "scores.json").read_bytes() == b"scores"
 
 
 def test_a_link_stays_one_and_its_target_is_written(tmp_path):
@@ -131,7 +199,7 @@ def test_a_link_stays_one_and_its_target_is_written(tmp_path):
     (tmp_path / "latest.html").symlink_to("there/report.html")
     for content in (b"first", b"second"):
         storage.refuse_unwritable_file(str(tmp_path / "latest.html"))
-        storage.write(str(tmp_path / "latest.html"), content)
+        storage.new_file(str(tmp_path / "latest.html"), content)
         assert (tmp_path / "latest.html").is_symlink()
         assert (tmp_path / "there" / "report.html").read_bytes() == content
     assert os.listdir(tmp_path / "there") == ["report.html"]
@@ -150,7 +218,7 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path):
     reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
     reader.start()
     storage.refuse_unwritable_file(str(pipe))
-    storage.write(str(pipe), b"scores")
+    storage.new_file(str(pipe), b"scores")
     reader.join()
     assert read == [b"scores"]
     assert pipe.is_fifo()
@@ -160,6 +228,81 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path):
 def test_standard_output_can_be_named_as_a_file(tmp_path):
     (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
     code = "import sys; from cifar10_resnet import storage; "
-    code += "storage.refuse_unwritable_file(sys.argv[1]); storage.write(sys.argv[1], b'scores')"
+    code += "storage.refuse_unwritable_file(sys.argv[1]); storage.new_file(sys.argv[1], b'scores')"
     assert run_code(code, tmp_path / "stdout").stdout == "scores"
     assert (tmp_path / "stdout").is_symlink()
+
+
+def test_a_digest_is_that_of_the_whole_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 3)
+    (tmp_path / "file").write_bytes(b"more than one chunk")
+    for algorithm in ("sha256", "md5"):
+        expected = hashlib.new(algorithm, b"more than one chunk").hexdigest()
+        assert storage.digest(tmp_path / "file", algorithm) == expected
+    assert storage.digest(tmp_path / "file") == storage.digest(tmp_path / "file", "sha256")
+
+
+def test_removing_what_is_not_there_is_no_mistake(tmp_path):
+    (tmp_path / "file").touch()
+    for _ in range(2):
+        storage.remove(tmp_path / "file")
+    assert os.listdir(tmp_path) == []
+
+
+# --- Locks ----------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from cifar10_resnet import storage
+with storage.lock(sys.argv[1], "taken"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def is_locked(folder) -> bool:
+    try:
+        with storage.lock(folder, "taken"):
+            return False
+    except UserError as error:
+        return str(error) == "taken"
+
+
+def test_a_locked_folder_is_refused_until_its_holder_leaves_and_nothing_stays(tmp_path):
+    with storage.lock(tmp_path, "the first"):
+        assert is_locked(tmp_path)
+    with pytest.raises(ZeroDivisionError), storage.lock(tmp_path, "the second"):
+        raise ZeroDivisionError
+    assert not is_locked(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        assert is_locked(tmp_path)
+        holder.send_signal(signal.SIGKILL)
+    assert os.listdir(tmp_path) == [storage.LOCK]
+    assert not is_locked(tmp_path)
+
+
+def test_a_lock_that_its_holder_removes_while_another_opens_it_is_no_lock(tmp_path, monkeypatch):
+    flock = fcntl.flock
+
+    def remove_then_lock(handle: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        os.remove(tmp_path / storage.LOCK)  # as the last holder does
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_then_lock)
+    with storage.lock(tmp_path, "taken"):
+        assert is_locked(tmp_path)
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"cannot write to .*/missing: No such file"),
+        storage.lock(tmp_path / "missing", "taken"),
+    ):
+        pass

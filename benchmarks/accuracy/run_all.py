@@ -210,7 +210,7 @@ def _write_csv(run: Run, folder: str, score: dict[str, Any]) -> None:
     writer.writerows(
         [_rounded(row.get(IN_EVENTS.get(name, name))) for name in run_csv.COLUMNS] for row in rows
     )
-    storage.write(str(RESULTS / f"{run.name}.csv"), content.getvalue().encode())
+    storage.new_file(str(RESULTS / f"{run.name}.csv"), content.getvalue().encode())
 
 
 def _rounded(value: float | None) -> str:

@@ -1,35 +1,42 @@
 """How programs end: in a sentence on stderr and with exit status 1, without a traceback."""
 
+import contextlib
 import errno
 import functools
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 from cifar10_resnet.errors import UserError, printable, reason_of
 from cifar10_resnet.terminal import RED, emphasised
 
 
+class Terminated(SystemExit):
+    """SIGTERM has arrived. The program ends as by Ctrl-C: its `finally` blocks tidy up."""
+
+
 def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Wraps a program's `main`: a UserError or Ctrl-C ends it in a sentence, a bug does not."""
+    """Wraps a program's `main`: an error or a signal ends it in a sentence, a bug does not."""
 
     @functools.wraps(main)
     def guarded(*args, **kwargs):
         try:
-            status = main(*args, **kwargs)
-            if sys.stdout:
-                sys.stdout.flush()
-            return status
+            with _terminable():
+                status = main(*args, **kwargs)
+                if sys.stdout:
+                    sys.stdout.flush()
+                return status
         except UserError as error:
             tell(error)
             return 1
-        except KeyboardInterrupt:
-            # Who has something to lose by Ctrl-C, as a training in its steps, handles it itself.
-            sentence = "interrupted; nothing is lost: start the same command again."
+        except (KeyboardInterrupt, Terminated) as stop:
+            # Programs with unsaved work, such as the training loop, handle signals themselves.
+            sentence = "interrupted before any work was lost. Run the same command again."
             print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
-            return 128 + signal.SIGINT
+            return stop.code if isinstance(stop, Terminated) else 128 + signal.SIGINT
         except BrokenPipeError:
             # whoever read the output has gone, as in `… | head`: end as quietly as other programs
             _silence_stdout()
@@ -49,6 +56,23 @@ def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int 
             return 1
 
     return guarded
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """While entered, SIGTERM raises Terminated."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise Terminated(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # Only it can handle signals.
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

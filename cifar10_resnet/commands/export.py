@@ -45,7 +45,7 @@ def _lite_is_one(values: dict[str, object]) -> bool:
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
     storage.refuse_patterns(FLAGS.export_dir)
-    storage.refuse_unwritable(FLAGS.export_dir)
+    storage.refuse_unwritable_folder(FLAGS.export_dir)
 
     start_tensorflow("cpu")  # whatever the export is for, nothing large is computed here
     from cifar10_resnet import checkpoints

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     from cifar10_resnet.figures.style import encode
 
     figure = curves_figure(histories, FLAGS.tag, FLAGS.x)
-    storage.write(FLAGS.output, encode(figure, kind))
+    storage.new_file(FLAGS.output, encode(figure, kind))
     print(f"drew {FLAGS.output}")
     return 0
 

@@ -179,6 +179,6 @@ def import_photos(image_dir: str, data_dir: str, test_share: float = 0.2, seed: 
         )
     classes = find_classes(Path(image_dir))
     refuse_small_classes({name: len(files) for name, files in classes.items()}, "files")
-    storage.refuse_unwritable(data_dir)
-    with storage.new(data_dir) as folder:
+    storage.refuse_unwritable_folder(data_dir)
+    with storage.new_folder(data_dir) as folder:
         return write_files(folder, classes, test_share, seed)

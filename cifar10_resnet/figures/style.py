@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.text import Text
 
-from cifar10_resnet.errors import UserError
+from cifar10_resnet import storage
 
 WIDTH = 900  # in pixels, of which an inch has 100; so a point is 1.4 of them
 MARGIN = 24
@@ -102,14 +102,9 @@ def _save(figure: Figure, file: Path) -> None:
     else:
         words = (text.get_text() for text in figure.findobj(Text))
         metadata = {"Software": None, "Description": " | ".join(filter(None, words))}
-    new = file.with_name(file.name + ".new")
-    try:
-        figure.savefig(new, format=kind, dpi=200, metadata=metadata)
-        os.replace(new, file)
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}.") from error
-    finally:
-        new.unlink(missing_ok=True)
+    content = io.BytesIO()
+    figure.savefig(content, format=kind, dpi=200, metadata=metadata)
+    storage.new_file(file, content.getvalue())
     print(f"drew {file}")
 
 

@@ -89,7 +89,7 @@ def export_saved_model(
 ) -> None:
     """Writes the network of a checkpoint as a SavedModel, the new folder `export_dir`."""
     classifier = load_classifier(prefix, data_format, dtype)
-    with storage.new(export_dir) as folder:
+    with storage.new_folder(export_dir) as folder:
         _save(classifier, folder, (PIXELS, FLOATS, PICTURES))
     print(f"Exported {prefix} to {export_dir}: a SavedModel, {dtype}, {data_format}.")
 
@@ -98,7 +98,7 @@ def export_tflite(prefix: str, export_dir: str) -> None:
     """Writes the network for LiteRT into the new folder `export_dir`, if it computes the same."""
     classifier = load_classifier(prefix)
     classifier.takes_empty_batches = False  # LiteRT lacks what that takes
-    with storage.new(export_dir) as folder, tempfile.TemporaryDirectory() as saved_model:
+    with storage.new_folder(export_dir) as folder, tempfile.TemporaryDirectory() as saved_model:
         signatures = (PIXELS, FLOATS)
         _save(classifier, saved_model, signatures)
         lite = tf.lite.TFLiteConverter.from_saved_model(saved_model, signatures).convert()

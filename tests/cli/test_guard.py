@@ -49,3 +49,33 @@ def test_a_training_whose_streams_are_closed_saves_what_it_learned(tmp_path):
     done = subprocess.run(command, shell=True, capture_output=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     assert (tmp_path / "model.ckpt-2.index").exists()
+
+
+SLOW_PROGRAM = """
+import sys, time
+from cifar10_resnet import storage
+from cifar10_resnet.cli.guard import exits_with_a_sentence
+
+@exits_with_a_sentence
+def main(path):
+    with storage.new_folder(path):
+        print("writing", flush=True)
+        time.sleep(60)
+
+sys.exit(main(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_program_that_is_stopped_tidies_up_and_ends_in_one_sentence(tmp_path, number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_PROGRAM, str(tmp_path / "new")],
+        **{"cwd": PROJECT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+    )
+    assert process.stdout.readline() == "writing\n"
+    assert len(os.listdir(tmp_path)) == 1
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert error == "-c: interrupted before any work was lost. Run the same command again.\n"
+    assert os.listdir(tmp_path) == []

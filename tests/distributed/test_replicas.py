@@ -209,7 +209,7 @@ def test_a_worker_that_waits_for_the_others_can_be_stopped(data, tmp_path):
     )
     assert waiting.stdout.readline().startswith("Joining the others as worker 0")
     waiting.send_signal(signal.SIGTERM)
-    assert waiting.wait(timeout=120) == -signal.SIGTERM
+    assert waiting.wait(timeout=120) == 128 + signal.SIGTERM
     waiting.communicate()
 
 

@@ -181,11 +181,11 @@ def test_an_output_that_does_not_fit_ends_in_a_sentence():
 def test_figures_that_do_not_fit_leave_the_earlier_ones(make_disk):
     disk = make_disk()
     file = str(disk.path / "scores.json")
-    storage.write(file, b"{}")
+    storage.new_file(file, b"{}")
     disk.fill()
     before = contents(disk.path)
     with pytest.raises(UserError, match=rf"cannot write \S+scores\.json: {FULL}"):
-        storage.write(file, bytes(400_000))
+        storage.new_file(file, bytes(400_000))
     assert contents(disk.path) == before
 
 

@@ -48,7 +48,7 @@ def test_of_two_trainers_started_at_once_one_is_refused_and_the_other_not_distur
         (first,), _ = wait(ends, return_when=FIRST_COMPLETED)  # the other trains for 64,000 steps
         refused = ends.pop(first)
         assert refused.returncode == 1
-        assert "another trainer is at work" in first.result()[1]
+        assert "in use by another trainer" in first.result()[1]
         (second,) = ends
         ends[second].send_signal(signal.SIGTERM)
         out, err = second.result()

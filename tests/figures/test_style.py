@@ -3,10 +3,8 @@
 import errno
 import os
 import re
-from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.figures import style
@@ -20,13 +18,12 @@ def test_a_picture_that_cannot_be_written_is_told_of_in_a_sentence(tmp_path):
 
 
 def test_a_picture_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    def fill_the_disk(figure: Figure, file: Path, **options: object) -> None:
-        file.write_bytes(b"half a picture")
+    def fill_the_disk(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     file = tmp_path / "picture.png"
     file.write_bytes(b"the old one")
-    monkeypatch.setattr(Figure, "savefig", fill_the_disk)
+    monkeypatch.setattr(os, "fsync", fill_the_disk)
     with (
         pytest.raises(UserError, match="No space left"),
         style.picture(file, height=100, title=""),
