@@ -271,23 +271,32 @@ def load_model(prefix: str, data_format: str = "channels_last", dtype: str = "fp
 
 @contextlib.contextmanager
 def lock(directory: str) -> Iterator[None]:
-    """Holds a run's folder, created where missing, against a second trainer."""
+    """Holds a run's folder, created where missing, against a second trainer.
+
+    A folder that was created and stayed empty is removed again: the start was refused.
+    """
     storage.refuse_patterns(directory)
+    is_new = not os.path.isdir(directory)
     refusal = (
         f"--ckpt_path={directory} is in use by another trainer. Wait, stop it, or use another "
         "folder."
     )
-    with contextlib.ExitStack() as held:
-        try:
-            os.makedirs(directory, exist_ok=True)
-            held.enter_context(storage.lock(directory, refusal))
-            # Clears what a process that was killed while it saved has left behind, and shows that
-            # this one may save: an older lock may be writable in a folder that is not.
-            with _saving_folder(directory):
-                pass
-        except OSError as error:
-            raise UserError(f"cannot write to {directory}: {error.strerror}.") from error
-        yield
+    try:
+        with contextlib.ExitStack() as held:
+            try:
+                os.makedirs(directory, exist_ok=True)
+                held.enter_context(storage.lock(directory, refusal))
+                # Clears what a process that was killed while it saved has left behind, and shows
+                # that this one may save: an older lock may be writable in a folder that is not.
+                with _saving_folder(directory):
+                    pass
+            except OSError as error:
+                raise UserError(f"cannot write to {directory}: {error.strerror}.") from error
+            yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # It is not empty.
+                os.rmdir(directory)
 
 
 def clean(directory: str, log_path: str, needed: str | None = None) -> None:
@@ -313,6 +322,9 @@ def clean(directory: str, log_path: str, needed: str | None = None) -> None:
         for files in ("*/" + EVENTS, "plugins/profile/*/*.xplane.pb")
     )
     others = set(os.listdir(directory)) - {storage.LOCK} if os.path.isdir(directory) else set()
+    if not any(files for _, _, files in os.walk(log_path)):
+        # An interrupted --clean leaves the folders of the summaries, without their files.
+        others.discard(os.path.relpath(log_path, directory))
     state = _named_in_state(directory)
     if others and not (saved or events or state):
         raise UserError(

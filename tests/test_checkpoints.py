@@ -804,3 +804,24 @@ def test_clean_of_a_folder_that_is_missing_or_empty_is_no_mistake(tmp_path):
     checkpoints.clean(str(tmp_path), str(tmp_path))
     checkpoints.clean(str(tmp_path / "nowhere"), str(tmp_path / "no logs"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_clean_goes_on_where_it_was_interrupted(folder, tmp_path):
+    logs = folder / "log"
+    for writer in ("train", "eval"):
+        (logs / writer).mkdir(parents=True)
+    for path in folder.glob("*"):
+        if path.is_file():
+            path.unlink()
+    checkpoints.clean(str(folder), str(logs))
+    (logs / "train" / "somebody's.txt").touch()
+    assert "alone" in refusal(checkpoints.clean, str(folder), str(logs))
+
+
+def test_a_start_that_is_refused_leaves_no_folder_and_no_lock_behind(tmp_path):
+    (tmp_path / "there").mkdir()
+    for name in ("new", "there"):
+        with pytest.raises(UserError, match="no data"), checkpoints.lock(str(tmp_path / name)):
+            raise UserError("no data")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert list((tmp_path / "there").iterdir()) == []
