@@ -62,6 +62,9 @@ def main(argv: list[str]) -> int:
             storage.refuse_unwritable_file(file)
     if FLAGS.plot_dir:
         storage.make_folder(FLAGS.plot_dir)
+    if FLAGS.report or FLAGS.plot_dir:
+        # Imported early: if Matplotlib is missing, that is told before the evaluation.
+        import cifar10_resnet.figures.style  # noqa: F401
 
     device = start_tensorflow(FLAGS.device, FLAGS.verbose)
     from cifar10_resnet import checkpoints

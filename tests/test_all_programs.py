@@ -107,3 +107,59 @@ def test_cifar100_is_learned_by_its_coarse_labels_too(tmp_path):
     scored = run("run_evaluator.py", "--ckpt_path=runs/resnet8-cifar100-coarse", cwd=tmp_path)
     assert re.search(r"images +4\n", scored.stdout)
     assert "coarse 19" in scored.stdout
+
+
+# All packages but those that every program needs, as if they were not installed.
+HIDDEN = """
+import sys
+sys.modules.update(dict.fromkeys(["tensorboard", "matplotlib", "PIL", "tornado", "pytest"]))
+"""
+
+
+@pytest.fixture
+def bare(tmp_path) -> dict[str, str]:
+    """An environment that has tensorflow, numpy and absl-py, and nothing else of this project's."""
+    (tmp_path / "hiding").mkdir()
+    (tmp_path / "hiding" / "sitecustomize.py").write_text(HIDDEN)
+    return {**os.environ, "PYTHONPATH": str(tmp_path / "hiding")}
+
+
+def test_the_three_programs_run_with_tensorflow_numpy_and_absl_alone(bare, tmp_path):
+    run(
+        *("cifar10_download_and_extract.py", "--synthetic", "--synthetic_train_images=80"),
+        "--synthetic_test_images=20",
+        cwd=tmp_path,
+        env=bare,
+    )
+    trained = run(
+        *("run_trainer.py", *SMALL, "--max_train_steps=4", "--epochs_between_evals=1"),
+        f"--export_dir={tmp_path / 'exported'}",
+        cwd=tmp_path,
+        env=bare,
+    )
+    said = "No learning curves are written: TensorBoard is not installed."
+    assert trained.stdout.count(said) == 1
+    assert "tensorboard --logdir" not in trained.stdout
+    assert (tmp_path / "exported" / "saved_model.pb").exists()
+    assert not (tmp_path / "runs" / "resnet8" / "log").exists()
+    scored = run(
+        *("run_evaluator.py", "--ckpt_path=runs/resnet8", "--output_json=s.json"),
+        cwd=tmp_path,
+        env=bare,
+    )
+    assert re.search(r"accuracy +0\.\d{4}", scored.stdout)
+
+
+@pytest.mark.parametrize(
+    ("command", "package"),
+    [
+        (("run_evaluator.py", "--ckpt_path=x", "--report=r.html"), "matplotlib"),
+        (("classify", "--ckpt_path=x", "cat.jpg"), "PIL"),
+        (("import", "--image_dir=x", "--data_dir=y"), "PIL"),
+        (("plot", "--run=x"), "tensorboard"),
+        (("draw",), "matplotlib"),
+    ],
+)
+def test_what_needs_another_package_says_how_to_get_it(command, package, bare, tmp_path):
+    refused = error_of(*command, cwd=tmp_path, env=bare)
+    assert f"{package} is not installed. Run: pip install " in refused

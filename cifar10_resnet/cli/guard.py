@@ -18,6 +18,19 @@ class Terminated(SystemExit):
     """SIGTERM has arrived. The program ends as by Ctrl-C: its `finally` blocks tidy up."""
 
 
+ENVIRONMENT = "Enter the environment: . .venv/bin/activate (`make demo` creates it)."
+# What to do about a package that is not there.
+PACKAGES = {
+    "absl": ENVIRONMENT,
+    "numpy": ENVIRONMENT,
+    "tensorflow": ENVIRONMENT,
+    "PIL": "Run: pip install pillow",
+    "matplotlib": "Run: pip install matplotlib",
+    "tensorboard": "Run: pip install tensorboard",
+    "tornado": "Run: pip install tornado",
+}
+
+
 def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int | None]:
     """Wraps a program's `main`: an error or a signal ends it in a sentence, a bug does not."""
 
@@ -47,6 +60,12 @@ def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int 
                 raise
             _silence_stdout()
             tell(UserError(f"cannot write {error.filename or 'the output'}: {error.strerror}."))
+            return 1
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in PACKAGES:
+                raise
+            tell(UserError(f"{package} is not installed. {PACKAGES[package]}"))
             return 1
         except Exception as error:
             if not _is_out_of_memory(error):

@@ -163,18 +163,18 @@ class Progress:
         seconds = time.monotonic() - self._started
         rows["time"] = f"{duration(seconds)} for {step - self._first_step} steps"
         rows["saved as"] = saved
-        rows["curves"] = f"tensorboard --logdir {shlex.quote(self._log_path)}"
+        if self._summaries.are_written:
+            rows["curves"] = f"tensorboard --logdir {shlex.quote(self._log_path)}"
         return rows
 
     def _best_evaluation(self, last_step: int) -> tuple[float, int]:
         """The best accuracy of the whole run, in earlier starts too, and its step."""
-        from cifar10_resnet.training.history import (
-            read_history,  # which the first step need not wait for
-        )
-
         step, _, metrics = self._evaluated
         found = [(metrics.accuracy, step)]
-        with contextlib.suppress(UserError):  # a damaged file is no reason to fail at the very end
+        # A damaged file is no reason to fail at the very end, nor is a missing TensorBoard.
+        with contextlib.suppress(UserError, ModuleNotFoundError):
+            from cifar10_resnet.training.history import read_history
+
             for row in read_history(self._log_path):
                 if "eval_accuracy" in row and row["step"] <= last_step:
                     found.append((row["eval_accuracy"], row["step"]))

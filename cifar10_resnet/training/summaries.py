@@ -5,6 +5,7 @@ so that their curves share charts.
 """
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -26,10 +27,18 @@ RESULTS = ("accuracy", "best_accuracy", "loss", "train_accuracy", "train_loss")
 
 
 class Summaries:
-    """Writes a run's event files. Each method leaves on the disk what it was given."""
+    """Writes a run's event files. Each method leaves on the disk what it was given.
+
+    Without TensorBoard nothing is written, for `tf.summary` needs it; without Matplotlib no plot.
+    """
 
     def __init__(self, log_path: str):
         self._log_path = log_path
+        self._writers: dict[str, tf.summary.SummaryWriter] = {}
+        self._plots = importlib.util.find_spec("matplotlib") is not None
+        if importlib.util.find_spec("tensorboard") is None:
+            print("No learning curves are written: TensorBoard is not installed.", flush=True)
+            return
         with self._telling():
             self._writers = {
                 name: tf.summary.create_file_writer(
@@ -38,18 +47,29 @@ class Summaries:
                 for name in ("train", "eval")
             }
 
+    @property
+    def are_written(self) -> bool:
+        """Whether there are any."""
+        return bool(self._writers)
+
     def close(self) -> None:
+        """Closes the files."""
         with self._telling():
             for writer in self._writers.values():
                 writer.close()
 
     def scalars(self, writer: str, step: int, values: Mapping[str, float]) -> None:
+        """Writes numbers under their tags."""
+        if not self.are_written:
+            return
         with self._writing(writer, step):
             for tag, value in values.items():
                 tf.summary.scalar(tag, value)
 
     def run(self, step: int, run: RunConfig, graph: tf.Graph, images: np.ndarray) -> None:
         """What there is to show once of a run: `images` are such as the network learns from."""
+        if not self.are_written:
+            return
         # not its `api`, which wants Keras, and not before the first step, which need not wait
         from tensorboard.plugins.hparams import plugin_data_pb2
         from tensorboard.plugins.hparams import summary_v2 as hp
@@ -76,6 +96,9 @@ class Summaries:
         self._pixels("train", step, "augmented_images", picture_grid(images), text)
 
     def confusion_matrix(self, step: int, metrics: Metrics, names: Sequence[str]) -> None:
+        """Writes the confusion matrix of an evaluation, as a plot."""
+        if not (self.are_written and self._plots):
+            return
         from cifar10_resnet.figures import evaluation, style
 
         figure = evaluation.confusion_matrix_figure(metrics.confusion_matrix, names)
@@ -86,6 +109,9 @@ class Summaries:
     def mistakes(
         self, step: int, images: np.ndarray, metrics: Metrics, names: Sequence[str]
     ) -> None:
+        """Writes the most confident mistakes of an evaluation, as a plot."""
+        if not (self.are_written and self._plots):
+            return
         from cifar10_resnet.figures import evaluation, style
 
         figure = evaluation.mistakes_figure(
