@@ -118,9 +118,9 @@ class LiveLine:
         self._draw(shown)
 
     def _draw(self, text: str) -> None:
-        if self._shown:
-            print(f"\r{' ' * len(self._shown)}\r", end="")
-        print(text, end="", flush=True)
+        if text or self._shown:
+            # All of the line is covered: an evaluation draws its own where the trainer's was.
+            print(f"\r{' ' * self.columns}\r{text}", end="", flush=True)
         self._shown = text
 
 

@@ -74,6 +74,14 @@ def test_the_live_line_is_covered_by_a_shorter_one_and_gone_in_the_end(monkeypat
     assert screen.shown == ["a line that stays", ""]
 
 
+def test_one_line_covers_another_that_was_not_closed(monkeypatch):
+    screen = watched(monkeypatch)
+    with terminal.LiveLine() as outer, terminal.LiveLine() as inner:
+        outer.show(0.5, "a long fact of the outer line")
+        inner.show(0.25, "inner")
+        assert screen.shown == [" 25% #####............... inner"]
+
+
 def test_facts_that_have_no_room_are_left_out_from_the_last(monkeypatch):
     screen = watched(monkeypatch)
     facts = ("the first" * 6, "the second", "the third")
