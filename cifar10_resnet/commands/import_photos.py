@@ -7,6 +7,7 @@ share of every class becomes the test images. The data folder appears only once 
 """
 
 import math
+import os
 
 from absl import flags
 
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> int:
         f"--path={FLAGS.data_dir}",
         f"--pretrained_model_checkpoint_path={pretrained}",
         *training_flags(count),
+        f"--ckpt_path={os.path.join('runs', os.path.basename(os.path.normpath(FLAGS.data_dir)))}",
     )
     print(f"next: {train}", flush=True)
     return 0

@@ -48,8 +48,8 @@ def curves_figure(
                 raise UserError(f"the event files of these runs say nothing of {tag} over {x}s.")
             axes.set_title(tag.replace("_", " "))
             axes.set_xlabel(x)
-            axes.xaxis.set_major_locator(MaxNLocator(6))
-            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=x == "step"))
+            axes.xaxis.set_major_formatter("{x:,.0f}" if x == "step" else "{x:g}")
             if tag in ("loss", "error"):
                 axes.set_yscale("log")
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

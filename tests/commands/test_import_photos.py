@@ -35,8 +35,8 @@ def test_what_the_import_prints_trains_a_network_that_knows_the_photos(tmp_path)
     # 200 training images: 64 epochs of them are 100 steps of 128.
     assert re.search("^100 steps of 128 images, recipe fast", trained.stdout, re.M)
 
-    ckpt_path = "runs/resnet20-transfer-fast-pictures"
-    tested = run("run_evaluator.py", "--path=photos-bin", f"--ckpt_path={ckpt_path}", cwd=tmp_path)
+    evaluated = ("--path=photos-bin", "--ckpt_path=runs/photos-bin")
+    tested = run("run_evaluator.py", *evaluated, cwd=tmp_path)
     assert re.search(r"images +50\n", tested.stdout)
     assert float(re.search(r" accuracy +(\d\.\d+)\n", tested.stdout)[1]) > 0.75
     assert all(re.search(rf"^    {name} +\d", tested.stdout, re.M) for name in CLASS_NAMES)
