@@ -16,7 +16,7 @@ from cifar10_resnet import storage
 from cifar10_resnet.cli import app
 from cifar10_resnet.cli import flags as command_line
 from cifar10_resnet.cli.guard import exits_with_a_sentence
-from cifar10_resnet.device import start_tensorflow
+from cifar10_resnet.device import resolve_data_format, start_tensorflow
 from cifar10_resnet.terminal import table
 
 FLAGS = flags.FLAGS
@@ -69,7 +69,6 @@ def main(argv: list[str]) -> int:
     device = start_tensorflow(FLAGS.device, FLAGS.verbose)
     from cifar10_resnet import checkpoints
     from cifar10_resnet.evaluation import evaluator
-    from resnet_model import resolve_data_format
 
     newest = checkpoints.find(FLAGS.ckpt_path)
     prefixes = [newest]

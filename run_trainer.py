@@ -24,7 +24,7 @@ from cifar10_resnet.config import (
     RunConfig,
     units_per_block,
 )
-from cifar10_resnet.device import start_tensorflow
+from cifar10_resnet.device import resolve_data_format, start_tensorflow
 from cifar10_resnet.distributed import cluster
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.terminal import command, emphasised, table
@@ -281,7 +281,6 @@ def main(argv: list[str]) -> int:
     from cifar10_resnet.evaluation import evaluator
     from cifar10_resnet.serving import export
     from cifar10_resnet.training import trainer as training
-    from resnet_model import resolve_data_format
 
     if workers and not FLAGS.quiet:
         print(f"Joining the others as {workers.name(workers.index)}.", flush=True)

@@ -168,7 +168,8 @@ def show_on_paper() -> None:
     print("| --- | --- | --- |" + " --- |" * len(LINKS))
     for depth in (20, 56, 110):
         config = ModelConfig(num_layers=depth)
-        parameters = sum(v.shape.num_elements() for v in ResNet(config).trainable_variables)
+        weights = ResNet(**config.arguments()).trainable_variables
+        parameters = sum(variable.shape.num_elements() for variable in weights)
         network = Network(parameters, multiply_adds(config), depth)
         most = [f"{network.most(n, False)} ({network.most(n, True)})" for n in LINKS]
         step, size = 1000 * network.step(IMAGES), BYTES * parameters / 1e6

@@ -264,7 +264,7 @@ def save_network(prefix: str, directory: str) -> str:
 def load_model(prefix: str, data_format: str = "channels_last", dtype: str = "fp32") -> ResNet:
     """Builds the network that a checkpoint describes, with its weights, statistics and mean."""
     run, _ = read_run(prefix)
-    model = ResNet(run.model, data_format, dtype)
+    model = ResNet(**run.model.arguments(), data_format=data_format, dtype=dtype)
     restore_model(model, prefix)
     return model
 

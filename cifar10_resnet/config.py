@@ -52,6 +52,10 @@ class ModelConfig:
                 "post-activation units) or 2 (pre-activation)."
             )
 
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments that build this network: `ResNet(**run.model.arguments())`."""
+        return dataclasses.asdict(self)
+
     @property
     def name(self) -> str:
         """A short name, for folders: resnet20, plain56, resnet164-bottleneck, resnet20-v1."""

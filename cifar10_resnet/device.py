@@ -49,6 +49,38 @@ def start_tensorflow(device: str, verbose: bool = False, num_gpus: int | None = 
     return "gpu" if has_gpu else "cpu"
 
 
+def resolve_data_format(data_format: str, dtype: str, device: str) -> str:
+    """Turns `auto` into the device's data format. Refuses a format that its kernels lack."""
+    if data_format == "auto":
+        return "channels_first" if device == "gpu" else "channels_last"
+    if data_format == "channels_first" and device == "cpu" and not _cpu_trains(data_format, dtype):
+        raise UserError(
+            f"--data_format=channels_first is not possible in {dtype} on this CPU. "
+            "Use --data_format=channels_last."
+        )
+    return data_format
+
+
+def _cpu_trains(data_format: str, dtype: str) -> bool:
+    """Returns whether this CPU can train in this data format and precision."""
+    import tensorflow as tf
+
+    from resnet_model import ResNet
+
+    # Only TensorFlow knows: the answer depends on its build, the processor and the environment, and
+    # one kernel may be there without the next. So take a step of the smallest network that uses
+    # every kernel, on images so small that the last block still has a pixel.
+    try:
+        with tf.device("cpu"):
+            network = ResNet(num_layers=8, data_format=data_format, dtype=dtype)
+            with tf.GradientTape() as tape:
+                logits = network(tf.zeros([1, 4, 4, 3]), training=True)
+            tape.gradient(logits, network.trainable_variables)
+        return True
+    except tf.errors.OpError:
+        return False
+
+
 @contextlib.contextmanager
 def _without_keras() -> Iterator[None]:
     """Keeps TensorFlow from importing Keras, and that Matplotlib: a quarter of its start.

@@ -60,10 +60,9 @@ def main(argv: list[str]) -> int:
     from cifar10_resnet.figures.trace import trace
     from resnet_model import ResNet
 
-    model = ResNet()
-    network = trace(model)
-    draw_initial_convolution(network, model.init_conv.kernel.numpy(), folder / "init_conv.png")
-    units = {kind: trace(ResNet(config)).blocks[0][1] for kind, (_, config) in UNITS.items()}
+    network, kernels = trace(ModelConfig()), ResNet().init_conv.kernel.numpy()
+    draw_initial_convolution(network, kernels, folder / "init_conv.png")
+    units = {kind: trace(config).blocks[0][1] for kind, (_, config) in UNITS.items()}
     draw_units(units, folder / "unit.png")
     draw_shortcuts(network, folder / "shortcut.png")
     draw_end(network, folder / "final.png")

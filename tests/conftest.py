@@ -101,7 +101,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def has_channels_first(dtype: str = "fp32") -> bool:
     """Returns whether this CPU can train with channels_first in this precision."""
-    from resnet_model import resolve_data_format
+    from cifar10_resnet.device import resolve_data_format
 
     try:
         resolve_data_format("channels_first", dtype, "cpu")

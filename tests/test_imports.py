@@ -56,8 +56,6 @@ WITH_TENSORFLOW = (
 )
 
 BROKEN = {
-    "resnet_model imports config",
-    "resnet_model imports errors",
     "cifar10_input imports config",
     "cifar10_input imports data.synthetic",
     "cifar10_input imports errors",

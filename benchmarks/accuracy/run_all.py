@@ -187,7 +187,8 @@ def _write_csv(run: Run, folder: str, score: dict[str, Any]) -> None:
     from resnet_model import ResNet
 
     description = RunConfig.from_json(json.dumps(score["description"]))
-    parameters = sum(v.shape.num_elements() for v in ResNet(description.model).trainable_variables)
+    network = ResNet(**description.model.arguments())
+    parameters = sum(v.shape.num_elements() for v in network.trainable_variables)
     rows, seconds, step = read_history(os.path.join(folder, "log")), 0.0, 0
     for row in rows:
         if "train_images_per_second" in row:

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from cifar10_input import mean_image, read_images, training_batches
 from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig, units_per_block
+from cifar10_resnet.device import resolve_data_format
 from cifar10_resnet.training.trainer import Trainer
 from contender import (
     BATCH_SIZE,
@@ -25,7 +26,7 @@ from contender import (
     memory_batches,
     serve,
 )
-from resnet_model import DTYPES, ResNet, resolve_data_format
+from resnet_model import DTYPES, ResNet
 
 MATRIX_SIDE = 4096
 MATMUL_SECONDS = 1.0
@@ -110,7 +111,7 @@ class ThisProject(Contender):
     def export(self, file: str) -> None:
         """Writes variables for `check`: none is like another, and the batch statistics fit."""
         config = dataclasses.replace(self.trainer.run.model, batch_norm_decay=0.0)
-        model = ResNet(config)
+        model = ResNet(**config.arguments())
         rng = np.random.default_rng(0)
         for variable in model.trainable_variables:
             if not variable.name.endswith("/kernel:0"):

@@ -58,10 +58,9 @@ def main(argv: list[str]) -> int:
     stem = config.name.replace("resnet", "ResNet").replace("plain", "Plain") + "_CIFAR10"
     start_tensorflow("cpu")
     from cifar10_resnet.figures.trace import trace
-    from resnet_model import ResNet
 
     draw(
-        trace(ResNet(config)),
+        trace(config),
         FLAGS.output or [f"{stem}.{kind}" for kind in ("pdf", "png")],
     )
     return 0

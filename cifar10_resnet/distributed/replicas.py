@@ -19,8 +19,10 @@ from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import Coordin
 from tensorflow.python.eager import context as tf_context
 
 from cifar10_resnet.device import stderr_held_back
+from cifar10_resnet.distributed import sync_batch_norm
 from cifar10_resnet.distributed.cluster import Cluster, meet
 from cifar10_resnet.errors import UserError
+from resnet_model import Normalise, batch_norm_relu
 
 # Seconds that the workers have to come together: schedulers start them minutes apart.
 START_TIMEOUT = 600
@@ -76,6 +78,10 @@ class Replicas:
         total = tf.distribute.get_replica_context().all_reduce("SUM", packed)
         parts = tf.split(total, [value.shape.num_elements() for value in values])
         return [tf.reshape(part, v.shape) for part, v in zip(parts, values, strict=True)]
+
+    def normalise(self, over_all: bool) -> Normalise:
+        """Returns what computes batch norm: over all replicas, or by each with its part alone."""
+        return sync_batch_norm.over(self) if over_all and self.count > 1 else batch_norm_relu
 
     def copy_from_chief(self, variables: Sequence[tf.Variable]) -> None:
         """Gives every worker the chief's values of float32 variables."""

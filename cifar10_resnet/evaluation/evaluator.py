@@ -47,13 +47,13 @@ class Evaluator:
             examples.labels,
             np.concatenate(predictions),
             np.concatenate(confidences),
-            self.model.config.num_classes,
+            self.model.num_classes,
         )
 
     def _score_batch(self, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        logits = self.model(tf.cast(images, tf.float32) - self.model.image_mean, training=False)
+        logits = self.model.logits_of_raw(images)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        in_top_5 = tf.math.in_top_k(labels, logits, min(5, self.model.config.num_classes))
+        in_top_5 = tf.math.in_top_k(labels, logits, min(5, self.model.num_classes))
         return (
             tf.reduce_sum(tf.cast(losses, tf.float64)),
             tf.reduce_sum(tf.cast(in_top_5, tf.int64)),
@@ -77,7 +77,7 @@ def score_checkpoints(
     values that contradict the checkpoint.
     """
     given = given or {}
-    model = reading = None
+    network = reading = None
     with ThreadPoolExecutor(1) as reader:
         for prefix in prefixes:
             run, step = checkpoints.read_run(prefix)
@@ -86,8 +86,9 @@ def score_checkpoints(
             reading = reading or reader.submit(
                 _images_for, run, prefix, path, given.get("dataset"), split
             )
-            if model is None or model.config != run.model:
-                model = ResNet(run.model, data_format, dtype)
+            if run.model != network:
+                network = run.model
+                model = ResNet(**network.arguments(), data_format=data_format, dtype=dtype)
                 evaluator = Evaluator(model, batch_size)
             checkpoints.restore_model(model, prefix)
             examples = reading.result()

@@ -6,6 +6,7 @@ The drawings take their sizes from here, so that they show the network as it is.
 import numpy as np
 import tensorflow as tf
 
+from cifar10_resnet.config import ModelConfig
 from cifar10_resnet.figures.diagram import Layer, Network, Unit
 from resnet_model import IMAGE_SHAPE, ResNet
 
@@ -21,8 +22,9 @@ KINDS = {
 }
 
 
-def trace(model: ResNet) -> Network:
-    """Reads the layers of a network off the graph of its own `__call__`."""
+def trace(config: ModelConfig) -> Network:
+    """Builds a network, and reads its layers off the graph of its own `__call__`."""
+    model = ResNet(**config.arguments())
     images = tf.TensorSpec([None, *IMAGE_SHAPE], tf.float32)
     function = tf.function(lambda images: model(images), autograph=False)
     graph = function.get_concrete_function(images).graph
@@ -54,7 +56,7 @@ def trace(model: ResNet) -> Network:
         if part not in ("begin", "end"):
             blocks.setdefault(part.split("/")[0], []).append(unit)
     return Network(
-        model.config,
+        config,
         IMAGE_SHAPE,
         units["begin"].layers,
         list(blocks.values()),

@@ -37,7 +37,7 @@ class Classifier(tf.Module):
 
     def from_floats(self, images: tf.Tensor) -> Answers:
         """Answers for float32 images [N, 32, 32, 3] from 0 to 255."""
-        logits = self._logits(images - self.model.image_mean)
+        logits = self._logits(images)
         return {
             "logits": logits,
             "probabilities": tf.nn.softmax(logits),
@@ -55,11 +55,11 @@ class Classifier(tf.Module):
 
     def _logits(self, images: tf.Tensor) -> tf.Tensor:
         if not self.takes_empty_batches:
-            return self.model(images)
+            return self.model.logits_of_raw(images)
         # oneDNN's kernels fail on a batch of none: it is given one, whose answer is dropped.
         count = tf.shape(images)[0]
         images = tf.pad(images, [[0, tf.cast(count == 0, tf.int32)], [0, 0], [0, 0], [0, 0]])
-        logits = self.model(tf.ensure_shape(images, [None, *IMAGE_SHAPE]))
+        logits = self.model.logits_of_raw(tf.ensure_shape(images, [None, *IMAGE_SHAPE]))
         # said again, for TensorFlow 2.20 loses it on the way and complains
         return tf.ensure_shape(logits[:count], logits.shape)
 

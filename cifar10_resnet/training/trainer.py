@@ -100,7 +100,13 @@ class Trainer:
         self.replicas = replicas = replicas or Replicas()
         replicas.refuse_uneven(run.training.batch_size)
         with replicas.strategy.scope():
-            self.model = ResNet(run.model, data_format, dtype, run.training.seed)
+            self.model = ResNet(
+                **run.model.arguments(),
+                data_format=data_format,
+                dtype=dtype,
+                seed=run.training.seed,
+                normalise=replicas.normalise(sync_batch_norm),
+            )
             self.optimizer = OPTIMIZERS[run.training.optimizer](self.model, run.training)
             self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
             # The mean of the run's own images, by which it knows them again: the one that the
@@ -121,12 +127,9 @@ class Trainer:
         self._rates = tf.constant(self.learning_rates)
         # Moved by each replica for itself, and so to be brought together again in each step.
         self._statistics: list[tf.Variable] = []
-        if replicas.count > 1 and not run.training.fine_tune:
+        if replicas.count > 1 and not sync_batch_norm and not run.training.fine_tune:
             for norm in self.model.norms:
-                if sync_batch_norm:
-                    norm.replicas = replicas
-                else:
-                    self._statistics += [norm.moving_mean, norm.moving_variance]
+                self._statistics += [norm.moving_mean, norm.moving_variance]
         # Nothing in a step depends on values while it is traced: without AutoGraph, that takes half
         # the time.
         self.train_step = tf.function(

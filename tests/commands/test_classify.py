@@ -15,10 +15,10 @@ from programs import run, without_tensorflow
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig
 from cifar10_resnet.data.photos import read_photo_file
+from cifar10_resnet.device import resolve_data_format
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.serving import export
 from cifar10_resnet.training.trainer import Trainer
-from resnet_model import resolve_data_format
 
 NAMES = ("tree", "house", "river")
 

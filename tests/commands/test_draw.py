@@ -13,7 +13,6 @@ from programs import PROJECT, run, run_code
 from cifar10_resnet.config import ModelConfig
 from cifar10_resnet.figures import style
 from cifar10_resnet.figures.trace import trace
-from resnet_model import ResNet
 
 FILES = PROJECT / "files"
 
@@ -23,7 +22,6 @@ DRAW_NETWORKS = """
 import sys
 from cifar10_resnet.commands import draw
 from cifar10_resnet.figures.trace import trace
-from resnet_model import ResNet
 from cifar10_resnet.config import ModelConfig
 
 for config in (
@@ -32,7 +30,7 @@ for config in (
     ModelConfig(110, shortcut_connections=False),
     ModelConfig(20, resnet_version=1),
 ):
-    network = trace(ResNet(config))
+    network = trace(config)
     rows = draw.rows_of(network)
     assert draw.room_for_convolutions(rows) >= draw.NARROWEST, config.name
     draw.draw(network, [f"{sys.argv[1]}/{config.name}.png"])
@@ -106,7 +104,7 @@ def test_the_drawing_of_a_plain_network_has_no_shortcuts(drawn):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_trace_tells_where_each_shortcut_starts_and_what_is_on_it(version):
-    network = trace(ResNet(ModelConfig(14, resnet_version=version)))
+    network = trace(ModelConfig(14, resnet_version=version))
     units = [unit for block in network.blocks for unit in block]
     # after BN and ReLU in the first unit of version 2, else from the input
     assert [unit.shortcut_after for unit in units] == [2 if version == 2 else 0, 0, 0, 0, 0, 0]

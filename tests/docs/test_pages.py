@@ -97,7 +97,7 @@ def test_the_marked_code_runs(checkout, write_cifar10):
     shipped = checkpoints.find(str(PROJECT / "files" / "pretrained" / "resnet20"))
     export.export_saved_model(shipped, str(checkout / "savedmodels" / "resnet20"))
     (checkout / "cat.jpg").symlink_to(PROJECT / "files" / "cat.jpg")
-    for page in ("docs/export_and_serve.md", "docs/python.md"):
+    for page in ("README.md", "docs/export_and_serve.md", "docs/python.md"):
         code = "\n".join(blocks(PAGES[page], "python", marked=True))
         assert code, page
         (checkout / "page.py").write_text(code)
@@ -105,6 +105,8 @@ def test_the_marked_code_runs(checkout, write_cifar10):
             [sys.executable, "page.py"], cwd=checkout, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stdout + done.stderr
+        if page == "README.md":
+            assert done.stdout == "(1, 10)\n"
         if page == "docs/export_and_serve.md":
             assert re.match(r"\[b'cat'\] \[0\.97\d*\]\n$", done.stdout), done.stdout
     assert done.stdout.startswith("(1, 10)\n")

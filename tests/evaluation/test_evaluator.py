@@ -49,7 +49,7 @@ def stir(variables, seed: int = 0) -> None:
 @pytest.fixture(scope="module")
 def model() -> ResNet:
     with tf.device("cpu"):
-        model = ResNet(ModelConfig(num_layers=8, batch_norm_decay=0.0))
+        model = ResNet(num_layers=8, batch_norm_decay=0.0)
         stir(model.variables)
         # without decay, the statistics become those of this batch: the logits spread out
         model(tf.constant(varied_images(COUNT) - np.float32(128)), training=True)
@@ -168,7 +168,7 @@ def test_a_class_without_images_has_no_accuracy(metrics):
 
 
 def test_with_fewer_than_five_classes_top_5_means_all_of_them():
-    model = ResNet(ModelConfig(num_layers=8, num_classes=3))
+    model = ResNet(num_layers=8, num_classes=3)
     examples = ImageSet(varied_images(10), np.arange(10, dtype=np.int32) % 3)
     metrics = Evaluator(model)(examples)
     assert metrics.confusion_matrix.shape == (3, 3)

@@ -45,10 +45,9 @@ def save_network(folder: Path, names: tuple[str, ...] = NAMES) -> None:
     """An untrained network, saved with the signatures that an exported network has."""
     import tensorflow as tf
 
-    from cifar10_resnet.config import ModelConfig
     from resnet_model import ResNet
 
-    network = ResNet(ModelConfig(num_layers=8, num_classes=len(NAMES)))
+    network = ResNet(num_layers=8, num_classes=len(NAMES))
     network.image_mean.assign(np.full([32, 32, 3], 120))
     network.class_names = tf.Variable(names, trainable=False)
 

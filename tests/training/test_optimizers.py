@@ -5,11 +5,9 @@ import pytest
 import tensorflow as tf
 
 from cifar10_resnet import config
-from cifar10_resnet.config import ModelConfig, TrainingConfig
+from cifar10_resnet.config import TrainingConfig
 from cifar10_resnet.training.optimizers import OPTIMIZERS, Momentum, Muon, orthogonal
 from resnet_model import ResNet
-
-CONFIG = ModelConfig(num_layers=8)
 
 
 def newton_schulz(matrix: np.ndarray) -> np.ndarray:
@@ -41,7 +39,7 @@ def test_a_gradient_of_zero_leaves_the_kernels_where_they_are():
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_two_steps_of_muon_are_those_of_its_definition(nesterov):
     training = TrainingConfig(nesterov=nesterov, weight_decay=0.01, momentum=0.8)
-    model = ResNet(CONFIG, seed=1)
+    model = ResNet(num_layers=8, seed=1)
     muon = Muon(model, training)
     variables = model.trainable_variables
     weights = [v.numpy().astype(np.float64) for v in variables]
@@ -72,7 +70,7 @@ def test_two_steps_of_muon_are_those_of_its_definition(nesterov):
 def test_both_optimizers_keep_the_same_things_in_a_checkpoint():
     shapes = []
     for optimizer in (Momentum, Muon):
-        slots = optimizer(ResNet(CONFIG), TrainingConfig()).slots
+        slots = optimizer(ResNet(num_layers=8), TrainingConfig()).slots
         shapes.append({name: slot.shape for name, slot in slots.items()})
     assert shapes[0] == shapes[1]
 

@@ -155,7 +155,7 @@ def test_all_is_restored_exactly_but_the_final_layer_which_is_the_seeds(config, 
     prefix = save_pretrained(tmp_path, origin)
     saved = variables_in(prefix)
     new = dataclasses.replace(config, num_classes=10)
-    model, fresh = ResNet(new, seed=7), ResNet(new, seed=7)
+    model, fresh = (ResNet(**new.arguments(), seed=7) for _ in range(2))
     checkpoints.restore_pretrained(model, prefix)
     for variable, untouched in zip(model.variables, fresh.variables, strict=True):
         if variable.name in FINAL_LAYER:
@@ -182,7 +182,7 @@ def test_the_run_says_in_one_line_what_it_restored_and_what_not(pretrained, tmp_
 def test_fine_tuning_changes_the_final_layer_alone_to_the_bit(pretrained, tmp_path, capsys, recipe):
     saved = variables_in(checkpoints.find(pretrained))
     tuned = variables_in(start(tmp_path, pretrained, fine_tune=True, recipe=recipe))
-    fresh = ResNet(dataclasses.replace(ORIGIN.model, num_classes=10))
+    fresh = ResNet(**ORIGIN.model.arguments() | {"num_classes": 10})
     assert tuned.keys() == saved.keys()
     for name, value in tuned.items():
         if name not in FINAL_LAYER:

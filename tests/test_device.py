@@ -1,0 +1,88 @@
+"""The data format for a device: chosen, or refused if the device lacks its kernels."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import tensorflow as tf
+from programs import run_code
+
+from cifar10_resnet.device import resolve_data_format
+from cifar10_resnet.errors import UserError
+
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+def test_layouts_are_chosen_for_the_device():
+    for dtype in DTYPES:
+        assert resolve_data_format("auto", dtype, "cpu") == "channels_last"
+        assert resolve_data_format("auto", dtype, "gpu") == "channels_first"
+        assert resolve_data_format("channels_last", dtype, "cpu") == "channels_last"
+        assert resolve_data_format("channels_last", dtype, "gpu") == "channels_last"
+        assert resolve_data_format("channels_first", dtype, "gpu") == "channels_first"
+
+
+@pytest.fixture
+def every_kernel(monkeypatch) -> None:
+    """A CPU with channels_first in every precision, whatever this one has."""
+
+    def by_way_of_channels_last(kernel: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
+        def compute(x: tf.Tensor, *arguments, data_format: str) -> tf.Tensor:
+            if data_format == "NHWC":
+                return kernel(x, *arguments, data_format="NHWC")
+            y = kernel(tf.transpose(x, [0, 2, 3, 1]), *arguments, data_format="NHWC")
+            return tf.transpose(y, [0, 3, 1, 2])
+
+        return compute
+
+    for name in ("conv2d", "avg_pool2d"):
+        monkeypatch.setattr(tf.nn, name, by_way_of_channels_last(getattr(tf.nn, name)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_channels_first_is_accepted_on_a_cpu_that_has_every_kernel(every_kernel, dtype):
+    assert resolve_data_format("channels_first", dtype, "cpu") == "channels_first"
+
+
+# TensorFlow raises UnimplementedError; an error of oneDNN becomes AbortedError.
+@pytest.mark.parametrize("error", [tf.errors.UnimplementedError, tf.errors.AbortedError])
+@pytest.mark.parametrize("only_its_gradient", [False, True])
+# A processor with AVX-512 FP16 has the convolution in fp16, but not the average pooling.
+@pytest.mark.parametrize("missing", ["conv2d", "avg_pool2d"])
+def test_channels_first_is_refused_on_a_cpu_that_lacks_one_kernel_of_a_training_step(
+    every_kernel, monkeypatch, missing, only_its_gradient, error
+):
+    kernel = getattr(tf.nn, missing)
+
+    @tf.custom_gradient
+    def without_gradient(x: tf.Tensor):
+        def gradient(upstream: tf.Tensor):
+            raise error(None, None, "only supports NHWC on device type CPU")
+
+        return tf.identity(x), gradient
+
+    def lacking(*arguments, **keywords) -> tf.Tensor:
+        if only_its_gradient:
+            return without_gradient(kernel(*arguments, **keywords))
+        raise error(None, None, "only supports NHWC on device type CPU")
+
+    monkeypatch.setattr(tf.nn, missing, lacking)
+    sentence = r"channels_first is not possible in fp16 .* Use --data_format=channels_last\.$"
+    with pytest.raises(UserError, match=sentence):
+        resolve_data_format("channels_first", "fp16", "cpu")
+
+
+def test_without_onednn_channels_first_is_refused_on_a_cpu_in_every_precision():
+    code = f"""
+from cifar10_resnet.device import resolve_data_format
+from cifar10_resnet.errors import UserError
+
+for dtype in {DTYPES}:
+    try:
+        print(dtype, "accepted", resolve_data_format("channels_first", dtype, "cpu"))
+    except UserError as refusal:
+        print(dtype, "refused", "--data_format=channels_last" in str(refusal))
+"""
+    environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "0", "CUDA_VISIBLE_DEVICES": ""}
+    output = run_code(code, env=environment).stdout
+    assert output.splitlines() == [f"{dtype} refused True" for dtype in DTYPES]
