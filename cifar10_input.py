@@ -1,4 +1,6 @@
-"""Binary files of images as `tf.data`: reading and checking them, the mean, the batches.
+"""Binary files of images become training batches: reading them, their mean, the batches.
+
+This file needs TensorFlow and NumPy alone: copy it into any project.
 
 A training batch is a pure function of (seed, step): the order of each epoch, every crop and every
 flip come from stateless random functions, so a resumed run sees what an uninterrupted one would
@@ -13,26 +15,15 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from cifar10_resnet import formats
-from cifar10_resnet.config import DataConfig
-from cifar10_resnet.data import synthetic
-from cifar10_resnet.errors import UserError
-from cifar10_resnet.formats import CHANNELS, IMAGE_BYTES, SIDE, Format
-
+CHANNELS = 3
 PAD = 4
 SHIFTS = 2 * PAD + 1
 ALIGNMENT = 64
 CHUNK_RECORDS = 1000
 
-GZIP = b"\x1f\x8b"
-DAMAGED = "it is damaged, or of another data set"
-
-# the generated stand-in, where it is made in memory
-SYNTHETIC_IMAGES = {"train": 10_000, "test": 2_000}
-
 
 class ImageSet(NamedTuple):
-    """Images as uint8 [N, 32, 32, 3] and their labels as int32 [N]."""
+    """Square images as uint8 [N, size, size, 3] and their labels as int32 [N]."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -41,89 +32,49 @@ class ImageSet(NamedTuple):
         return ImageSet(self.images[where], self.labels[where])
 
     def digest(self) -> str:
-        """SHA-256 of all of it."""
+        """Returns the SHA-256 of all images and labels."""
         return hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
 
 
-def describe_data(
-    path: str | None, dataset: str | None = None, coarse_labels: bool = False
-) -> DataConfig:
-    """What there is to learn from the images in `path`: which data set, and its classes."""
-    if dataset == "synthetic":
-        return DataConfig(dataset, synthetic.CLASS_NAMES)
-    folder, file_format = formats.find(path, dataset)
-    names = file_format.class_names(folder, coarse_labels)
-    return DataConfig(file_format.dataset, names, coarse_labels=coarse_labels)
+def read_records(
+    files: Sequence[str], label_bytes: int = 1, size: int = 32
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images of binary files, uint8 [N, size, size, 3], and their label bytes.
 
-
-def check_files(folder: str, file_format: Format, split: str) -> list[tuple[str, int]]:
-    """The files of a split ("train" or "test") with their numbers of records; refuses bad ones."""
-    files = [os.path.join(folder, name) for name in file_format.split_files(split)]
-    return [(file, _count_records(file, file_format)) for file in files]
-
-
-def _count_records(file: str, file_format: Format) -> int:
-    if os.path.isdir(file):
-        raise UserError(
-            f"{file} is a folder; a file of {file_format.record_bytes}-byte records was expected."
-        )
-    try:
-        with open(file, "rb") as opened:
-            size, start = os.fstat(opened.fileno()).st_size, opened.read(2)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{file} is missing: the folder does not hold the whole of {file_format.title}; name "
-            "another with --path, or get it again."
-        ) from error
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}.") from error
-    if problem := file_format.size_problem(file, size):
-        packed = "it is packed with gzip, so unpack it first"
-        raise UserError(f"{problem}; {packed if start == GZIP else DAMAGED}.")
-    return size // file_format.record_bytes
-
-
-def count_training_images(data: DataConfig, path: str | None) -> int:
-    """How many images there are to train on, by the sizes of their files."""
-    if data.dataset == "synthetic":
-        return _without_holdout(data, SYNTHETIC_IMAGES["train"])
-    files = check_files(*formats.find(path, data.dataset), "train")
-    return _without_holdout(data, sum(count for _, count in files))
-
-
-def _without_holdout(data: DataConfig, count: int) -> int:
-    if data.holdout >= count:
-        raise UserError(
-            f"--holdout={data.holdout} leaves nothing to train on: only {count} training images "
-            "are there."
-        )
-    return count - data.holdout
-
-
-def read_images(
-    path: str | None, split: str, dataset: str | None = None, coarse_labels: bool = False
-) -> ImageSet:
-    """Reads all images of a split ("train" or "test") into memory."""
-    folder, file_format = formats.find(path, dataset)
-    counts = check_files(folder, file_format, split)
-    total = sum(count for _, count in counts)
-    images = _aligned([total, SIDE, SIDE, CHANNELS])
-    labels = np.empty([total, len(file_format.labels)], np.uint8)
+    A record is its label bytes and the red, green and blue planes, each row by row. The label
+    bytes are uint8 [N, label_bytes]. A file that is not whole raises ValueError, which says where.
+    """
+    record_bytes = label_bytes + size * size * CHANNELS
+    counts = [_count_records(file, record_bytes) for file in files]
+    images = _aligned([sum(counts), size, size, CHANNELS])
+    labels = np.empty([sum(counts), label_bytes], np.uint8)
     done = 0
-    for file, count in counts:
-        for records in _read_records(file, count, file_format.record_bytes):
+    for file, count in zip(files, counts, strict=True):
+        for records in _read_chunks(file, count, record_bytes):
             part = slice(done, done + len(records))
-            labels[part], pixels = np.split(records, [len(file_format.labels)], axis=1)
-            planes = pixels.reshape(-1, CHANNELS, SIDE, SIDE)
+            labels[part], pixels = np.split(records, [label_bytes], axis=1)
+            planes = pixels.reshape(-1, CHANNELS, size, size)
             for channel in range(CHANNELS):
                 images[part, :, :, channel] = planes[:, channel]
             done += len(records)
-    _check_labels(labels, counts, folder, file_format)
-    return ImageSet(images, labels[:, file_format.label_column(coarse_labels)].astype(np.int32))
+    return images, labels
 
 
-def _read_records(file: str, count: int, record_bytes: int) -> Iterator[np.ndarray]:
-    """The records of a file, as many as it had when it was checked, some at a time."""
+def _count_records(file: str, record_bytes: int) -> int:
+    size = os.path.getsize(file)
+    if size == 0:
+        raise ValueError(f"{file} is empty, where {record_bytes}-byte records were expected")
+    count, rest = divmod(size, record_bytes)
+    if rest:
+        raise ValueError(
+            f"{file} has {size:,} bytes, which is no whole number of {record_bytes}-byte records: "
+            f"the last one, at byte {count * record_bytes:,}, is cut off after {rest:,}"
+        )
+    return count
+
+
+def _read_chunks(file: str, count: int, record_bytes: int) -> Iterator[np.ndarray]:
+    """Yields the first `count` records of a file, some at a time."""
     read, end = 0, count * record_bytes
     try:
         with open(file, "rb") as opened:
@@ -131,17 +82,17 @@ def _read_records(file: str, count: int, record_bytes: int) -> Iterator[np.ndarr
                 chunk = opened.read(min(CHUNK_RECORDS * record_bytes, end - read))
                 read += len(chunk)
                 if len(chunk) % record_bytes or not chunk:
-                    raise UserError(
+                    raise ValueError(
                         f"{file} changed while it was read: it had {end:,} bytes and now ends at "
-                        f"byte {read:,}; start again once it is whole."
+                        f"byte {read:,}"
                     )
                 yield np.frombuffer(chunk, np.uint8).reshape(-1, record_bytes)
     except OSError as error:
-        raise UserError(f"cannot read {file} from byte {read:,} on: {error.strerror}.") from error
+        raise ValueError(f"cannot read {file} from byte {read:,} on: {error.strerror}") from error
 
 
 def _aligned(shape: Sequence[int]) -> np.ndarray:
-    """An empty uint8 array that begins where TensorFlow wants its tensors to."""
+    """Returns an empty uint8 array that begins at an address which TensorFlow can use."""
     size = int(np.prod(shape))
     memory = np.empty([size + ALIGNMENT], np.uint8)
     begin = -memory.ctypes.data % ALIGNMENT
@@ -149,49 +100,14 @@ def _aligned(shape: Sequence[int]) -> np.ndarray:
 
 
 def _as_tensor(array: np.ndarray) -> tf.Tensor:
-    """The array as a tensor: the same memory where that is aligned, else a copy."""
+    """Returns the array as a tensor: the same memory if that is aligned, else a copy."""
     if array.ctypes.data % ALIGNMENT == 0 and array.flags.c_contiguous and array.flags.writeable:
         return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
     return tf.constant(array)
 
 
-def _check_labels(
-    labels: np.ndarray, counts: Sequence[tuple[str, int]], folder: str, file_format: Format
-) -> None:
-    class_counts = file_format.class_counts(folder)
-    for file, count in counts:
-        columns = [column.tobytes() for column in labels[:count].T]
-        if problem := file_format.label_problem(file, columns, class_counts):
-            raise UserError(f"{problem}; {DAMAGED}.")
-        labels = labels[count:]
-
-
-def load_training(data: DataConfig, path: str | None) -> tuple[ImageSet, ImageSet]:
-    """The images to train on, and those held out: the last `data.holdout` training images."""
-    examples = _load(data, path, "train")
-    kept = _without_holdout(data, len(examples.labels))
-    return examples.part(slice(kept)), examples.part(slice(kept, None))
-
-
-def load_split(data: DataConfig, path: str | None, split: str) -> ImageSet:
-    """The images of one split: "train" (without those held out), "holdout" or "test"."""
-    if split == "test":
-        return _load(data, path, "test")
-    if split == "holdout" and not data.holdout:
-        raise UserError("there is no holdout to score: this run trained on all training images.")
-    train, held_out = load_training(data, path)
-    return train if split == "train" else held_out
-
-
-def _load(data: DataConfig, path: str | None, split: str) -> ImageSet:
-    if data.dataset == "synthetic":
-        images, labels = synthetic.make_split(split, SYNTHETIC_IMAGES[split])
-        return ImageSet(images, labels.astype(np.int32))
-    return read_images(path, split, data.dataset, data.coarse_labels)
-
-
 def mean_image(images: np.ndarray) -> np.ndarray:
-    """The per-pixel mean, float32 [32, 32, 3]; summed in whole numbers, so the same everywhere."""
+    """Returns the mean of each pixel, float32. Sums of whole numbers are the same everywhere."""
     total = np.zeros(images.shape[1:], np.int64)
     for start in range(0, len(images), 10_000):
         total += images[start : start + 10_000].sum(axis=0, dtype=np.uint32)
@@ -209,16 +125,15 @@ def training_batches(
     cutout: int = 0,
     share: tuple[int, int] = (0, 1),
 ) -> tf.data.Dataset:
-    """Batches of augmented images, float32 [batch_size, 32, 32, 3], and labels, from `first_step`.
+    """Returns batches of augmented images, float32 [batch_size, size, size, 3], and labels.
 
-    With a `share` of (i, n) only the i-th of n equal parts of every batch.
+    The batches start at `first_step`. A `share` of (i, n) gives the i-th of n equal parts of each.
 
-    The mean is subtracted, then the image is padded with 4 zeros on each side, cropped at random
+    The mean is subtracted. Then the image is padded with 4 zeros on each side, cropped at random
     and flipped at random. With `alternate_flips` only an image's first epoch decides its flip at
-    random, and from then on it takes turns: no two epochs in a row show it the same way. With
-    `cutout`, a square of so many pixels a side around one of the image's pixels becomes zeros.
-    Epochs follow one another without a gap: a batch may hold the end of one and the beginning of
-    the next.
+    random. Later epochs take turns, so no two epochs in a row show it the same way. With `cutout`,
+    a square with sides of so many pixels around one of the image's pixels becomes zeros. Epochs
+    follow one another without a gap: a batch may hold the end of one and the start of the next.
     """
     part = slice(*(batch_size * i // share[1] for i in (share[0], share[0] + 1)))
     with tf.device("cpu"):
@@ -235,25 +150,26 @@ def training_batches(
             flip = (tf.cast(first, tf.int32) + tf.cast(place // len(examples.labels), tf.int32)) % 2
         images = augment(indices, dy, dx, flip)
         if cutout:
-            images = _cut_out(images, _draw_centres(step, batch_size, seed)[part], cutout)
+            centres = _draw_centres(step, batch_size, seed, images.shape[1])
+            images = _cut_out(images, centres[part], cutout)
         return images, tf.gather(labels, indices)
 
     last_step = np.iinfo(np.int64).max if num_steps is None else first_step + num_steps
     dataset = tf.data.Dataset.range(first_step, last_step)
     options = tf.data.Options()
-    # A batch is one light graph: more threads would only take the network's processors from it.
+    # A batch is one light graph. More threads would only take processors from the network.
     options.threading.max_intra_op_parallelism = 1
     options.threading.private_threadpool_size = 2
     options.autotune.enabled = False
-    # They would make a second copy of all images, to compare graphs by their contents.
+    # These optimizations would copy all images, to compare graphs by their contents.
     options.experimental_optimization.apply_default_optimizations = False
     dataset = dataset.map(batch, num_parallel_calls=2, deterministic=True)
     return dataset.prefetch(4).with_options(options)
 
 
 def _epoch_order(place: tf.Tensor, num_examples: int, seed: int) -> tf.Tensor:
-    """The examples at these places of the endless row of epochs."""
-    # With its default of 4 rounds, and keys that differ in their low bits alone, the orders of
+    """Returns the examples at these places of the endless row of epochs."""
+    # With the default of 4 rounds, and keys that differ in their low bits alone, the orders of
     # neighbouring epochs resemble one another.
     return tf.raw_ops.RandomIndexShuffle(
         index=place % num_examples,
@@ -264,13 +180,13 @@ def _epoch_order(place: tf.Tensor, num_examples: int, seed: int) -> tf.Tensor:
 
 
 def _shuffle_keys(seed: int, epoch: tf.Tensor) -> tf.Tensor:
-    """Three key words for each epoch number."""
+    """Returns three key words for each epoch number."""
     mixed = _hash(seed, epoch)
     return tf.stack([tf.bitwise.right_shift(mixed, np.uint64(by)) for by in (0, 21, 42)], axis=1)
 
 
 def _hash(seed: int, numbers: tf.Tensor) -> tf.Tensor:
-    """64 well-mixed bits for each number: the outputs of SplitMix64, at random access."""
+    """Returns 64 well-mixed bits for each number: SplitMix64's outputs, at random access."""
     return _splitmix64(
         _splitmix64(seed) + tf.cast(numbers, tf.uint64) * np.uint64(0x9E3779B97F4A7C15)
     )
@@ -284,23 +200,24 @@ def _splitmix64(state: tf.Tensor | int) -> tf.Tensor:
 
 
 def _draw_crops(step: tf.Tensor, count: int, seed: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """For each image of a batch: the crop's offsets, 0 to 8, and whether to flip it, 0 or 1."""
+    """Returns for each image the crop's offsets, 0 to 8, and whether to flip it, 0 or 1."""
     drawn = tf.random.stateless_uniform(
         [count], tf.stack([np.int64(seed), step]), 0, SHIFTS * SHIFTS * 2, tf.int32
     )
     return drawn // (2 * SHIFTS), drawn // 2 % SHIFTS, drawn % 2
 
 
-def _draw_centres(step: tf.Tensor, count: int, seed: int) -> tf.Tensor:
-    """For each image of a batch: row and column of a pixel."""
-    # a seed that no other draws have, since seeds are not negative
+def _draw_centres(step: tf.Tensor, count: int, seed: int, size: int) -> tf.Tensor:
+    """Returns for each image the row and the column of a pixel."""
+    # No other draws have this seed, because seeds are not negative.
     return tf.random.stateless_uniform(
-        [count, 2], tf.stack([np.int64(~seed), step]), 0, SIDE, tf.int32
+        [count, 2], tf.stack([np.int64(~seed), step]), 0, size, tf.int32
     )
 
 
 def _cut_out(images: tf.Tensor, centres: tf.Tensor, side: int) -> tf.Tensor:
-    places = tf.range(SIDE) - centres[:, :, None] + side // 2
+    """Returns the images with a square of zeros around each centre."""
+    places = tf.range(images.shape[1]) - centres[:, :, None] + side // 2
     inside = (places >= 0) & (places < side)
     inside = inside[:, 0, :, None] & inside[:, 1, None, :]
     return tf.where(inside[..., None], 0.0, images)
@@ -309,19 +226,20 @@ def _cut_out(images: tf.Tensor, centres: tf.Tensor, side: int) -> tf.Tensor:
 class _Augmentation:
     """Crops and flips whole batches of uint8 images and subtracts the mean.
 
-    Works on bytes in long runs, which is several times as fast as cutting one picture after the
-    other: rows are gathered for the vertical shift; the batch is parted into the 18 cases of
-    horizontal shift and flip, where each case is one slice; and the mean, cropped in all 162 ways
+    It works on bytes in long runs, which is several times as fast as cutting one image after the
+    other. Rows are gathered for the vertical shift. The batch is then parted into the 18 cases of
+    horizontal shift and flip, each of which is one slice. The mean, cropped in all 162 ways
     beforehand, is subtracted last. Padding is zero in the image and in the mean alike.
     """
 
     def __init__(self, images: np.ndarray, mean: np.ndarray):
-        self._images = _as_tensor(images.reshape(len(images), IMAGE_BYTES))
+        self._size = size = images.shape[1]
+        self._images = _as_tensor(images.reshape(len(images), -1))
         padded = np.pad(mean, ((PAD, PAD), (PAD, PAD), (0, 0)))
         self._means = tf.constant(
             np.stack(
                 [
-                    padded[dy : dy + SIDE, dx : dx + SIDE][:, :: -1 if flip else 1].reshape(-1)
+                    padded[dy : dy + size, dx : dx + size][:, :: -1 if flip else 1].reshape(-1)
                     for dy in range(SHIFTS)
                     for dx in range(SHIFTS)
                     for flip in (0, 1)
@@ -332,10 +250,11 @@ class _Augmentation:
     def __call__(
         self, indices: tf.Tensor, dy: tf.Tensor, dx: tf.Tensor, flip: tf.Tensor
     ) -> tf.Tensor:
-        count, height = indices.shape[0], SIDE + 2 * PAD
-        images = tf.reshape(tf.gather(self._images, indices), [count, SIDE, SIDE * CHANNELS])
+        size, count = self._size, indices.shape[0]
+        height, image_bytes = size + 2 * PAD, size * size * CHANNELS
+        images = tf.reshape(tf.gather(self._images, indices), [count, size, size * CHANNELS])
         images = tf.pad(images, [[0, 0], [PAD, PAD], [PAD * CHANNELS, PAD * CHANNELS]])
-        places = (tf.range(count) * height + dy)[:, None] + tf.range(SIDE)
+        places = (tf.range(count) * height + dy)[:, None] + tf.range(size)
         rows = tf.gather(tf.reshape(images, [count * height, -1]), places)
 
         case = dx * 2 + flip
@@ -343,11 +262,11 @@ class _Augmentation:
         places = tf.dynamic_partition(tf.range(count), case, 2 * SHIFTS)
         for i, part in enumerate(parts):
             shift, flipped = divmod(i, 2)
-            part = part[:, :, shift * CHANNELS : (shift + SIDE) * CHANNELS]
+            part = part[:, :, shift * CHANNELS : (shift + size) * CHANNELS]
             if flipped:
-                part = tf.reverse(tf.reshape(part, [-1, SIDE, CHANNELS]), [1])
-            parts[i] = tf.reshape(part, [-1, IMAGE_BYTES])
-        cropped = tf.ensure_shape(tf.dynamic_stitch(places, parts), [count, IMAGE_BYTES])
+                part = tf.reverse(tf.reshape(part, [-1, size, CHANNELS]), [1])
+            parts[i] = tf.reshape(part, [-1, image_bytes])
+        cropped = tf.ensure_shape(tf.dynamic_stitch(places, parts), [count, image_bytes])
 
         mean = tf.gather(self._means, dy * (2 * SHIFTS) + case)
-        return tf.reshape(tf.cast(cropped, tf.float32) - mean, [count, SIDE, SIDE, CHANNELS])
+        return tf.reshape(tf.cast(cropped, tf.float32) - mean, [count, size, size, CHANNELS])

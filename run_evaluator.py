@@ -16,6 +16,7 @@ from cifar10_resnet import storage
 from cifar10_resnet.cli import app
 from cifar10_resnet.cli import flags as command_line
 from cifar10_resnet.cli.guard import exits_with_a_sentence
+from cifar10_resnet.data import dataset
 from cifar10_resnet.device import resolve_data_format, start_tensorflow
 from cifar10_resnet.terminal import table
 
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> int:
             storage.refuse_unwritable_file(file)
     if FLAGS.plot_dir:
         storage.make_folder(FLAGS.plot_dir)
+    data = dataset.find_asked(FLAGS.path, FLAGS.dataset)
     if FLAGS.report or FLAGS.plot_dir:
         # Imported early: if Matplotlib is missing, that is told before the evaluation.
         import cifar10_resnet.figures.style  # noqa: F401
@@ -81,7 +83,7 @@ def main(argv: list[str]) -> int:
     with command_line.quiet_work() as stdout:
         for scored in evaluator.score_checkpoints(
             prefixes,
-            FLAGS.path,
+            data,
             FLAGS.split,
             data_format,
             FLAGS.dtype,

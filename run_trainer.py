@@ -12,7 +12,7 @@ import sys
 
 from absl import flags
 
-from cifar10_resnet import formats, storage
+from cifar10_resnet import storage
 from cifar10_resnet.cli import app
 from cifar10_resnet.cli import flags as command_line
 from cifar10_resnet.cli.guard import exits_with_a_sentence
@@ -24,6 +24,7 @@ from cifar10_resnet.config import (
     RunConfig,
     units_per_block,
 )
+from cifar10_resnet.data import dataset
 from cifar10_resnet.device import resolve_data_format, start_tensorflow
 from cifar10_resnet.distributed import cluster
 from cifar10_resnet.errors import UserError
@@ -255,10 +256,11 @@ def main(argv: list[str]) -> int:
     pretrained = FLAGS.pretrained_model_checkpoint_path
     if not pretrained:
         units_per_block(FLAGS.num_layers, FLAGS.bottleneck)  # told before TensorFlow is imported
-    dataset = _given_dataset()
+    asked = "synthetic" if FLAGS.use_synthetic_data else FLAGS.dataset
+    data = dataset.find_asked(FLAGS.path, asked)
     given = command_line.given_network() | command_line.given_flags(RUN_FLAGS)
-    given["dataset"] = dataset
-    ckpt_path = FLAGS.ckpt_path or _default_ckpt_path(dataset)
+    given["dataset"] = data and data.name
+    ckpt_path = FLAGS.ckpt_path or _default_ckpt_path(data.name if data else "cifar10")
     log_path = FLAGS.train_log_path or os.path.join(ckpt_path, "log")
     for path in (ckpt_path, log_path):
         storage.refuse_patterns(path)
@@ -291,7 +293,6 @@ def main(argv: list[str]) -> int:
     options = training.Options(
         ckpt_path=ckpt_path,
         train_log_path=log_path,
-        data_path=FLAGS.path,
         data_format=resolve_data_format(FLAGS.data_format, FLAGS.dtype, device),
         dtype=FLAGS.dtype,
         loss_scale=FLAGS.loss_scale,
@@ -312,7 +313,7 @@ def main(argv: list[str]) -> int:
         def evaluate() -> str:
             with command_line.quiet_work():
                 scored = evaluator.score_newest(
-                    ckpt_path, FLAGS.path, options.data_format, options.dtype, given
+                    ckpt_path, data, options.data_format, options.dtype, given
                 )
             return scored.line() if FLAGS.quiet else scored.report()
 
@@ -321,7 +322,7 @@ def main(argv: list[str]) -> int:
             with command_line.quiet_work():
                 run, resume_from = training.prepare_run(
                     *(given, None if FLAGS.clean else ckpt_path),
-                    *(FLAGS.path, FLAGS.train_epochs, pretrained),
+                    *(data, FLAGS.train_epochs, pretrained),
                 )
             if FLAGS.clean:  # now that nothing stands in the way of the new run
                 checkpoints.clean(ckpt_path, log_path, pretrained)
@@ -335,9 +336,10 @@ def main(argv: list[str]) -> int:
         run, resume_from = json.loads(replicas.from_chief(prepare))
         run = RunConfig.from_json(run)
         if FLAGS.verbose and replicas.is_chief:
-            print(table((run.settings() | dataclasses.asdict(options)).items()))
+            settings = run.settings() | dataclasses.asdict(options) | {"path": FLAGS.path}
+            print(table(settings.items()))
         with command_line.quiet_work():
-            outcome = training.train(run, options, resume_from, replicas)
+            outcome = training.train(run, options, data, resume_from, replicas)
             if FLAGS.export_dir and replicas.is_chief and not outcome.stopped_by:
                 # Not the layout that "auto" trained in: what is exported on a GPU runs anywhere.
                 layout = "channels_last" if FLAGS.data_format == "auto" else FLAGS.data_format
@@ -372,16 +374,7 @@ def _evaluating(run: RunConfig, checkpoint: str) -> str:
     return command("run_evaluator.py", *words)
 
 
-def _given_dataset() -> str | None:
-    """The data set that is asked for, by its name or by its files; None where nothing tells."""
-    if FLAGS.use_synthetic_data:
-        return "synthetic"
-    if FLAGS.path is None:
-        return FLAGS.dataset
-    return formats.find(FLAGS.path, FLAGS.dataset)[1].dataset
-
-
-def _default_ckpt_path(dataset: str | None) -> str:
+def _default_ckpt_path(dataset_name: str) -> str:
     """Returns the run folder that a start without --ckpt_path has: one for each kind of run."""
     if FLAGS.pretrained_model_checkpoint_path:
         path = os.path.abspath(FLAGS.pretrained_model_checkpoint_path)
@@ -398,7 +391,7 @@ def _default_ckpt_path(dataset: str | None) -> str:
     if FLAGS.fine_tune:
         kind = "-fine-tune"
     recipe = "" if FLAGS.recipe == "paper" else f"-{FLAGS.recipe}"
-    data = "" if dataset in (None, "cifar10") else f"-{dataset}"
+    data = "" if dataset_name == "cifar10" else f"-{dataset_name}"
     coarse = "-coarse" if FLAGS.coarse_labels else ""
     return os.path.join("runs", name + kind + recipe + data + coarse)
 

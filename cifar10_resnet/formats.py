@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cifar10_resnet.errors import UserError
-from cifar10_resnet.terminal import command
 
 SIDE, CHANNELS = 32, 3
 IMAGE_BYTES = SIDE * SIDE * CHANNELS  # the red, the green and the blue plane, each row by row
@@ -194,67 +193,3 @@ FORMATS = {
         ),
     )
 }
-
-
-def find(path: str | None, dataset: str | None = None) -> tuple[str, Format]:
-    """The data folder that `path` names, itself or the one inside it, and the format of its files.
-
-    Without a path, that is the folder that the download script makes. Refuses one that does not
-    hold the `dataset`, or where that is not given, not exactly one.
-    """
-    if path is None:
-        file_format = FORMATS[dataset or "cifar10"]
-        path = file_format.folder
-        if not path:
-            raise UserError(f"{file_format.title} has no default folder: name its own with --path.")
-    found: dict[str, str] = {}
-    for folder in (path, *_folders_inside(path)):
-        files = _list(folder, dataset)
-        for file_format in FORMATS.values():
-            if files.intersection((*file_format.train_files, *file_format.test_files)):
-                found.setdefault(file_format.dataset, folder)
-    if dataset is None and len(found) == 1:
-        (dataset,) = found
-    if dataset in found:
-        return found[dataset], FORMATS[dataset]
-    titles = " and ".join(FORMATS[name].title for name in found)
-    if not found:
-        download, own = command("cifar10_download_and_extract.py"), command("import")
-        raise UserError(
-            f"{path} holds no data set ({FORMATS['cifar10'].train_files[0]} and so on): name the "
-            f"right folder with --path, get one with `{download}`, or make one of your own photos "
-            f"with `{own}`."
-        )
-    if dataset is None:
-        raise UserError(f"{path} holds {titles}: choose one with --dataset.")
-    raise UserError(
-        f"{path} holds {titles}, not {FORMATS[dataset].title}: name another --path or --dataset."
-    )
-
-
-def _folders_inside(path: str) -> list[str]:
-    inside = [
-        os.path.join(path, file_format.folder)
-        for file_format in FORMATS.values()
-        if file_format.folder
-    ]
-    return [folder for folder in inside if os.path.isdir(folder)]
-
-
-def _list(folder: str, dataset: str | None) -> set[str]:
-    try:
-        return set(os.listdir(folder))
-    except FileNotFoundError as error:
-        which = ["--dataset=cifar100"] if dataset == "cifar100" else []
-        download = command("cifar10_download_and_extract.py", *which)
-        raise UserError(
-            f"there is no data at {folder}: get it with `{download}`, name its folder with --path, "
-            "or try the programs on generated pictures with --use_synthetic_data."
-        ) from error
-    except NotADirectoryError as error:
-        raise UserError(
-            f"{folder} is a file: --path wants the folder that holds "
-            f"{FORMATS['cifar10'].train_files[0]} and so on, or the folder above it."
-        ) from error
-    except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror}.") from error

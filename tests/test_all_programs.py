@@ -44,7 +44,7 @@ def test_help_and_wrong_flags_answer_without_importing_tensorflow(program, tmp_p
     if program == "run_trainer.py":
         assert "20 or 26" in error_of(program, "--num_layers=21", env=environment)
         wrong = (program, "--dataset=cifar10", f"--path={write_cifar100(tmp_path / 'data')}")
-        assert "holds CIFAR-100, not CIFAR-10" in error_of(*wrong, env=environment)
+        assert "contains CIFAR-100, not CIFAR-10" in error_of(*wrong, env=environment)
 
 
 def test_the_names_of_both_reference_programs_are_understood(data, tmp_path):

@@ -1,296 +1,49 @@
-"""The input pipeline: what is read, what is refused, and what a batch is made of."""
+"""The input pipeline: records become images, and images become batches."""
 
-import gzip
 import itertools
-import os
 import re
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import (
-    TRAIN_FILES,
-    random_cifar100,
-    random_images,
-    write_cifar100,
-    write_pictures,
-    write_records,
-)
+from conftest import random_images, write_records
 
 import cifar10_input
-from cifar10_input import ImageSet, describe_data
-from cifar10_resnet import formats
-from cifar10_resnet.config import DataConfig
-from cifar10_resnet.data import synthetic
-from cifar10_resnet.errors import UserError
+from cifar10_input import ImageSet
+from cifar10_resnet.formats import FORMATS
 
 NO_MEAN = np.zeros([32, 32, 3], np.float32)
 
 
-# --- Reading --------------------------------------------------------------------------------------
+# --- Records --------------------------------------------------------------------------------------
 
 
-def test_hand_written_records_come_back_as_nhwc_pixels_and_labels_in_file_order(tmp_path):
-    # every byte of these records is worked out from the format's description, none by our reader
-    for number, name in enumerate(TRAIN_FILES):
-        records = []
-        for record in range(2):
-            place = 2 * number + record
-            red, green, blue = (bytes([place, 10 * c] * 512) for c in (1, 2, 3))
-            records.append(bytes([place]) + red + green + blue)
-        (tmp_path / name).write_bytes(b"".join(records))
-    (tmp_path / "test_batch.bin").write_bytes(bytes([7]) + bytes(range(32)) * 96)
-
-    train = cifar10_input.read_images(str(tmp_path), "train")
-    assert train.images.shape == (10, 32, 32, 3)
-    assert train.images.dtype == np.uint8
-    assert np.issubdtype(train.labels.dtype, np.integer)
-    assert train.labels.tolist() == list(range(10))
-    for place, image in enumerate(train.images):
-        assert (image[:, 0::2] == place).all()
-        assert (image[:, 1::2] == [10, 20, 30]).all()
-
-    test = cifar10_input.read_images(str(tmp_path), "test")
-    assert test.labels.tolist() == [7]
-    assert (test.images[0] == np.arange(32)[None, :, None]).all(), "a row of a plane is a row"
+@pytest.mark.parametrize(("label_bytes", "size"), [(1, 32), (2, 32), (1, 8)])
+def test_records_become_images_and_all_their_label_bytes(tmp_path, label_bytes, size):
+    rng = np.random.default_rng(3)
+    images = rng.integers(0, 256, (5, size, size, 3), np.uint8)
+    labels = rng.integers(0, 256, (5, label_bytes), np.uint8)
+    files = [str(tmp_path / name) for name in ("a.bin", "b.bin")]
+    write_records(files[0], images[:2], labels[:2])
+    write_records(files[1], images[2:], labels[2:])
+    read = cifar10_input.read_records(files, label_bytes, size)
+    for found, expected in zip(read, (images, labels), strict=True):
+        np.testing.assert_array_equal(found, expected)
+        assert found.dtype == np.uint8
 
 
-def test_random_pictures_come_back_as_they_were_written(write_cifar10):
-    images, labels = random_images(23)
-    folder = write_cifar10(train=(images, labels))
-    read = cifar10_input.read_images(str(folder), "train")
-    np.testing.assert_array_equal(read.images, images)
-    np.testing.assert_array_equal(read.labels, labels)
-
-
-def test_path_may_be_the_folder_or_the_one_above_it(write_cifar10):
-    folder = write_cifar10()
-    for split in ("train", "test"):
-        inside, above = (cifar10_input.read_images(str(p), split) for p in (folder, folder.parent))
-        np.testing.assert_array_equal(inside.images, above.images)
-        np.testing.assert_array_equal(inside.labels, above.labels)
-
-
-@pytest.mark.parametrize(("coarse", "column"), [(False, 1), (True, 0)])
-def test_cifar100_has_a_coarse_and_a_fine_label(tmp_path, coarse, column):
-    images, labels = random_cifar100(30)
-    folder = str(write_cifar100(tmp_path, train=(images, labels)))
-    read = cifar10_input.read_images(folder, "train", coarse_labels=coarse)
-    np.testing.assert_array_equal(read.images, images)
-    np.testing.assert_array_equal(read.labels, labels[:, column])
-    assert read.labels.dtype == np.int32
-    # byte by byte, as its description has it: coarse, fine, 1024 red, 1024 green, 1024 blue
-    record = (tmp_path / "train.bin").read_bytes()[7 * 3074 : 8 * 3074]
-    assert tuple(record[:2]) == tuple(labels[7])
-    assert record[2 + 2 * 1024 + 33] == images[7, 1, 1, 2]
-
-
-def test_imported_pictures_have_as_many_classes_as_names(tmp_path):
-    folder = str(write_pictures(tmp_path, num_classes=3))
-    read = cifar10_input.read_images(folder, "train")
-    np.testing.assert_array_equal(read.images, random_images(15, seed=1)[0])
-    np.testing.assert_array_equal(read.labels, np.arange(15) % 3)
-
-
-def test_data_is_described_by_the_files_that_are_there(write_cifar10, tmp_path):
-    names = tuple(f"class {c}" for c in "abcdefghij")
-    folder = write_cifar10(names="\n".join(names) + "\n\n")
-    assert describe_data(str(folder)) == describe_data(str(folder.parent))
-    assert describe_data(str(folder)) == DataConfig("cifar10", names)
-    fine, coarse = (tuple(f"{k} {i}" for i in range(n)) for k, n in (("fine", 100), ("coarse", 20)))
-    folder = str(write_cifar100(tmp_path / "100"))
-    assert (
-        describe_data(folder) == describe_data(folder, "cifar100") == DataConfig("cifar100", fine)
-    )
-    assert describe_data(folder, coarse_labels=True) == DataConfig(
-        "cifar100", coarse, coarse_labels=True
-    )
-    folder = str(write_pictures(tmp_path / "pictures", 2))
-    assert describe_data(folder) == DataConfig("pictures", ("class 0", "class 1"))
-    assert describe_data(None, "synthetic") == DataConfig("synthetic", synthetic.CLASS_NAMES)
-
-
-def test_images_are_counted_from_the_sizes_of_the_files(write_cifar10):
-    folder = str(write_cifar10())
-    assert cifar10_input.count_training_images(DataConfig(), folder) == 15
-    assert cifar10_input.count_training_images(DataConfig(holdout=14), folder) == 1
-    counts = cifar10_input.check_files(*formats.find(folder), "train")
-    assert counts == [(os.path.join(folder, name), 3) for name in TRAIN_FILES]
-
-
-# --- Files that are refused -----------------------------------------------------------------------
-
-
-def refusal(path: Path | str, split: str = "train", dataset: str | None = None) -> str:
-    with pytest.raises(UserError) as refused:
-        cifar10_input.read_images(str(path), split, dataset)
-    assert str(refused.value).endswith(".")
-    return str(refused.value)
-
-
-@pytest.mark.parametrize("name", ["data_batch_1.bin", "data_batch_5.bin", "test_batch.bin"])
-def test_a_missing_batch_is_named(write_cifar10, name):
-    folder = write_cifar10()
-    (folder / name).unlink()
-    text = refusal(folder, "test" if name == "test_batch.bin" else "train")
-    assert f"{folder / name} is missing" in text
-
-
-def test_a_folder_in_place_of_a_batch_is_told_so(write_cifar10):
-    file = write_cifar10() / "data_batch_2.bin"
-    file.unlink()
-    file.mkdir()
-    text = refusal(file.parent)
-    assert f"{file} is a folder" in text
-    assert "3073-byte records" in text
-
-
-@pytest.mark.parametrize("name", ["train.bin", "fine_label_names.txt", "pictures_train.bin"])
-def test_a_missing_file_of_the_other_data_sets_is_named(tmp_path, name):
-    write_pictures(tmp_path, 3) if "pictures" in name else write_cifar100(tmp_path)
-    (tmp_path / name).unlink()
-    with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
-        cifar10_input.load_split(describe_data(str(tmp_path)), str(tmp_path), "train")
-
-
-def _as_gzip(batch: bytes) -> bytes:
-    packed = gzip.compress(batch, mtime=0)
-    assert len(packed) % 3073, "this one would pass for whole records"
-    assert len(packed) % 3074
-    return packed
-
-
-@pytest.fixture
-def write_data(write_cifar10, tmp_path) -> Callable[[str], Path]:
-    """Writes three training images, or for CIFAR-10 three in each file, of any data set."""
-
-    def write(dataset: str) -> Path:
-        if dataset == "cifar10":
-            return write_cifar10()
-        if dataset == "cifar100":
-            return write_cifar100(tmp_path / "100", train=random_cifar100(3))
-        return write_pictures(tmp_path / "pictures", 12, train=3)
-
-    return write
-
-
-@pytest.mark.parametrize(
-    ("dataset", "name", "record_bytes"),
-    [
-        ("cifar10", "data_batch_4.bin", 3073),
-        ("cifar100", "train.bin", 3074),
-        ("pictures", "pictures_train.bin", 3073),
-    ],
-)
-@pytest.mark.parametrize(
-    ("damage", "found"),
-    [
-        (lambda batch: b"", "empty"),
-        (lambda batch: batch[:-1], "at byte {two:,}, is cut off after {all_but_one:,}"),
-        (lambda batch: batch[:100], "has 100 bytes, .* at byte 0, is cut off after 100"),
-        (lambda batch: batch + b"x", "at byte {three:,}, is cut off after 1"),
-        (_as_gzip, "packed with gzip"),
-    ],
-    ids=["empty", "a byte short", "cut off early", "a byte too long", "gzip"],
-)
-def test_a_size_that_is_not_whole_records_is_refused_with_the_place(
-    write_data, dataset, name, record_bytes, damage, found
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("size", [0, 1, 3072, 9300])
+def test_a_file_that_is_not_whole_is_refused_with_the_same_facts_as_a_data_set(
+    tmp_path, dataset, size
 ):
-    file = write_data(dataset) / name
-    file.write_bytes(damage(file.read_bytes()))
-    text = refusal(file.parent)
-    assert str(file) in text
-    places = {"two": 2, "three": 3}
-    places = {word: count * record_bytes for word, count in places.items()}
-    assert re.search(found.format(all_but_one=record_bytes - 1, **places), text)
-    assert f"{record_bytes}-byte records" in text
-
-
-@pytest.mark.parametrize(
-    ("dataset", "split", "name", "record", "column", "label", "told"),
-    [
-        ("cifar10", "train", "data_batch_1.bin", 0, 0, 10, "the label 10 in record 0 (byte 0)"),
-        ("cifar10", "train", "data_batch_3.bin", 2, 0, 255, "255 in record 2 (byte 6,146)"),
-        ("cifar10", "test", "test_batch.bin", 3, 0, 99, "99 in record 3 (byte 9,219)"),
-        ("cifar100", "train", "train.bin", 1, 0, 20, "coarse label 20 in record 1 (byte 3,074)"),
-        ("cifar100", "train", "train.bin", 2, 1, 100, "fine label 100 in record 2 (byte 6,149)"),
-        ("cifar100", "test", "test.bin", 0, 1, 255, "fine label 255 in record 0 (byte 1)"),
-        ("pictures", "test", "pictures_test.bin", 3, 0, 12, "12 in record 3 (byte 9,219)"),
-    ],
-)
-def test_a_label_out_of_range_is_told_by_file_record_byte_and_value(
-    write_data, dataset, split, name, record, column, label, told
-):
-    file = write_data(dataset) / name
-    data = bytearray(file.read_bytes())
-    data[record * (3074 if dataset == "cifar100" else 3073) + column] = label
-    file.write_bytes(data)
-    text = refusal(file.parent, split)
-    assert str(file) in text
-    assert told in text
-    most = {"cifar10": 9, "cifar100": 99 if column else 19, "pictures": 11}[dataset]
-    assert f"0 to {most} are expected" in text
-
-
-@pytest.mark.parametrize("records", [0, 1.5, 2])
-def test_a_file_that_shrinks_while_it_is_read_is_named_with_the_place(
-    write_cifar10, monkeypatch, records
-):
-    file = write_cifar10() / "data_batch_3.bin"
-    unwatched = cifar10_input._aligned
-
-    def shrinking(shape: list[int]) -> np.ndarray:  # between the check and the reading
-        os.truncate(file, int(records * 3073))
-        return unwatched(shape)
-
-    monkeypatch.setattr(cifar10_input, "_aligned", shrinking)
-    text = refusal(file.parent)
-    assert f"{file} changed while it was read: it had 9,219 bytes and now ends at byte " in text
-    assert f"byte {int(records * 3073):,};" in text
-
-
-def test_a_file_that_vanishes_while_it_is_read_is_named(write_cifar10, monkeypatch):
-    file = write_cifar10() / "data_batch_3.bin"
-    unwatched = cifar10_input._aligned
-    monkeypatch.setattr(
-        cifar10_input, "_aligned", lambda shape: (os.remove(file), unwatched(shape))[1]
-    )
-    assert f"cannot read {file} from byte 0 on: No such file" in refusal(file.parent)
-
-
-def test_one_data_set_is_not_read_as_another(write_data, tmp_path):
-    folder = write_data("cifar100")
-    assert "holds CIFAR-100, not CIFAR-10" in refusal(folder, dataset="cifar10")
-    # nor under another's names: records of one size are no whole number of the other's
-    disguised = tmp_path / "disguised"
-    disguised.mkdir()
-    (disguised / "test_batch.bin").write_bytes((folder / "test.bin").read_bytes())
-    assert "3073-byte records (CIFAR-10)" in refusal(disguised, "test")
-
-
-def test_the_first_of_several_wrong_labels_is_the_one_told(write_cifar10):
-    folder = write_cifar10()
-    for name, label in (("data_batch_2.bin", 44), ("data_batch_4.bin", 55)):
-        file = folder / name
-        file.write_bytes(bytes([label]) + file.read_bytes()[1:])
-    text = refusal(folder)
-    assert "data_batch_2.bin" in text
-    assert "label 44 " in text
-
-
-def test_a_batch_that_may_not_be_read_is_named_with_the_reason(
-    write_cifar10, monkeypatch, as_nobody
-):
-    file = write_cifar10() / "data_batch_3.bin"
-    file.chmod(0)
-    # from within, as the folders above pytest's are closed to anybody else
-    monkeypatch.chdir(file.parent)
-    with as_nobody(), pytest.raises(UserError) as refused:
-        cifar10_input.count_training_images(DataConfig(), ".")
-    assert "data_batch_3.bin" in str(refused.value)
-    assert "Permission denied" in str(refused.value)
+    file_format = FORMATS[dataset]
+    file = tmp_path / file_format.test_files[0]
+    file.write_bytes(bytes(size))
+    with pytest.raises(ValueError, match=re.escape(str(file))) as refused:
+        cifar10_input.read_records([str(file)], len(file_format.labels))
+    problem = file_format.size_problem(str(file), size)
+    assert str(refused.value) == problem.replace(f" ({file_format.title})", "")
 
 
 # --- The mean -------------------------------------------------------------------------------------
@@ -443,6 +196,21 @@ def test_each_image_keeps_its_label():
         np.testing.assert_array_equal(images[:, 16, 16, 0], labels.numpy() + 1)
 
 
+def test_images_of_another_size_are_cropped_alike():
+    image = np.random.default_rng(4).integers(1, 256, (1, 8, 8, 3), np.uint8)
+    padded = np.pad(image[0], ((4, 4), (4, 4), (0, 0)))
+    crops = [padded[y : y + 8, x : x + 8] for y, x in itertools.product(range(9), range(9))]
+    examples = ImageSet(image, np.zeros(1, np.int32))
+    mean = np.zeros([8, 8, 3], np.float32)
+    ((images, _),) = cifar10_input.training_batches(examples, mean, 64, num_steps=1)
+    for shown in images.numpy():
+        assert any(np.array_equal(shown, crop[:, ::by]) for crop in crops for by in (1, -1))
+    ((cut, _),) = cifar10_input.training_batches(examples, mean, 64, num_steps=1, cutout=3)
+    changed = (images.numpy() != cut.numpy()).any(axis=3)
+    assert 0 < changed.sum(axis=(1, 2)).max() <= 9
+    assert not cut.numpy()[changed].any()
+
+
 # --- Training batches: what happens to them -------------------------------------------------------
 
 
@@ -580,69 +348,3 @@ def test_the_shares_of_a_batch_are_together_the_batch(count):
         for kind in (0, 1):
             together = np.concatenate([share[step][kind] for share in shares])
             np.testing.assert_array_equal(together, batch[kind])
-
-
-# --- Splits ---------------------------------------------------------------------------------------
-
-
-def test_holdout_takes_the_last_training_images_and_leaves_the_test_images_alone(write_cifar10):
-    train, test = random_images(15, seed=5), random_images(6, seed=6)
-    folder = str(write_cifar10(train=train, test=test))
-    data = DataConfig(holdout=4)
-    kept, held_out = cifar10_input.load_training(data, folder)
-    np.testing.assert_array_equal(kept.images, train[0][:11])
-    np.testing.assert_array_equal(kept.labels, train[1][:11])
-    np.testing.assert_array_equal(held_out.images, train[0][11:])
-    np.testing.assert_array_equal(held_out.labels, train[1][11:])
-    expected = {"train": kept, "holdout": held_out, "test": ImageSet(*test)}
-    for split, examples in expected.items():
-        loaded = cifar10_input.load_split(data, folder, split)
-        np.testing.assert_array_equal(loaded.images, examples.images)
-        np.testing.assert_array_equal(loaded.labels, examples.labels)
-
-
-def test_without_a_holdout_every_training_image_is_trained_on(write_cifar10):
-    folder = str(write_cifar10())
-    kept, held_out = cifar10_input.load_training(DataConfig(), folder)
-    assert (len(kept.labels), len(held_out.labels)) == (15, 0)
-    assert len(cifar10_input.load_split(DataConfig(), folder, "train").labels) == 15
-
-
-@pytest.mark.parametrize("holdout", [15, 16, 5000])
-def test_a_holdout_that_leaves_nothing_to_train_on_is_refused(write_cifar10, holdout):
-    with pytest.raises(UserError) as refused:
-        cifar10_input.load_training(DataConfig(holdout=holdout), str(write_cifar10()))
-    assert f"--holdout={holdout}" in str(refused.value)
-    assert "15" in str(refused.value)
-
-
-def test_scoring_a_holdout_that_the_run_does_not_have_is_refused(write_cifar10):
-    with pytest.raises(UserError, match="no holdout"):
-        cifar10_input.load_split(DataConfig(), str(write_cifar10()), "holdout")
-
-
-def test_the_generated_data_set_is_made_in_memory(monkeypatch):
-    counts = {"train": 60, "test": 30}
-    for split, count in counts.items():
-        monkeypatch.setitem(cifar10_input.SYNTHETIC_IMAGES, split, count)
-    data = DataConfig("synthetic", synthetic.CLASS_NAMES, holdout=20)
-    train_images, train_labels = synthetic.make_split("train", 60)
-    test_images, test_labels = synthetic.make_split("test", 30)
-    expected = {
-        "train": (train_images[:40], train_labels[:40]),
-        "holdout": (train_images[40:], train_labels[40:]),
-        "test": (test_images, test_labels),
-    }
-    for split, (images, labels) in expected.items():
-        loaded = cifar10_input.load_split(data, "", split)
-        np.testing.assert_array_equal(loaded.images, images)
-        np.testing.assert_array_equal(loaded.labels, labels)
-    assert cifar10_input.count_training_images(data, "") == 40
-
-
-def test_a_written_copy_of_the_generated_data_reads_as_the_generated_data(tmp_path):
-    images, labels = synthetic.make_split("test", 20)
-    write_records(tmp_path / "test_batch.bin", images, labels)
-    read = cifar10_input.read_images(str(tmp_path), "test")
-    np.testing.assert_array_equal(read.images, images)
-    np.testing.assert_array_equal(read.labels, labels)

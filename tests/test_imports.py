@@ -56,10 +56,6 @@ WITH_TENSORFLOW = (
 )
 
 BROKEN = {
-    "cifar10_input imports config",
-    "cifar10_input imports data.synthetic",
-    "cifar10_input imports errors",
-    "cifar10_input imports formats",
     "checkpoints imports training.summaries",
     "config imports numpy",
     *(f"{room} imports absl" for room in ("device", "run_trainer", "run_evaluator")),

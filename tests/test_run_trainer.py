@@ -138,8 +138,8 @@ def test_clean_deletes_nothing_before_the_new_run_is_known_to_be_possible(
     data, uninterrupted, tmp_path
 ):
     command = ("run_trainer.py", f"--ckpt_path={uninterrupted}", "--clean")
-    assert "no data" in error_of(*command, cwd=tmp_path)
-    assert "leaves nothing" in error_of(*command, f"--path={data}", "--holdout=400")
+    assert "does not exist" in error_of(*command, cwd=tmp_path)
+    assert "only 400 training images" in error_of(*command, f"--path={data}", "--holdout=400")
     assert "was trained before" in error_of(*command, f"--path={data}", "--fine_tune")
     assert "--eval_only" in error_of(*command, f"--path={data}", "--eval_only")
     assert (uninterrupted / "model.ckpt-60.index").exists()
@@ -219,8 +219,8 @@ def test_wrong_data_ends_in_one_sentence_before_training(data, tmp_path, where):
     error = error_of("run_trainer.py", f"--path={path}", f"--ckpt_path={tmp_path / 'run'}")
     expected = {
         "missing": "cifar10_download_and_extract.py",
-        "file": "is a file",
-        "empty": "holds no data set",
+        "file": "it is a file",
+        "empty": "contains no data set",
         "truncated": "data_batch_3.bin has 3,072 bytes",
     }
     assert expected[where] in error
@@ -304,8 +304,8 @@ INTERRUPTED_TRAINER = """
 import os, signal
 from absl import app
 import run_trainer
-from cifar10_resnet.training import trainer
-trainer.load_training = lambda *args: os.kill(os.getpid(), signal.SIGINT)
+from cifar10_resnet.data import splits
+splits.load_training = lambda *args: os.kill(os.getpid(), signal.SIGINT)
 app.run(run_trainer.main)
 """
 

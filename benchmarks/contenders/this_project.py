@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from cifar10_input import mean_image, read_images, training_batches
+from cifar10_input import mean_image, training_batches
 from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig, units_per_block
+from cifar10_resnet.data import dataset, splits
 from cifar10_resnet.device import resolve_data_format
 from cifar10_resnet.training.trainer import Trainer
 from contender import (
@@ -135,7 +136,7 @@ class ThisProject(Contender):
         return products * MATRIX_SIDE**3 / (time.perf_counter() - started) / 1e9
 
     def open_pipeline(self, folder: str) -> None:
-        examples = read_images(folder, "train")
+        examples = splits.load(dataset.find(folder), "train")
         mean = mean_image(examples.images)
         self._pipeline = iter(training_batches(examples, mean, BATCH_SIZE))
 

@@ -1,6 +1,5 @@
 """A model and images in, metrics out."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -8,9 +7,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from cifar10_input import ImageSet, describe_data, load_split
+from cifar10_input import ImageSet
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import RunConfig, refuse_contradictions
+from cifar10_resnet.data import dataset, splits
+from cifar10_resnet.data.dataset import Dataset
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.metrics import Metrics, Scored
 from cifar10_resnet.terminal import LiveLine
@@ -64,17 +65,17 @@ class Evaluator:
 
 def score_checkpoints(
     prefixes: Sequence[str],
-    path: str | None = None,
+    data: Dataset | None = None,
     split: str = "test",
     data_format: str = "channels_last",
     dtype: str = "fp32",
     batch_size: int = 500,
     given: dict[str, Any] | None = None,
 ) -> Iterator[Scored]:
-    """Scores checkpoints of one run in turn, on the images in `path`.
+    """Scores checkpoints of one run in turn.
 
-    Without a path that is the generated stand-in for a run that trained on it. Refuses `given`
-    values that contradict the checkpoint.
+    Without `data`, it scores the run's own data set in its default folder. Refuses `given` values
+    that contradict the checkpoint.
     """
     given = given or {}
     network = reading = None
@@ -83,9 +84,7 @@ def score_checkpoints(
             run, step = checkpoints.read_run(prefix)
             refuse_contradictions(run, given, prefix)
             # The images are read while the network is built and traced.
-            reading = reading or reader.submit(
-                _images_for, run, prefix, path, given.get("dataset"), split
-            )
+            reading = reading or reader.submit(_images_for, run, prefix, data, split)
             if run.model != network:
                 network = run.model
                 model = ResNet(**network.arguments(), data_format=data_format, dtype=dtype)
@@ -96,31 +95,28 @@ def score_checkpoints(
 
 
 def score_newest(
-    directory: str, path: str | None, data_format: str, dtype: str, given: dict[str, Any]
+    directory: str, data: Dataset | None, data_format: str, dtype: str, given: dict[str, Any]
 ) -> Scored:
     """Scores a run's newest checkpoint: on its holdout, or on the test images where it has none."""
     prefix = checkpoints.find(directory)
     run, _ = checkpoints.read_run(prefix)
-    path = None if run.data.dataset == "synthetic" else path
     split = "holdout" if run.data.holdout else "test"
-    (scored,) = score_checkpoints([prefix], path, split, data_format, dtype, given=given)
+    (scored,) = score_checkpoints([prefix], data, split, data_format, dtype, given=given)
     return scored
 
 
-def _images_for(
-    run: RunConfig, prefix: str, path: str | None, dataset: str | None, split: str
-) -> ImageSet:
-    data = run.data
-    if path is not None:
-        # another data set will do, if its classes are those that the network knows
-        found = describe_data(path, dataset, data.coarse_labels)
-        if found.class_names != data.class_names:
-            raise UserError(
-                f"{prefix} tells apart {_listed(data.class_names)}, but the images in {path} are "
-                f"of {_listed(found.class_names)}: name the data it was trained on with --path."
-            )
-        data = dataclasses.replace(found, holdout=data.holdout)
-    return load_split(data, path, split)
+def _images_for(run: RunConfig, prefix: str, data: Dataset | None, split: str) -> ImageSet:
+    if data is None:
+        return splits.load_split(dataset.find(None, run.data.dataset), run.data, split)
+    # Another data set will do, if its classes are those that the network knows.
+    found = data.describe(run.data.coarse_labels)
+    if found.class_names != run.data.class_names:
+        raise UserError(
+            f"{prefix} tells apart {_listed(run.data.class_names)}, but the images in "
+            f"{data.folder or data.name} are of {_listed(found.class_names)}: name the data it was "
+            "trained on with --path."
+        )
+    return splits.load_split(data, run.data, split)
 
 
 def _listed(names: Sequence[str]) -> str:

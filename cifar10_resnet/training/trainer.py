@@ -9,20 +9,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from cifar10_input import (
-    ImageSet,
-    count_training_images,
-    describe_data,
-    load_split,
-    load_training,
-    mean_image,
-    training_batches,
-)
+from cifar10_input import training_batches
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import (
     MAX_ITERATIONS,
@@ -33,6 +25,8 @@ from cifar10_resnet.config import (
     training_config,
     with_given,
 )
+from cifar10_resnet.data import dataset, splits
+from cifar10_resnet.data.dataset import Dataset
 from cifar10_resnet.distributed.replicas import Replicas
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.evaluator import Evaluator
@@ -53,7 +47,6 @@ class Options:
 
     ckpt_path: str
     train_log_path: str
-    data_path: str | None = None
     data_format: str = "channels_last"
     dtype: str = "fp32"
     loss_scale: float = 128.0
@@ -297,14 +290,17 @@ def _block_norms(kind: str, values: dict[str, np.ndarray]) -> dict[str, float]:
 def prepare_run(
     given: dict[str, Any],
     ckpt_path: str | None,
-    data_path: str | None,
+    data: Dataset | None = None,
     train_epochs: float | None = None,
     pretrained: str | None = None,
 ) -> tuple[RunConfig, str | None]:
     """The run in `ckpt_path` and its newest intact checkpoint; or a new run from what is given.
 
-    A new run starts from the network of the `pretrained` checkpoint, where one is named.
+    A new run starts from the network of the `pretrained` checkpoint, where one is named. Without
+    `data`, a run uses its own data set in its default folder.
     """
+    if data:
+        given = {**given, "dataset": data.name}
     newest, passed_over = checkpoints.newest_intact(ckpt_path) if ckpt_path else (None, [])
     if newest:
         for reason in passed_over:
@@ -332,8 +328,9 @@ def prepare_run(
             "(--clean starts over.)"
         )
     else:
-        run = _new_run(given, data_path, pretrained)
-    examples = count_training_images(run.data, data_path)
+        run = _new_run(given, data or dataset.find(None, given.get("dataset")), pretrained)
+    data = data or dataset.find(None, run.data.dataset)
+    examples = data.count_without_holdout(run.data.holdout)
     length = {}
     if train_epochs:
         steps = train_epochs * examples / run.training.batch_size
@@ -344,7 +341,7 @@ def prepare_run(
     return dataclasses.replace(run, training=with_given(run.training, length)), None
 
 
-def _new_run(given: dict[str, Any], data_path: str | None, pretrained: str | None) -> RunConfig:
+def _new_run(given: dict[str, Any], data: Dataset, pretrained: str | None) -> RunConfig:
     model = ModelConfig()
     if pretrained:
         pretrained = checkpoints.find(pretrained)
@@ -359,11 +356,10 @@ def _new_run(given: dict[str, Any], data_path: str | None, pretrained: str | Non
                 f"--{name} is for a network that was trained before: name its checkpoint with "
                 "--pretrained_model_checkpoint_path."
             )
-    coarse_labels = given.get("coarse_labels") or False
-    data = describe_data(data_path, given.get("dataset"), coarse_labels)
+    described = data.describe(given.get("coarse_labels") or False)
     return RunConfig(
-        with_given(dataclasses.replace(model, num_classes=len(data.class_names)), given),
-        with_given(data, given),
+        with_given(dataclasses.replace(model, num_classes=len(described.class_names)), given),
+        with_given(described, given),
         training_config({**given, "pretrained": pretrained}),
     )
 
@@ -371,18 +367,21 @@ def _new_run(given: dict[str, Any], data_path: str | None, pretrained: str | Non
 def train(
     run: RunConfig,
     options: Options,
+    data: Dataset | None = None,
     resume_from: str | None = None,
     replicas: Replicas | None = None,
 ) -> Outcome:
     """Trains a run to its end, from its beginning or from a checkpoint of its own.
 
-    Where several workers do so together, it is the chief who reads and writes checkpoints.
+    Without `data`, it uses its own data set in its default folder. Where several workers train
+    together, the chief alone reads and writes checkpoints.
     """
     replicas = replicas or Replicas()
     chief = replicas.is_chief
     say = print if chief else lambda line: None
     last_step = min(run.training.num_iterations, options.max_train_steps or 2**62)
-    trainer, data = _ready(run, options, resume_from, replicas, last_step)
+    data = data or dataset.find(None, run.data.dataset)
+    trainer, images = _ready(run, options, data, resume_from, replicas, last_step)
     step = trainer.steps_done
     if step >= last_step:
         reason = "finished" if step >= run.training.num_iterations else "past --max_train_steps"
@@ -390,7 +389,7 @@ def train(
         return Outcome(step, resume_from)
 
     evaluate = Evaluator(trainer.model) if options.epochs_between_evals and chief else None
-    steps_per_epoch = len(data.train_set.labels) / run.training.batch_size
+    steps_per_epoch = len(images.train.labels) / run.training.batch_size
     metrics = None
 
     def reaches_threshold() -> bool:
@@ -398,11 +397,11 @@ def train(
         return bool(replicas.largest(bool(reached)))
 
     if resume_from and options.epochs_between_evals and options.stop_threshold:
-        metrics = evaluate(data.evaluation) if evaluate else None
+        metrics = evaluate(images.scored) if evaluate else None
         if reaches_threshold():
             say(f"This run has reached --stop_threshold: {resume_from} is step {step}.")
             return Outcome(step, resume_from, metrics)
-    say(_opening(run, options, trainer, len(data.train_set.labels)))
+    say(_opening(run, options, trainer, len(images.train.labels)))
     say(f"Going on from {resume_from}, step {step}." if resume_from else _beginning(run))
     if options.profile_steps and not step < options.profile_steps[0] <= last_step:
         say(f"Nothing is profiled: --profile_steps begins outside of {step + 1} to {last_step}.")
@@ -425,8 +424,8 @@ def train(
         ) as progress,
         _saving_unheard(check, save),
     ):
-        dataset = training_batches(
-            data.train_set,
+        pipeline = training_batches(
+            images.train,
             trainer.model.image_mean.numpy(),
             run.training.batch_size,
             run.training.seed,
@@ -436,15 +435,15 @@ def train(
             run.training.cutout,
             (replicas.worker, replicas.num_workers),
         )
-        batches = iter(dataset)
+        batches = iter(pipeline)
         agree_every = 1 if replicas.num_workers == 1 else STEPS_BETWEEN_AGREEMENTS
         pauses = [options.log_per_iterations, options.save_per_iterations]
         pauses += [agree_every] if agree_every > 1 else []
         evaluation_due = 0  # never
         while True:
             if options.epochs_between_evals and evaluation_due <= step:
-                images = options.epochs_between_evals * len(data.train_set.labels)
-                evaluation_due = _next_end(step, images, run.training.batch_size)
+                between = options.epochs_between_evals * len(images.train.labels)
+                evaluation_due = _next_end(step, between, run.training.batch_size)
             stations = [last_step, evaluation_due, *progress.stations]
             ahead = [every - step % every for every in pauses]
             ahead += [station - step for station in stations if station > step]
@@ -474,12 +473,12 @@ def train(
                 progress.show_once(
                     step,
                     trainer.trace,
-                    lambda: next(iter(dataset))[0] + trainer.model.image_mean,
+                    lambda: next(iter(pipeline))[0] + trainer.model.image_mean,
                 )
             if evaluating:
                 if evaluate:
-                    metrics = evaluate(data.evaluation)
-                    progress.log_evaluation(step, data.evaluation_split, metrics)
+                    metrics = evaluate(images.scored)
+                    progress.log_evaluation(step, images.scored_split, metrics)
                 if reaches_threshold():
                     progress.write(f"--stop_threshold={options.stop_threshold:g} is reached.")
                     ending = True
@@ -487,7 +486,7 @@ def train(
                 saved = save()
             if ending:
                 break
-        summary = progress.finish(step, saved, data.evaluation and data.evaluation.images)
+        summary = progress.finish(step, saved, images.scored and images.scored.images)
     return Outcome(step, saved, metrics, stopped_by or None, summary)
 
 
@@ -509,22 +508,18 @@ def _next_end(step: int, images: int, batch_size: int) -> int:
     return -(-(done + 1) * images // batch_size)
 
 
-class _Data(NamedTuple):
-    """What a run sees: images to train on, with their mean; images to score."""
-
-    train_set: ImageSet
-    mean: np.ndarray
-    evaluation_split: str
-    evaluation: ImageSet | None
-
-
 def _ready(
-    run: RunConfig, options: Options, resume_from: str | None, replicas: Replicas, last_step: int
-) -> tuple[Trainer, _Data]:
-    """The network as the training begins or goes on with it, and its data."""
+    run: RunConfig,
+    options: Options,
+    data: Dataset,
+    resume_from: str | None,
+    replicas: Replicas,
+    last_step: int,
+) -> tuple[Trainer, splits.RunImages]:
+    """The network as the training begins or goes on with it, and its images."""
     with ThreadPoolExecutor(1) as reader:
         # The files are read while the network is built and traced.
-        reading = reader.submit(_read_data, run, options)
+        reading = reader.submit(splits.load_run, data, run.data, bool(options.epochs_between_evals))
         trainer = Trainer(
             run,
             options.data_format,
@@ -542,27 +537,17 @@ def _ready(
             trainer.copy_from_chief()
         if trainer.steps_done < last_step:
             trainer.trace()
-        data = reading.result()
+        images = reading.result()
     if replicas.num_workers > 1:
-        replicas.refuse_differences({"SHA-256 of its training images": data.train_set.digest()})
+        replicas.refuse_differences({"SHA-256 of its training images": images.train.digest()})
     if not resume_from:
-        trainer.data_mean.assign(data.mean)
-    elif not np.array_equal(data.mean, trainer.data_mean.numpy()):
+        trainer.data_mean.assign(images.mean)
+    elif not np.array_equal(images.mean, trainer.data_mean.numpy()):
         raise UserError(
-            f"the training images in {options.data_path} are not those that {resume_from} was "
-            "trained on (their mean differs): give the same --path, or another --ckpt_path."
+            f"{data.folder or data.name} has other training images than {resume_from}: their mean "
+            "differs. Use the run's data, or another --ckpt_path."
         )
-    return trainer, data
-
-
-def _read_data(run: RunConfig, options: Options) -> _Data:
-    train_set, held_out = load_training(run.data, options.data_path)
-    split, evaluation = "holdout", held_out
-    if not run.data.holdout:
-        split, evaluation = "test", None
-        if options.epochs_between_evals:
-            evaluation = load_split(run.data, options.data_path, "test")
-    return _Data(train_set, mean_image(train_set.images), split, evaluation)
+    return trainer, images
 
 
 def _opening(run: RunConfig, options: Options, trainer: Trainer, num_images: int) -> str:

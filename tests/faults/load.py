@@ -18,8 +18,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np  # noqa: E402
 
-import cifar10_input  # noqa: E402
 from cifar10_resnet import checkpoints  # noqa: E402
+from cifar10_resnet.data import dataset  # noqa: E402
 from cifar10_resnet.evaluation.evaluator import score_checkpoints  # noqa: E402
 from cifar10_resnet.figures.style import BLUE, VERMILLION, picture  # noqa: E402
 from cifar10_resnet.training import trainer as training  # noqa: E402
@@ -55,7 +55,7 @@ def train(folder: str) -> list[Sample]:
         **{"save_per_iterations": EVERY, "log_per_iterations": EVERY, "epochs_between_evals": 1},
     )
     given = {"dataset": "synthetic", "num_layers": 8, "batch_size": BATCH, "num_iterations": STEPS}
-    run, _ = training.prepare_run(given, folder, None)
+    run, _ = training.prepare_run(given, folder)
     checkpoints.save = watched
     try:
         training.train(run, options)
@@ -100,7 +100,7 @@ def draw(runs: dict[str, list[Sample]], file: Path) -> None:
 
 def main() -> int:
     # an epoch is as long as the steps between two checkpoints
-    cifar10_input.SYNTHETIC_IMAGES = {"train": EVERY * BATCH, "test": 200}
+    dataset.SYNTHETIC_IMAGES = {"train": EVERY * BATCH, "test": 200}
     with tempfile.TemporaryDirectory() as folder:
         runs = {
             f"{STEPS:,} steps, an evaluation and a checkpoint every {EVERY}": train(folder),

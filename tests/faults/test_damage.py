@@ -40,7 +40,7 @@ def folder(saved, tmp_path) -> Path:
 
 def assert_is_passed_over(folder: Path, capsys) -> None:
     """Training goes on from step 20 and names the other; evaluating that one is refused."""
-    run, prefix = training.prepare_run({}, str(folder), None)
+    run, prefix = training.prepare_run({}, str(folder))
     assert prefix.endswith("/model.ckpt-20")
     assert run == RUN
     (line,) = capsys.readouterr().err.splitlines()

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from programs import run
 
 import cifar10_download_and_extract
-import cifar10_input
 from cifar10_resnet.config import RunConfig, learning_rates
+from cifar10_resnet.data import splits
+from cifar10_resnet.data.dataset import find
 from cifar10_resnet.formats import FORMATS
 
 # --- The description in a checkpoint --------------------------------------------------------------
@@ -108,8 +109,9 @@ def test_a_file_of_records_is_read_exactly_or_refused_by_name_and_place(data, na
         file.write_bytes(data)
         if names is not None:
             (Path(folder) / "batches.meta.txt").write_bytes(names)
-        read = result_or_sentence(cifar10_input.read_images, folder, "test")
-        config = result_or_sentence(cifar10_input.describe_data, folder)
+        found = find(folder)
+        read = result_or_sentence(splits.load, found, "test")
+        config = result_or_sentence(found.describe)
     if isinstance(read, str):
         assert folder in read
         return

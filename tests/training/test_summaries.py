@@ -19,6 +19,8 @@ from PIL import Image
 from test_trainer import gradients_of, make_batch, make_run, options
 
 import cifar10_input
+from cifar10_resnet.data import splits
+from cifar10_resnet.data.dataset import find
 from cifar10_resnet.data.synthetic import CLASS_NAMES
 from cifar10_resnet.training import summaries
 from cifar10_resnet.training import trainer as training
@@ -39,7 +41,7 @@ RESULTS = {f"result/{name}" for name in summaries.RESULTS}
 
 @pytest.fixture(autouse=True)
 def _small_synthetic(monkeypatch):
-    monkeypatch.setattr("cifar10_input.SYNTHETIC_IMAGES", {"train": 80, "test": 40})
+    monkeypatch.setattr("cifar10_resnet.data.dataset.SYNTHETIC_IMAGES", {"train": 80, "test": 40})
 
 
 @contextlib.contextmanager
@@ -74,7 +76,7 @@ def test_tensorboard_shows_a_run_with_all_its_curves_pictures_and_settings(tmp_p
     run = make_run(num_iterations=20, init_lr=0.05)
     settings = options(tmp_path / "run", epochs_between_evals=1, log_per_iterations=4)
     first = training.train(run, dataclasses.replace(settings, max_train_steps=12))
-    last = training.train(run, settings, first.checkpoint)
+    last = training.train(run, settings, resume_from=first.checkpoint)
 
     with tensorboard(str(tmp_path)) as ask:
         assert b"<title>TensorBoard" in ask("")
@@ -155,7 +157,7 @@ def test_the_grid_shows_the_very_batch_that_is_learned_from(tmp_path):
     pixels = np.asarray(Image.open(io.BytesIO(shown[0])))
     assert pixels.shape == (68, 8 * 68, 3)
 
-    examples, _ = cifar10_input.load_training(run.data, "")
+    examples, _ = splits.load_training(find(name="synthetic"), run.data)
     mean = cifar10_input.mean_image(examples.images)
     batch, _ = next(iter(cifar10_input.training_batches(examples, mean, 8)))
     for i, image in enumerate(batch.numpy() + mean):

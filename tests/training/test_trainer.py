@@ -11,6 +11,7 @@ from conftest import skip_without_channels_first, write_cifar100, write_pictures
 from cifar10_input import ImageSet, mean_image
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import RECIPES, DataConfig, ModelConfig, RunConfig, TrainingConfig
+from cifar10_resnet.data.dataset import find
 from cifar10_resnet.data.synthetic import CLASS_NAMES, make_split
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.evaluator import Evaluator
@@ -208,7 +209,7 @@ def options(folder, **changes) -> training.Options:
 
 @pytest.fixture
 def small_synthetic(monkeypatch):
-    monkeypatch.setattr("cifar10_input.SYNTHETIC_IMAGES", {"train": 80, "test": 40})
+    monkeypatch.setattr("cifar10_resnet.data.dataset.SYNTHETIC_IMAGES", {"train": 80, "test": 40})
 
 
 def test_several_steps_in_a_call_are_those_taken_one_by_one(tmp_path, small_synthetic):
@@ -236,7 +237,7 @@ def test_a_run_with_all_of_the_fast_recipe_resumes_bit_for_bit_wherever_it_stopp
         folder, checkpoint = tmp_path / str(len(ends)), None
         for stop in stops:
             settings = options(folder, max_train_steps=stop, steps_per_call=4)
-            checkpoint = training.train(run, settings, checkpoint).checkpoint
+            checkpoint = training.train(run, settings, resume_from=checkpoint).checkpoint
         trainer = training.Trainer(run)
         trainer.restore(checkpoint)
         ends.append(
@@ -289,9 +290,9 @@ def test_other_training_images_than_the_runs_own_are_refused(
 ):
     run = make_run(num_iterations=20)
     outcome = training.train(run, options(tmp_path, max_train_steps=4))
-    monkeypatch.setattr("cifar10_input.SYNTHETIC_IMAGES", {"train": 88, "test": 40})
-    with pytest.raises(UserError, match="not those that"):
-        training.train(run, options(tmp_path), outcome.checkpoint)
+    monkeypatch.setattr("cifar10_resnet.data.dataset.SYNTHETIC_IMAGES", {"train": 88, "test": 40})
+    with pytest.raises(UserError, match="has other training images"):
+        training.train(run, options(tmp_path), resume_from=outcome.checkpoint)
 
 
 def test_only_the_newest_checkpoints_are_kept_and_the_last_step_is_among_them(
@@ -304,14 +305,15 @@ def test_only_the_newest_checkpoints_are_kept_and_the_last_step_is_among_them(
 
 def test_epochs_become_the_steps_that_see_every_image_that_often(small_synthetic, tmp_path):
     given = {"dataset": "synthetic", "batch_size": 32, "holdout": 10}
-    run, resume_from = training.prepare_run(given, str(tmp_path), "", train_epochs=3)
+    run, resume_from = training.prepare_run(given, str(tmp_path), train_epochs=3)
     assert resume_from is None
     assert run.training.num_iterations == 7  # 3 * 70 / 32, rounded up
     assert run.data.class_names == CLASS_NAMES
 
 
 def prepare(given: dict, folder, path=None, **keywords) -> RunConfig:
-    return training.prepare_run(given, str(folder), path and str(path), **keywords)[0]
+    data = path and find(str(path), given.get("dataset"))
+    return training.prepare_run(given, str(folder), data, **keywords)[0]
 
 
 def test_a_new_run_learns_the_classes_that_its_files_have(tmp_path):
@@ -341,14 +343,14 @@ def test_a_resumed_run_knows_its_data_set_and_where_that_lies_by_default(tmp_pat
     ):
         with pytest.raises(UserError, match=reason):
             prepare(given, "run")
-    with pytest.raises(UserError, match="holds a set of imported pictures, not CIFAR-100"):
+    with pytest.raises(UserError, match=r"dataset=pictures .* dataset=cifar100"):
         prepare({}, "run", write_pictures(tmp_path / "pictures", 20))
 
 
 def test_a_batch_larger_than_a_small_set_of_two_classes_is_trained_on_and_evaluated(tmp_path):
-    path = str(write_pictures(tmp_path / "pictures", 2, train=9, test=5))
+    data = find(str(write_pictures(tmp_path / "pictures", 2, train=9, test=5)))
     given = {"batch_size": 32, "num_iterations": 4, "num_layers": 8, "holdout": 3}
-    run, _ = training.prepare_run(given, str(tmp_path), path)
-    outcome = training.train(run, options(tmp_path, data_path=path, epochs_between_evals=1))
+    run, _ = training.prepare_run(given, str(tmp_path), data)
+    outcome = training.train(run, options(tmp_path, epochs_between_evals=1), data)
     assert (outcome.step, outcome.metrics.num_images) == (4, 3)
     assert outcome.metrics.confusion_matrix.shape == (2, 2)

@@ -12,9 +12,11 @@ import tensorflow as tf
 from conftest import values_in
 from numpy_resnet import NumpyResNet
 
-from cifar10_input import load_training, mean_image
+from cifar10_input import mean_image
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from cifar10_resnet.data import splits
+from cifar10_resnet.data.dataset import find
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.evaluator import score_checkpoints
 from cifar10_resnet.training import trainer as training
@@ -57,7 +59,7 @@ def pretrained(tmp_path_factory) -> str:
 
 @pytest.fixture(autouse=True)
 def _small_synthetic(monkeypatch):
-    monkeypatch.setattr("cifar10_input.SYNTHETIC_IMAGES", {"train": 80, "test": 40})
+    monkeypatch.setattr("cifar10_resnet.data.dataset.SYNTHETIC_IMAGES", {"train": 80, "test": 40})
 
 
 def options(folder: Path, **changes) -> training.Options:
@@ -68,8 +70,8 @@ def options(folder: Path, **changes) -> training.Options:
 def start(folder: Path, pretrained: str | None, stop: int | None = None, **given) -> str:
     """What the command does with these flags; returns the prefix of what it saved."""
     given = {**PLAIN_WORDS, **given}
-    run, resume_from = training.prepare_run(given, str(folder), "", pretrained=pretrained)
-    return training.train(run, options(folder, max_train_steps=stop), resume_from).checkpoint
+    run, resume_from = training.prepare_run(given, str(folder), pretrained=pretrained)
+    return training.train(run, options(folder, max_train_steps=stop), None, resume_from).checkpoint
 
 
 def variables_in(prefix: str) -> dict[str, np.ndarray]:
@@ -86,7 +88,7 @@ def refusal(function, *args, **keywords) -> str:
 
 
 def test_the_network_is_the_pretrained_one_but_for_its_classes(pretrained, tmp_path):
-    run, resume_from = training.prepare_run(PLAIN_WORDS, str(tmp_path), "", pretrained=pretrained)
+    run, resume_from = training.prepare_run(PLAIN_WORDS, str(tmp_path), pretrained=pretrained)
     assert resume_from is None
     # its hyperparameters are the new run's own
     assert run.model == dataclasses.replace(ORIGIN.model, num_classes=10, batch_norm_decay=0.99)
@@ -102,7 +104,7 @@ def test_a_networks_flags_may_be_repeated_and_the_batch_norms_decay_given_anew(
     given = {"num_layers": 11, "bottleneck": True, "shortcut_connections": False}
     given |= {"resnet_version": 1, "batch_norm_decay": 0.95}
     run, _ = training.prepare_run(
-        PLAIN_WORDS | given, str(tmp_path), "", pretrained=checkpoints.find(pretrained)
+        PLAIN_WORDS | given, str(tmp_path), pretrained=checkpoints.find(pretrained)
     )
     assert run.model == dataclasses.replace(ORIGIN.model, num_classes=10, batch_norm_decay=0.95)
 
@@ -291,7 +293,7 @@ def means_subtracted(monkeypatch) -> list[np.ndarray]:
 
 
 def own_mean() -> np.ndarray:
-    train_set, _ = load_training(DataConfig("synthetic"), "")
+    train_set, _ = splits.load_training(find(name="synthetic"), DataConfig("synthetic"))
     return mean_image(train_set.images)
 
 
@@ -316,7 +318,7 @@ def test_a_run_knows_its_images_again_whatever_mean_it_subtracts(
 ):
     start(tmp_path, pretrained, 3, recompute_mean=recompute_mean)
     with monkeypatch.context() as patches:
-        patches.setattr("cifar10_input.SYNTHETIC_IMAGES", {"train": 88, "test": 40})
+        patches.setattr("cifar10_resnet.data.dataset.SYNTHETIC_IMAGES", {"train": 88, "test": 40})
         assert "their mean differs" in refusal(start, tmp_path, None)
     start(tmp_path, None, 6)
 

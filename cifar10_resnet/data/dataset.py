@@ -1,0 +1,156 @@
+"""Finds data sets by the files in a folder, and checks and counts the images of each split.
+
+It imports nothing slow: a wrong folder is refused before TensorFlow starts.
+"""
+
+import os
+from dataclasses import dataclass
+
+from cifar10_resnet.config import DataConfig
+from cifar10_resnet.errors import UserError
+from cifar10_resnet.formats import FORMATS, Format
+from cifar10_resnet.terminal import command
+
+GZIP = b"\x1f\x8b"
+DAMAGED = "It is damaged, or belongs to another data set."
+
+# How many images are made in memory for a run on synthetic images.
+SYNTHETIC_IMAGES = {"train": 10_000, "test": 2_000}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set and its folder. The files of a split are checked when they are asked for."""
+
+    name: str
+    folder: str | None = None  # None: synthetic images, made in memory
+
+    @property
+    def file_format(self) -> Format:
+        return FORMATS[self.name]
+
+    def describe(self, coarse_labels: bool = False) -> DataConfig:
+        """Returns what there is to learn: which data set, and its classes."""
+        if self.folder is None:
+            from cifar10_resnet.data import synthetic  # imports NumPy
+
+            return DataConfig(self.name, synthetic.CLASS_NAMES)
+        names = self.file_format.class_names(self.folder, coarse_labels)
+        return DataConfig(self.name, names, coarse_labels=coarse_labels)
+
+    def files(self, split: str) -> dict[str, int]:
+        """Returns the files of "train" or "test", each with its number of images.
+
+        Refuses files that are missing or not whole.
+        """
+        files = [os.path.join(self.folder, name) for name in self.file_format.split_files(split)]
+        return {file: _count_records(file, self.file_format) for file in files}
+
+    def count(self, split: str) -> int:
+        """Returns the number of images in "train" or "test", by the sizes of the files."""
+        if self.folder is None:
+            return SYNTHETIC_IMAGES[split]
+        return sum(self.files(split).values())
+
+    def count_without_holdout(self, holdout: int) -> int:
+        """Returns the number of images to train on if the last `holdout` are kept out."""
+        count = self.count("train")
+        if holdout >= count:
+            raise UserError(
+                f"--holdout={holdout} is invalid: there are only {count:,} training images. Use "
+                "fewer."
+            )
+        return count - holdout
+
+
+def find(path: str | None = None, name: str | None = None) -> Dataset:
+    """Returns the data set in the folder `path`, or in a folder inside it.
+
+    Without a path, this is the folder that the download script makes. Without a name, the folder
+    must contain exactly one data set.
+    """
+    if name == "synthetic":
+        return Dataset(name)
+    where = f"--path={path}"
+    if path is None:
+        path = FORMATS[name or "cifar10"].folder
+        where = f"the default --path={path}"
+        if not path:
+            raise UserError(f"{FORMATS[name].title} has no default folder. Pass its own as --path.")
+    found: dict[str, str] = {}
+    for folder in (path, *_folders_inside(path)):
+        files = _list(folder, where, name)
+        for file_format in FORMATS.values():
+            if files.intersection((*file_format.train_files, *file_format.test_files)):
+                found.setdefault(file_format.dataset, folder)
+    if name is None and len(found) == 1:
+        (name,) = found
+    if name in found:
+        return Dataset(name, found[name])
+    if not found:
+        download, own = command("cifar10_download_and_extract.py"), command("import")
+        raise UserError(
+            f"{where} is invalid: the folder contains no data set. Download one with "
+            f"`{download}`, or import your photos with `{own}`."
+        )
+    titles = " and ".join(FORMATS[each].title for each in found)
+    if name is None:
+        raise UserError(f"{where} contains {titles}. Choose one with --dataset.")
+    raise UserError(
+        f"{where} is invalid: the folder contains {titles}, not {FORMATS[name].title}. Use another "
+        "--path or --dataset."
+    )
+
+
+def find_asked(path: str | None, name: str | None) -> Dataset | None:
+    """Returns the data set that the user asked for, or None if a run's own will do."""
+    return None if path is None and name is None else find(path, name)
+
+
+def _folders_inside(path: str) -> list[str]:
+    inside = [
+        os.path.join(path, file_format.folder)
+        for file_format in FORMATS.values()
+        if file_format.folder
+    ]
+    return [folder for folder in inside if os.path.isdir(folder)]
+
+
+def _list(folder: str, where: str, name: str | None) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except FileNotFoundError as error:
+        flags = ["--dataset=cifar100"] if name == "cifar100" else []
+        download = command("cifar10_download_and_extract.py", *flags)
+        raise UserError(
+            f"{where} is invalid: the folder does not exist. Run `{download}`, or use "
+            "--use_synthetic_data."
+        ) from error
+    except NotADirectoryError as error:
+        raise UserError(
+            f"{where} is invalid: it is a file. Pass the folder that contains "
+            f"{FORMATS['cifar10'].train_files[0]}."
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}.") from error
+
+
+def _count_records(file: str, file_format: Format) -> int:
+    if os.path.isdir(file):
+        raise UserError(
+            f"{file} is a folder. It must be a file of {file_format.record_bytes}-byte records."
+        )
+    try:
+        with open(file, "rb") as opened:
+            size, start = os.fstat(opened.fileno()).st_size, opened.read(2)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{file} is missing: {file_format.title} is incomplete. Download it again, or use "
+            "another --path."
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}.") from error
+    if problem := file_format.size_problem(file, size):
+        packed = "It is packed with gzip. Unpack it first."
+        raise UserError(f"{problem}. {packed if start == GZIP else DAMAGED}")
+    return size // file_format.record_bytes
