@@ -123,8 +123,8 @@ def _list(folder: str, where: str, name: str | None) -> set[str]:
         flags = ["--dataset=cifar100"] if name == "cifar100" else []
         download = command("cifar10_download_and_extract.py", *flags)
         raise UserError(
-            f"{where} is invalid: the folder does not exist. Run `{download}`, or use "
-            "--use_synthetic_data."
+            f"{where} is invalid: the folder does not exist. Run `{download}`, or train on "
+            "synthetic images with --use_synthetic_data."
         ) from error
     except NotADirectoryError as error:
         raise UserError(

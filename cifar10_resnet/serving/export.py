@@ -20,6 +20,7 @@ Answers = dict[str, tf.Tensor]
 
 # The SavedModel's signatures, by what they take.
 PIXELS, FLOATS, PICTURES = "serving_default", "serving_float", "serving_image_bytes"
+BATCH_SIZE = 500
 TFLITE_FILE, NAMES_FILE = "model.tflite", "labels.txt"
 # How far LiteRT's logits may be from TensorFlow's, as a share of the largest.
 TFLITE_TOLERANCE = 1e-4
@@ -34,6 +35,15 @@ class Classifier(tf.Module):
         self.takes_empty_batches = True
         with tf.device("cpu"):
             self.class_names = tf.Variable(list(class_names), trainable=False)
+
+    def classify(self, images: np.ndarray) -> list[tuple[str, float]]:
+        """Returns the most likely class of each uint8 image [N, 32, 32, 3], and its confidence."""
+        names = [name.decode() for name in self.class_names.numpy()]
+        found = []
+        for start in range(0, len(images), BATCH_SIZE):
+            shares = self.from_pixels(images[start : start + BATCH_SIZE])["probabilities"].numpy()
+            found += [(names[share.argmax()], float(share.max())) for share in shares]
+        return found
 
     def from_floats(self, images: tf.Tensor) -> Answers:
         """Answers for float32 images [N, 32, 32, 3] from 0 to 255."""

@@ -96,7 +96,6 @@ def test_the_marked_code_runs(checkout, write_cifar10):
     write_cifar10()
     shipped = checkpoints.find(str(PROJECT / "files" / "pretrained" / "resnet20"))
     export.export_saved_model(shipped, str(checkout / "savedmodels" / "resnet20"))
-    (checkout / "cat.jpg").symlink_to(PROJECT / "files" / "cat.jpg")
     for page in ("README.md", "docs/export_and_serve.md", "docs/python.md"):
         code = "\n".join(blocks(PAGES[page], "python", marked=True))
         assert code, page
