@@ -21,6 +21,7 @@ from cifar10_resnet.config import (
     OPTIMIZERS,
     RECIPES,
     ModelConfig,
+    Options,
     RunConfig,
     units_per_block,
 )
@@ -282,7 +283,7 @@ def main(argv: list[str]) -> int:
     from cifar10_resnet.distributed import replicas as distributed
     from cifar10_resnet.evaluation import evaluator
     from cifar10_resnet.serving import export
-    from cifar10_resnet.training import trainer as training
+    from cifar10_resnet.training import loop, resume
 
     if workers and not FLAGS.quiet:
         print(f"Joining the others as {workers.name(workers.index)}.", flush=True)
@@ -290,7 +291,7 @@ def main(argv: list[str]) -> int:
     replicas = distributed.choose(FLAGS.distribution_strategy, workers, FLAGS.worker_timeout)
     if FLAGS.jit_compile and replicas.count > 1:
         raise UserError("--jit_compile is for one device: leave it out with several.")
-    options = training.Options(
+    options = Options(
         ckpt_path=ckpt_path,
         train_log_path=log_path,
         data_format=resolve_data_format(FLAGS.data_format, FLAGS.dtype, device),
@@ -320,7 +321,7 @@ def main(argv: list[str]) -> int:
         def prepare() -> str:
             held.enter_context(checkpoints.lock(ckpt_path))
             with command_line.quiet_work():
-                run, resume_from = training.prepare_run(
+                run, resume_from = resume.prepare_run(
                     *(given, None if FLAGS.clean else ckpt_path),
                     *(data, FLAGS.train_epochs, pretrained),
                 )
@@ -339,7 +340,7 @@ def main(argv: list[str]) -> int:
             settings = run.settings() | dataclasses.asdict(options) | {"path": FLAGS.path}
             print(table(settings.items()))
         with command_line.quiet_work():
-            outcome = training.train(run, options, data, resume_from, replicas)
+            outcome = loop.train(run, options, data, resume_from, replicas)
             if FLAGS.export_dir and replicas.is_chief and not outcome.stopped_by:
                 # Not the layout that "auto" trained in: what is exported on a GPU runs anywhere.
                 layout = "channels_last" if FLAGS.data_format == "auto" else FLAGS.data_format

@@ -227,6 +227,31 @@ def _is_sound(value: Any) -> bool:
     return isinstance(value, str) or 0 <= value <= MAX_SEED
 
 
+@dataclass(frozen=True)
+class Options:
+    """How to go about a run: all that may change from one start of it to the next."""
+
+    ckpt_path: str
+    train_log_path: str
+    data_format: str = "channels_last"
+    dtype: str = "fp32"
+    loss_scale: float = 128.0
+    jit_compile: bool = False
+    sync_batch_norm: bool = False
+    steps_per_call: int = 1
+    log_per_iterations: int = 200
+    save_per_iterations: int = 1000
+    max_ckpts: int = 5
+    epochs_between_evals: int = 0
+    stop_threshold: float | None = None
+    max_train_steps: int | None = None
+    profile_steps: tuple[int, int] | None = None
+
+    def last_step(self, run: RunConfig) -> int:
+        """Returns the step at which this start of a run ends."""
+        return min(run.training.num_iterations, self.max_train_steps or run.training.num_iterations)
+
+
 def refuse_contradictions(
     run: RunConfig, given: dict[str, Any], prefix: str, named_by: str = "--ckpt_path"
 ) -> None:

@@ -4,16 +4,20 @@ import contextlib
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
 
-from cifar10_resnet.config import RunConfig
+from cifar10_resnet.config import Options, RunConfig
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.metrics import Metrics
 from cifar10_resnet.terminal import LiveLine, duration, fitting
 from cifar10_resnet.training.summaries import Summaries
+from cifar10_resnet.training.trainer import Trainer
+
+# Depths that networks for ImageNet have too.
+IMAGENET_DEPTHS = (50, 152, 200)
 
 
 class Progress:
@@ -223,3 +227,40 @@ class NoProgress(Progress):
 
     def write(self, line: str) -> None:
         pass
+
+
+def opening(run: RunConfig, options: Options, trainer: Trainer, num_images: int) -> str:
+    """Returns what is printed before the first step."""
+    parameters = f"{_count(trainer.model.trainable_variables):,} parameters"
+    what = f"Training {run.model.name} ({parameters})"
+    if run.training.fine_tune:
+        trained = f"{_count(trainer.optimizer.variables):,} of its {parameters}"
+        what = f"Fine-tuning the final layer of {run.model.name} ({trained})"
+    note = ""
+    if run.model.num_layers in IMAGENET_DEPTHS:
+        note = (
+            f"This network is for 32x32 images. ImageNet's ResNet-{run.model.num_layers} is "
+            "another.\n"
+        )
+    return (
+        f"{note}{what} on {num_images:,} images ({run.data.dataset}):\n"
+        f"{run.training.num_iterations} steps of {run.training.batch_size} images"
+        f"{trainer.replicas.describe()}, recipe {run.training.recipe}, {options.dtype}, "
+        f"{options.data_format}.\nCheckpoints go to {options.ckpt_path}."
+    )
+
+
+def _count(variables: Sequence[tf.Variable]) -> int:
+    return sum(np.prod(v.shape) for v in variables)
+
+
+def beginning(run: RunConfig) -> str:
+    """Returns what a new run starts from."""
+    if not run.training.pretrained:
+        return "Starting at step 0."
+    mean = "computed from the new images" if run.training.recompute_mean else "restored too"
+    return (
+        f"Starting at step 0 from {run.training.pretrained}: restored all of the network but the "
+        f"final layer, which starts at random with {run.model.num_classes} classes; the mean image "
+        f"is {mean}."
+    )

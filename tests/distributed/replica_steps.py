@@ -13,7 +13,7 @@ import tensorflow as tf
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.data.synthetic import CLASS_NAMES
 from cifar10_resnet.distributed import replicas as distributed
-from cifar10_resnet.training import trainer as training
+from cifar10_resnet.training.trainer import Trainer
 
 BATCH_SIZE = 8
 NETWORKS = {
@@ -36,7 +36,7 @@ def make_trainer(name: str, replicas: distributed.Replicas, sync_batch_norm: boo
         DataConfig("synthetic", CLASS_NAMES),
         TrainingConfig(batch_size=BATCH_SIZE, init_lr=0.05, **hyperparameters),
     )
-    return training.Trainer(run, data_format, replicas=replicas, sync_batch_norm=sync_batch_norm)
+    return Trainer(run, data_format, replicas=replicas, sync_batch_norm=sync_batch_norm)
 
 
 def take_steps(

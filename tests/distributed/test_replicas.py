@@ -25,10 +25,11 @@ from programs import (
 )
 
 from cifar10_resnet import checkpoints
+from cifar10_resnet.config import RunConfig
 from cifar10_resnet.distributed import cluster
 from cifar10_resnet.distributed import replicas as distributed
 from cifar10_resnet.errors import UserError
-from cifar10_resnet.training import trainer as training
+from cifar10_resnet.training.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_a_batch_that_does_not_divide_is_refused():
     replicas = distributed.Replicas()
     replicas.count = 3
     with pytest.raises(UserError, match="batch_size=128 does not divide into 3 replicas"):
-        training.Trainer(training.RunConfig(), replicas=replicas)
+        Trainer(RunConfig(), replicas=replicas)
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np  # noqa: E402
 
 from cifar10_resnet import checkpoints  # noqa: E402
+from cifar10_resnet.config import Options  # noqa: E402
 from cifar10_resnet.data import dataset  # noqa: E402
 from cifar10_resnet.evaluation.evaluator import score_checkpoints  # noqa: E402
 from cifar10_resnet.figures.style import BLUE, VERMILLION, picture  # noqa: E402
-from cifar10_resnet.training import trainer as training  # noqa: E402
+from cifar10_resnet.training import loop, resume  # noqa: E402
 
 STEPS, EVERY, EVALUATIONS = 2_000, 20, 200
 BATCH = 16
@@ -50,15 +51,15 @@ def train(folder: str) -> list[Sample]:
         samples.append(sample())
         return save(*arguments)
 
-    options = training.Options(
+    options = Options(
         **{"ckpt_path": folder, "train_log_path": os.path.join(folder, "log")},
         **{"save_per_iterations": EVERY, "log_per_iterations": EVERY, "epochs_between_evals": 1},
     )
     given = {"dataset": "synthetic", "num_layers": 8, "batch_size": BATCH, "num_iterations": STEPS}
-    run, _ = training.prepare_run(given, folder)
+    run, _ = resume.prepare_run(given, folder)
     checkpoints.save = watched
     try:
-        training.train(run, options)
+        loop.train(run, options)
     finally:
         checkpoints.save = save
     return samples

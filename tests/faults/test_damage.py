@@ -12,7 +12,8 @@ import tensorflow as tf
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.errors import UserError
-from cifar10_resnet.training import trainer as training
+from cifar10_resnet.training import resume
+from cifar10_resnet.training.trainer import Trainer
 
 RUN = RunConfig(
     ModelConfig(num_layers=8), DataConfig("synthetic"), TrainingConfig(batch_size=8, seed=5)
@@ -24,7 +25,7 @@ FLIPS = 200
 def saved(tmp_path_factory) -> Path:
     """A run's folder with steps 20 and 30, whose values differ. Not to be changed."""
     folder = tmp_path_factory.mktemp("saved") / "run"
-    trainer = training.Trainer(RUN)
+    trainer = Trainer(RUN)
     for step in (20, 30):
         for variable in trainer.model.variables:
             variable.assign(tf.fill(variable.shape, step / 7))
@@ -40,7 +41,7 @@ def folder(saved, tmp_path) -> Path:
 
 def assert_is_passed_over(folder: Path, capsys) -> None:
     """Training goes on from step 20 and names the other; evaluating that one is refused."""
-    run, prefix = training.prepare_run({}, str(folder))
+    run, prefix = resume.prepare_run({}, str(folder))
     assert prefix.endswith("/model.ckpt-20")
     assert run == RUN
     (line,) = capsys.readouterr().err.splitlines()

@@ -11,7 +11,7 @@ import tensorflow as tf
 from cifar10_input import ImageSet, mean_image, training_batches
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.data.synthetic import CLASS_NAMES, make_split
-from cifar10_resnet.training import trainer as training
+from cifar10_resnet.training.trainer import Trainer
 from resnet_model import ResNet
 
 STEPS = 500
@@ -72,7 +72,7 @@ class PlainTraining:
 def test_the_loss_curve_of_500_steps_stays_within_rounding_of_a_plain_version():
     images, labels = make_split("train", 1000)
     examples = ImageSet(images, labels.astype(np.int32))
-    trainer = training.Trainer(RUN)
+    trainer = Trainer(RUN)
     plain, nudged = PlainTraining(trainer.model), PlainTraining(trainer.model)
     for weight in nudged.weights.values():
         weight.assign(weight * (1 + 1e-7))

@@ -22,8 +22,8 @@ import cifar10_input
 from cifar10_resnet.data import splits
 from cifar10_resnet.data.dataset import find
 from cifar10_resnet.data.synthetic import CLASS_NAMES
-from cifar10_resnet.training import summaries
-from cifar10_resnet.training import trainer as training
+from cifar10_resnet.training import loop, summaries
+from cifar10_resnet.training.trainer import Trainer
 
 # TensorBoard reads event files without TensorFlow, and starts in half the time, where it is hidden.
 TENSORBOARD = """
@@ -75,8 +75,8 @@ def tensorboard(folder: str) -> Iterator[Callable[..., bytes]]:
 def test_tensorboard_shows_a_run_with_all_its_curves_pictures_and_settings(tmp_path):
     run = make_run(num_iterations=20, init_lr=0.05)
     settings = options(tmp_path / "run", epochs_between_evals=1, log_per_iterations=4)
-    first = training.train(run, dataclasses.replace(settings, max_train_steps=12))
-    last = training.train(run, settings, resume_from=first.checkpoint)
+    first = loop.train(run, dataclasses.replace(settings, max_train_steps=12))
+    last = loop.train(run, settings, resume_from=first.checkpoint)
 
     with tensorboard(str(tmp_path)) as ask:
         assert b"<title>TensorBoard" in ask("")
@@ -146,7 +146,7 @@ def test_tensorboard_shows_a_run_with_all_its_curves_pictures_and_settings(tmp_p
 
 def test_the_grid_shows_the_very_batch_that_is_learned_from(tmp_path):
     run = make_run(num_iterations=2)
-    training.train(run, options(tmp_path))
+    loop.train(run, options(tmp_path))
     (file,) = glob.glob(str(tmp_path / "log/train/events*"))
     shown = [
         value.tensor.string_val[2]
@@ -174,7 +174,7 @@ def test_a_grid_is_as_large_as_it_must_be():
 @pytest.mark.parametrize("optimizer", ["momentum", "muon"])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_the_norms_are_those_of_the_weights_and_of_the_last_steps_gradients(optimizer, nesterov):
-    trainer = training.Trainer(
+    trainer = Trainer(
         make_run(optimizer=optimizer, nesterov=nesterov, weight_decay=0.1, init_lr=0.01)
     )
     trainer.train_step(*make_batch(0))
@@ -198,7 +198,7 @@ def test_the_norms_are_those_of_the_weights_and_of_the_last_steps_gradients(opti
 
 
 def test_a_step_that_was_not_watched_has_no_gradient_norms():
-    trainer = training.Trainer(make_run())
+    trainer = Trainer(make_run())
     assert not any(tag.startswith("gradient") for tag in trainer.norms())
     trainer.watch_next_step()
     trainer.train_step(*make_batch(0))
@@ -210,7 +210,7 @@ def test_a_step_that_was_not_watched_has_no_gradient_norms():
 def test_watching_steps_does_not_change_a_bit_of_them(optimizer):
     ends = []
     for watching in (False, True):
-        trainer = training.Trainer(make_run(optimizer=optimizer, nesterov=True))
+        trainer = Trainer(make_run(optimizer=optimizer, nesterov=True))
         for step in range(3):
             if watching:
                 trainer.watch_next_step()
@@ -228,7 +228,7 @@ def test_a_profile_holds_the_steps_that_were_asked_for(tmp_path, capsys, steps_p
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
     settings = {"steps_per_call": steps_per_call, "log_per_iterations": 100}
-    training.train(make_run(num_iterations=12), options(tmp_path, profile_steps=(4, 6), **settings))
+    loop.train(make_run(num_iterations=12), options(tmp_path, profile_steps=(4, 6), **settings))
     assert str(tmp_path / "log") in capsys.readouterr().out
     (file,) = glob.glob(str(tmp_path / "log/plugins/profile/*/*.xplane.pb"))
     with open(file, "rb") as opened:
@@ -243,5 +243,5 @@ def test_a_profile_holds_the_steps_that_were_asked_for(tmp_path, capsys, steps_p
 
 
 def test_a_profile_that_outlasts_its_run_is_written_all_the_same(tmp_path):
-    training.train(make_run(num_iterations=3), options(tmp_path, profile_steps=(2, 100)))
+    loop.train(make_run(num_iterations=3), options(tmp_path, profile_steps=(2, 100)))
     assert glob.glob(str(tmp_path / "log/plugins/profile/*/*.xplane.pb"))

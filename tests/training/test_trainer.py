@@ -8,14 +8,22 @@ import pytest
 import tensorflow as tf
 from conftest import skip_without_channels_first, write_cifar100, write_pictures
 
-from cifar10_input import ImageSet, mean_image
+from cifar10_input import ImageSet, mean_image, training_batches
 from cifar10_resnet import checkpoints
-from cifar10_resnet.config import RECIPES, DataConfig, ModelConfig, RunConfig, TrainingConfig
+from cifar10_resnet.config import (
+    RECIPES,
+    DataConfig,
+    ModelConfig,
+    Options,
+    RunConfig,
+    TrainingConfig,
+)
 from cifar10_resnet.data.dataset import find
 from cifar10_resnet.data.synthetic import CLASS_NAMES, make_split
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.evaluator import Evaluator
-from cifar10_resnet.training import trainer as training
+from cifar10_resnet.training import loop, resume
+from cifar10_resnet.training.trainer import Trainer
 
 SMALL = ModelConfig(num_layers=8)
 
@@ -31,7 +39,7 @@ def make_batch(seed: int = 0) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.constant(images), tf.constant(rng.integers(0, 10, 8).astype(np.int32))
 
 
-def gradients_of(trainer: training.Trainer, batch) -> list[np.ndarray]:
+def gradients_of(trainer: Trainer, batch) -> list[np.ndarray]:
     """Gradients of the cross-entropy alone, in their own plain words."""
     images, labels = batch
     with tf.GradientTape() as tape:
@@ -44,7 +52,7 @@ def gradients_of(trainer: training.Trainer, batch) -> list[np.ndarray]:
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_two_steps_are_those_of_momentum_with_l2_on_kernels_alone(nesterov):
     run = make_run(nesterov=nesterov, weight_decay=0.01, init_lr=0.05, num_iterations=64_000)
-    trainer = training.Trainer(run)
+    trainer = Trainer(run)
     variables = trainer.model.trainable_variables
     weights = [v.numpy() for v in variables]
     momenta = [np.zeros_like(w) for w in weights]
@@ -70,7 +78,7 @@ def test_two_steps_are_those_of_momentum_with_l2_on_kernels_alone(nesterov):
 def test_the_loss_scale_changes_no_step_beyond_rounding():
     results = []
     for dtype, scale in (("fp16", 1.0), ("fp16", 128.0)):
-        trainer = training.Trainer(make_run(), dtype=dtype, loss_scale=scale)
+        trainer = Trainer(make_run(), dtype=dtype, loss_scale=scale)
         trainer.train_step(*make_batch())
         results.append(np.concatenate([v.numpy().ravel() for v in trainer.model.variables]))
     assert np.abs(results[0] - results[1]).max() < 1e-3
@@ -78,7 +86,7 @@ def test_the_loss_scale_changes_no_step_beyond_rounding():
 
 
 def test_label_smoothing_trains_towards_smoothed_labels():
-    trainer = training.Trainer(make_run(label_smoothing=0.1))
+    trainer = Trainer(make_run(label_smoothing=0.1))
     images, labels = make_batch()
     before = [v.numpy() for v in trainer.model.variables]
     log_probabilities = tf.nn.log_softmax(trainer.model(images, training=True)).numpy()
@@ -103,19 +111,19 @@ def test_label_smoothing_trains_towards_smoothed_labels():
 def test_epochs_end_in_the_steps_that_see_their_last_images(images, batch_size, ends):
     step, found = 0, []
     while len(found) < len(ends):
-        step = training._next_end(step, images, batch_size)
+        step = loop.next_end(step, images, batch_size)
         found.append(step)
     assert found == ends
-    assert training._next_end(ends[0] - 1, images, batch_size) == ends[0]
+    assert loop.next_end(ends[0] - 1, images, batch_size) == ends[0]
 
 
 def test_means_are_over_the_steps_since_the_last_reset():
-    trainer = training.Trainer(make_run())
+    trainer = Trainer(make_run())
     losses = []
     for step in range(3):
         trainer.train_step(*make_batch(step))
         losses.append(trainer.means(reset=True)[0])
-    again = training.Trainer(make_run())
+    again = Trainer(make_run())
     for step in range(3):
         again.train_step(*make_batch(step))
     loss, accuracy = again.means()
@@ -124,7 +132,7 @@ def test_means_are_over_the_steps_since_the_last_reset():
 
 
 def test_a_loss_that_is_not_finite_is_reported_with_its_own_step(tmp_path):
-    trainer = training.Trainer(make_run())
+    trainer = Trainer(make_run())
     images, labels = make_batch()
     trainer.train_step(images, labels)
     trainer.check_finite(str(tmp_path))
@@ -136,7 +144,7 @@ def test_a_loss_that_is_not_finite_is_reported_with_its_own_step(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_never_saved_even_before_a_loss_shows_it(tmp_path):
-    trainer = training.Trainer(make_run())
+    trainer = Trainer(make_run())
     trainer.model.logits_bias.assign(np.full([10], np.inf))
     with pytest.raises(UserError, match="weights were no longer finite by step 0"):
         trainer.check_finite(str(tmp_path))
@@ -146,15 +154,15 @@ def test_what_is_logged_evaluated_or_saved_is_looked_at_once_before(
     tmp_path, small_synthetic, monkeypatch
 ):
     looked_at = []
-    check = training.Trainer.check_finite
+    check = Trainer.check_finite
 
     def spy(trainer, ckpt_path):
         looked_at.append(int(trainer.step))
         check(trainer, ckpt_path)
 
-    monkeypatch.setattr(training.Trainer, "check_finite", spy)
+    monkeypatch.setattr(Trainer, "check_finite", spy)
     run = make_run(num_iterations=22)
-    training.train(run, options(tmp_path, save_per_iterations=7, epochs_between_evals=1))
+    loop.train(run, options(tmp_path, save_per_iterations=7, epochs_between_evals=1))
     assert looked_at == [2, 4, 6, 7, 8, 10, 12, 14, 16, 18, 20, 21, 22]
 
 
@@ -166,10 +174,10 @@ def test_every_way_to_compute_goes_on_from_every_others_checkpoint(data_format, 
     if data_format == "channels_first":
         skip_without_channels_first(dtype)
     run = make_run()
-    first = training.Trainer(run, "channels_last", "fp32")
+    first = Trainer(run, "channels_last", "fp32")
     first.train_step(*make_batch())
     prefix = checkpoints.save(first.checkpoint, str(tmp_path), 1)
-    other = training.Trainer(run, data_format, dtype, loss_scale=128)
+    other = Trainer(run, data_format, dtype, loss_scale=128)
     other.restore(prefix)
     for ours, theirs in zip(first.model.variables, other.model.variables, strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -190,20 +198,20 @@ def test_bf16_learns_the_synthetic_data_as_well_as_fp32():
         )
         # statistics that follow within 300 steps
         config = ModelConfig(num_layers=8, batch_norm_decay=0.9)
-        trainer = training.Trainer(
+        trainer = Trainer(
             RunConfig(config, DataConfig("synthetic", CLASS_NAMES), hyperparameters), dtype=dtype
         )
         trainer.model.image_mean.assign(mean)
-        for batch in training.training_batches(train_set, mean, 64, num_steps=300):
+        for batch in training_batches(train_set, mean, 64, num_steps=300):
             trainer.train_step(*batch)
         accuracies[dtype] = Evaluator(trainer.model)(test_set).accuracy
     assert accuracies["fp32"] > 0.65
     assert accuracies["bf16"] == pytest.approx(accuracies["fp32"], abs=0.05)
 
 
-def options(folder, **changes) -> training.Options:
+def options(folder, **changes) -> Options:
     folder = str(folder)
-    defaults = training.Options(folder, os.path.join(folder, "log"), log_per_iterations=2)
+    defaults = Options(folder, os.path.join(folder, "log"), log_per_iterations=2)
     return dataclasses.replace(defaults, **changes)
 
 
@@ -217,11 +225,11 @@ def test_several_steps_in_a_call_are_those_taken_one_by_one(tmp_path, small_synt
     ends = []
     for steps_per_call in (1, 4):
         folder = tmp_path / str(steps_per_call)
-        outcome = training.train(
+        outcome = loop.train(
             run, options(folder, steps_per_call=steps_per_call, save_per_iterations=5, max_ckpts=-1)
         )
         assert [step for step, _ in checkpoints.list_checkpoints(str(folder))] == [5, 10, 13]
-        trainer = training.Trainer(run)
+        trainer = Trainer(run)
         trainer.restore(outcome.checkpoint)
         ends.append([v.numpy() for v in trainer.model.variables])
     for one, other in zip(*ends, strict=True):
@@ -237,8 +245,8 @@ def test_a_run_with_all_of_the_fast_recipe_resumes_bit_for_bit_wherever_it_stopp
         folder, checkpoint = tmp_path / str(len(ends)), None
         for stop in stops:
             settings = options(folder, max_train_steps=stop, steps_per_call=4)
-            checkpoint = training.train(run, settings, resume_from=checkpoint).checkpoint
-        trainer = training.Trainer(run)
+            checkpoint = loop.train(run, settings, resume_from=checkpoint).checkpoint
+        trainer = Trainer(run)
         trainer.restore(checkpoint)
         ends.append(
             [v.numpy() for v in [*trainer.model.variables, *trainer.optimizer.slots.values()]]
@@ -251,7 +259,7 @@ def test_a_run_with_all_of_the_fast_recipe_resumes_bit_for_bit_wherever_it_stopp
 def test_a_compiled_step_is_the_same_step():
     ends = []
     for jit_compile in (False, True):
-        trainer = training.Trainer(make_run(), jit_compile=jit_compile)
+        trainer = Trainer(make_run(), jit_compile=jit_compile)
         for step in range(2):
             trainer.train_step(*make_batch(step))
         ends.append([v.numpy() for v in trainer.model.variables])
@@ -264,7 +272,7 @@ def test_an_evaluation_that_reaches_the_threshold_ends_the_run_with_a_checkpoint
     tmp_path, small_synthetic
 ):
     run = make_run(num_iterations=50)
-    outcome = training.train(run, options(tmp_path, epochs_between_evals=1, stop_threshold=0.01))
+    outcome = loop.train(run, options(tmp_path, epochs_between_evals=1, stop_threshold=0.01))
     assert outcome.step == 10
     assert outcome.checkpoint == checkpoints.find(str(tmp_path))
 
@@ -272,7 +280,7 @@ def test_an_evaluation_that_reaches_the_threshold_ends_the_run_with_a_checkpoint
 def test_a_holdout_is_what_is_evaluated_while_training(tmp_path, small_synthetic, capsys):
     run = make_run(num_iterations=8)
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, holdout=16))
-    outcome = training.train(run, options(tmp_path, epochs_between_evals=1))
+    outcome = loop.train(run, options(tmp_path, epochs_between_evals=1))
     assert outcome.metrics.num_images == 16
     assert "evaluated on holdout" in capsys.readouterr().out
 
@@ -280,7 +288,7 @@ def test_a_holdout_is_what_is_evaluated_while_training(tmp_path, small_synthetic
 def test_evaluating_every_epoch_works_where_a_batch_holds_several_epochs(tmp_path, small_synthetic):
     run = make_run(num_iterations=2)
     run = dataclasses.replace(run, training=dataclasses.replace(run.training, batch_size=200))
-    outcome = training.train(run, options(tmp_path, epochs_between_evals=1))
+    outcome = loop.train(run, options(tmp_path, epochs_between_evals=1))
     assert outcome.step == 2
     assert outcome.metrics.num_images == 40
 
@@ -289,23 +297,23 @@ def test_other_training_images_than_the_runs_own_are_refused(
     tmp_path, small_synthetic, monkeypatch
 ):
     run = make_run(num_iterations=20)
-    outcome = training.train(run, options(tmp_path, max_train_steps=4))
+    outcome = loop.train(run, options(tmp_path, max_train_steps=4))
     monkeypatch.setattr("cifar10_resnet.data.dataset.SYNTHETIC_IMAGES", {"train": 88, "test": 40})
     with pytest.raises(UserError, match="has other training images"):
-        training.train(run, options(tmp_path), resume_from=outcome.checkpoint)
+        loop.train(run, options(tmp_path), resume_from=outcome.checkpoint)
 
 
 def test_only_the_newest_checkpoints_are_kept_and_the_last_step_is_among_them(
     tmp_path, small_synthetic
 ):
     run = make_run(num_iterations=11)
-    training.train(run, options(tmp_path, save_per_iterations=2, max_ckpts=3))
+    loop.train(run, options(tmp_path, save_per_iterations=2, max_ckpts=3))
     assert [step for step, _ in checkpoints.list_checkpoints(str(tmp_path))] == [8, 10, 11]
 
 
 def test_epochs_become_the_steps_that_see_every_image_that_often(small_synthetic, tmp_path):
     given = {"dataset": "synthetic", "batch_size": 32, "holdout": 10}
-    run, resume_from = training.prepare_run(given, str(tmp_path), train_epochs=3)
+    run, resume_from = resume.prepare_run(given, str(tmp_path), train_epochs=3)
     assert resume_from is None
     assert run.training.num_iterations == 7  # 3 * 70 / 32, rounded up
     assert run.data.class_names == CLASS_NAMES
@@ -313,7 +321,7 @@ def test_epochs_become_the_steps_that_see_every_image_that_often(small_synthetic
 
 def prepare(given: dict, folder, path=None, **keywords) -> RunConfig:
     data = path and find(str(path), given.get("dataset"))
-    return training.prepare_run(given, str(folder), data, **keywords)[0]
+    return resume.prepare_run(given, str(folder), data, **keywords)[0]
 
 
 def test_a_new_run_learns_the_classes_that_its_files_have(tmp_path):
@@ -335,7 +343,7 @@ def test_a_resumed_run_knows_its_data_set_and_where_that_lies_by_default(tmp_pat
     monkeypatch.chdir(tmp_path)
     run = prepare({"dataset": "cifar100", "coarse_labels": True}, "run")
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, num_layers=8))
-    checkpoints.save(training.Trainer(run).checkpoint, "run", 0)
+    checkpoints.save(Trainer(run).checkpoint, "run", 0)
     assert prepare({}, "run") == prepare({"dataset": "cifar100"}, "run") == run
     for given, reason in (
         ({"dataset": "cifar10"}, "dataset=cifar10 .* dataset=cifar100"),
@@ -350,7 +358,7 @@ def test_a_resumed_run_knows_its_data_set_and_where_that_lies_by_default(tmp_pat
 def test_a_batch_larger_than_a_small_set_of_two_classes_is_trained_on_and_evaluated(tmp_path):
     data = find(str(write_pictures(tmp_path / "pictures", 2, train=9, test=5)))
     given = {"batch_size": 32, "num_iterations": 4, "num_layers": 8, "holdout": 3}
-    run, _ = training.prepare_run(given, str(tmp_path), data)
-    outcome = training.train(run, options(tmp_path, epochs_between_evals=1), data)
+    run, _ = resume.prepare_run(given, str(tmp_path), data)
+    outcome = loop.train(run, options(tmp_path, epochs_between_evals=1), data)
     assert (outcome.step, outcome.metrics.num_images) == (4, 3)
     assert outcome.metrics.confusion_matrix.shape == (2, 2)

@@ -12,14 +12,15 @@ import tensorflow as tf
 from conftest import values_in
 from numpy_resnet import NumpyResNet
 
-from cifar10_input import mean_image
+from cifar10_input import mean_image, training_batches
 from cifar10_resnet import checkpoints
-from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from cifar10_resnet.config import DataConfig, ModelConfig, Options, RunConfig, TrainingConfig
 from cifar10_resnet.data import splits
 from cifar10_resnet.data.dataset import find
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.evaluator import score_checkpoints
-from cifar10_resnet.training import trainer as training
+from cifar10_resnet.training import loop, resume
+from cifar10_resnet.training.trainer import Trainer
 from resnet_model import ResNet
 
 FINAL_LAYER = ("logits/kernel:0", "logits/bias:0")
@@ -39,7 +40,7 @@ PLAIN_WORDS = {"dataset": "synthetic", "batch_size": 8, "num_iterations": 12, "i
 
 def save_pretrained(folder: Path, origin: RunConfig, step: int = 50) -> str:
     """A checkpoint of which no two variables hold the same values, the mean image included."""
-    trainer = training.Trainer(origin)
+    trainer = Trainer(origin)
     rng = np.random.default_rng(step)
     for variable in trainer.model.variables:
         low, high = (-0.1, 0.1) if "kernel" in variable.name else (0.5, 1.5)
@@ -62,16 +63,16 @@ def _small_synthetic(monkeypatch):
     monkeypatch.setattr("cifar10_resnet.data.dataset.SYNTHETIC_IMAGES", {"train": 80, "test": 40})
 
 
-def options(folder: Path, **changes) -> training.Options:
+def options(folder: Path, **changes) -> Options:
     folder = str(folder)
-    return training.Options(folder, os.path.join(folder, "log"), log_per_iterations=4, **changes)
+    return Options(folder, os.path.join(folder, "log"), log_per_iterations=4, **changes)
 
 
 def start(folder: Path, pretrained: str | None, stop: int | None = None, **given) -> str:
     """What the command does with these flags; returns the prefix of what it saved."""
     given = {**PLAIN_WORDS, **given}
-    run, resume_from = training.prepare_run(given, str(folder), pretrained=pretrained)
-    return training.train(run, options(folder, max_train_steps=stop), None, resume_from).checkpoint
+    run, resume_from = resume.prepare_run(given, str(folder), pretrained=pretrained)
+    return loop.train(run, options(folder, max_train_steps=stop), None, resume_from).checkpoint
 
 
 def variables_in(prefix: str) -> dict[str, np.ndarray]:
@@ -88,7 +89,7 @@ def refusal(function, *args, **keywords) -> str:
 
 
 def test_the_network_is_the_pretrained_one_but_for_its_classes(pretrained, tmp_path):
-    run, resume_from = training.prepare_run(PLAIN_WORDS, str(tmp_path), pretrained=pretrained)
+    run, resume_from = resume.prepare_run(PLAIN_WORDS, str(tmp_path), pretrained=pretrained)
     assert resume_from is None
     # its hyperparameters are the new run's own
     assert run.model == dataclasses.replace(ORIGIN.model, num_classes=10, batch_norm_decay=0.99)
@@ -103,7 +104,7 @@ def test_a_networks_flags_may_be_repeated_and_the_batch_norms_decay_given_anew(
 ):
     given = {"num_layers": 11, "bottleneck": True, "shortcut_connections": False}
     given |= {"resnet_version": 1, "batch_norm_decay": 0.95}
-    run, _ = training.prepare_run(
+    run, _ = resume.prepare_run(
         PLAIN_WORDS | given, str(tmp_path), pretrained=checkpoints.find(pretrained)
     )
     assert run.model == dataclasses.replace(ORIGIN.model, num_classes=10, batch_norm_decay=0.95)
@@ -216,7 +217,7 @@ def test_only_what_is_trained_has_momentum(pretrained, tmp_path):
 
 def ops_of_a_step(fine_tune: bool) -> list[tf.Operation]:
     run = dataclasses.replace(ORIGIN, training=TrainingConfig(batch_size=4, fine_tune=fine_tune))
-    step = training.Trainer(run).train_step.get_concrete_function(
+    step = Trainer(run).train_step.get_concrete_function(
         tf.TensorSpec([4, 32, 32, 3], tf.float32), tf.TensorSpec([4], tf.int32)
     )
     assert not step.graph.as_graph_def().library.function, "all of the step is in this one graph"
@@ -246,7 +247,7 @@ def test_the_final_layers_steps_are_those_of_logistic_regression_in_numpy(nester
         fine_tune=True,
     )
     config = ModelConfig(num_layers=8, num_classes=5)
-    trainer = training.Trainer(RunConfig(config, DataConfig(), hyperparameters))
+    trainer = Trainer(RunConfig(config, DataConfig(), hyperparameters))
     rng = np.random.default_rng(0)
     for variable in trainer.model.variables:
         variable.assign_add(rng.uniform(-0.05, 0.05, variable.shape))
@@ -282,13 +283,13 @@ def test_the_final_layers_steps_are_those_of_logistic_regression_in_numpy(nester
 def means_subtracted(monkeypatch) -> list[np.ndarray]:
     """The means that the batches of each training are made with."""
     means = []
-    make_batches = training.training_batches
+    make_batches = training_batches
 
     def spy(examples, mean, *args):
         means.append(mean)
         return make_batches(examples, mean, *args)
 
-    monkeypatch.setattr(training, "training_batches", spy)
+    monkeypatch.setattr(loop, "training_batches", spy)
     return means
 
 
@@ -370,7 +371,7 @@ def test_a_run_of_a_version_that_knew_no_pretrained_networks_goes_on(tmp_path):
     parts = json.loads(run.to_json())
     for name in ("pretrained", "fine_tune", "recompute_mean"):
         del parts["training"][name]
-    old = training.Trainer(run)
+    old = Trainer(run)
     old.restore(prefix)
     old._description.assign(json.dumps(parts))
     checkpoints.save(old.checkpoint, str(tmp_path / "old"), 5)

@@ -1,0 +1,237 @@
+"""The training loop: what is due after which step, until the run ends."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import tensorflow as tf
+
+from cifar10_input import training_batches
+from cifar10_resnet import checkpoints
+from cifar10_resnet.config import Options, RunConfig
+from cifar10_resnet.data import dataset
+from cifar10_resnet.data.dataset import Dataset
+from cifar10_resnet.data.splits import RunImages
+from cifar10_resnet.distributed.replicas import Replicas
+from cifar10_resnet.evaluation.evaluator import Evaluator
+from cifar10_resnet.evaluation.metrics import Metrics
+from cifar10_resnet.training import resume
+from cifar10_resnet.training.progress import NoProgress, Progress, beginning, opening
+from cifar10_resnet.training.signals import StopSignals, saving_unheard
+from cifar10_resnet.training.trainer import Trainer
+
+# Several workers ask each other this often whether one was told to stop.
+STEPS_BETWEEN_AGREEMENTS = 10
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended: where it is saved, and the signal that stopped it if one did.
+
+    `summary` holds the rows of a table for people.
+    """
+
+    step: int
+    checkpoint: str
+    metrics: Metrics | None = None
+    stopped_by: int | None = None
+    summary: dict[str, str] = field(default_factory=dict)
+
+
+# --- What is due ----------------------------------------------------------------------------------
+
+
+def every(count: int) -> Callable[[int], int]:
+    """Returns the function from a step to the next one that `count` divides."""
+    return lambda step: step + count - step % count
+
+
+def next_end(step: int, images: int, batch_size: int) -> int:
+    """Returns the first later step in which so many images, or a multiple of them, are through."""
+    done = step * batch_size // images
+    return -(-(done + 1) * images // batch_size)
+
+
+class Agenda:
+    """What is due after which step. A duty is a function from a step to the next one it is due."""
+
+    def __init__(self, run: RunConfig, options: Options, num_images: int, num_workers: int = 1):
+        self.last = options.last_step(run)
+        self._steps_per_call = options.steps_per_call
+        log = every(options.log_per_iterations)
+        self._next = {
+            "log": log,
+            # After the step before a log: the log shows the gradients of its own step.
+            "watch": lambda step: log(step + 1) - 1,
+            "save": every(options.save_per_iterations),
+            # Several workers agree now and then, and one after every call.
+            "agree": every(STEPS_BETWEEN_AGREEMENTS if num_workers > 1 else 1),
+            "end": lambda step: self.last,
+        }
+        if options.epochs_between_evals:
+            between = options.epochs_between_evals * num_images
+            size = run.training.batch_size
+            self._next["evaluate"] = lambda step: min(next_end(step, between, size), self.last)
+        if options.profile_steps:
+            first, last = options.profile_steps
+            self._next["profile"] = lambda step: first - 1 if step < first - 1 else last
+        # What does not interrupt a call of several steps.
+        self._waits = {"agree"} if num_workers == 1 else set()
+
+    def due(self, step: int) -> set[str]:
+        """Returns the duties after a step. The end is a reason to log and to save."""
+        due = {name for name, after in self._next.items() if after(step - 1) == step}
+        return due | {"log", "save"} if "end" in due else due
+
+    def until_next(self, step: int) -> int:
+        """Returns how many steps to take at once: no duty lies in their middle."""
+        duties = (after(step) for name, after in self._next.items() if name not in self._waits)
+        return min(self._steps_per_call, *(at - step for at in duties if at > step))
+
+
+# --- The loop -------------------------------------------------------------------------------------
+
+
+def train(
+    run: RunConfig,
+    options: Options,
+    data: Dataset | None = None,
+    resume_from: str | None = None,
+    replicas: Replicas | None = None,
+) -> Outcome:
+    """Trains a run to its end, from its beginning or from a checkpoint of its own.
+
+    Without `data`, it uses its own data set in its default folder. Where several workers train
+    together, the chief alone reads and writes checkpoints.
+    """
+    replicas = replicas or Replicas()
+    data = data or dataset.find(None, run.data.dataset)
+    trainer, images = resume.ready(run, options, data, resume_from, replicas)
+    agenda = Agenda(run, options, len(images.train.labels), replicas.num_workers)
+    evaluations = Evaluations(trainer.model, options, images, replicas)
+    step = trainer.steps_done
+    say = print if replicas.is_chief else lambda line: None
+    if step >= agenda.last:
+        reason = "finished" if step >= run.training.num_iterations else "past --max_train_steps"
+        say(f"This run is {reason}: {resume_from} is step {step} of {run.training.num_iterations}.")
+        return Outcome(step, resume_from)
+    if resume_from and evaluations.have_threshold and evaluations.reach_threshold():
+        say(f"This run has reached --stop_threshold: {resume_from} is step {step}.")
+        return Outcome(step, resume_from, evaluations.metrics)
+    say(opening(run, options, trainer, len(images.train.labels)))
+    say(f"Going on from {resume_from}, step {step}." if resume_from else beginning(run))
+    if options.profile_steps and not step < options.profile_steps[0] <= agenda.last:
+        say(f"Nothing is profiled: --profile_steps begins outside of {step + 1} to {agenda.last}.")
+
+    pipeline = training_batches(
+        images.train,
+        trainer.model.image_mean.numpy(),
+        run.training.batch_size,
+        run.training.seed,
+        step,
+        agenda.last - step,
+        run.training.alternate_flips,
+        run.training.cutout,
+        (replicas.worker, replicas.num_workers),
+    )
+    kind = Progress if replicas.is_chief else NoProgress
+    steps_per_epoch = len(images.train.labels) / run.training.batch_size
+    saving = Saving(trainer, options)
+    with (
+        StopSignals() as stop,
+        kind(
+            *(run, step, agenda.last, steps_per_epoch),
+            log_path=options.train_log_path,
+            profile_steps=options.profile_steps,
+        ) as progress,
+        saving_unheard(saving.check, saving.save),
+    ):
+        return take_steps(trainer, pipeline, agenda, evaluations, saving, progress, stop)
+
+
+class Evaluations:
+    """The evaluations of a run while it trains. The chief makes them, and tells the others."""
+
+    def __init__(self, model: tf.Module, options: Options, images: RunImages, replicas: Replicas):
+        is_made = options.epochs_between_evals and replicas.is_chief
+        self._evaluate = Evaluator(model) if is_made else None
+        self._images, self._replicas = images, replicas
+        self.threshold = options.stop_threshold
+        self.have_threshold = bool(options.epochs_between_evals and options.stop_threshold)
+        self.split, self.metrics = images.scored_split, None
+
+    @property
+    def scored(self):
+        """The images that are evaluated, if there are any."""
+        return self._images.scored and self._images.scored.images
+
+    def reach_threshold(self) -> bool:
+        """Evaluates, and returns whether --stop_threshold is reached: alike on all workers."""
+        if self._evaluate:
+            self.metrics = self._evaluate(self._images.scored)
+        reached = self.metrics and self.threshold and self.metrics.accuracy >= self.threshold
+        return bool(self._replicas.largest(bool(reached)))
+
+
+class Saving:
+    """How a run is saved: by the chief, and only if its weights are sound."""
+
+    def __init__(self, trainer: Trainer, options: Options):
+        self._trainer, self._options = trainer, options
+
+    def check(self) -> None:
+        """Refuses weights and losses that are not finite."""
+        self._trainer.check_finite(self._options.ckpt_path)
+
+    def save(self) -> str:
+        """Saves a checkpoint and returns it."""
+        trainer, options = self._trainer, self._options
+        return checkpoints.save(
+            trainer.checkpoint, options.ckpt_path, trainer.steps_done, options.max_ckpts
+        )
+
+
+def take_steps(
+    trainer: Trainer,
+    pipeline: tf.data.Dataset,
+    agenda: Agenda,
+    evaluations: Evaluations,
+    saving: Saving,
+    progress: Progress,
+    stop: StopSignals,
+) -> Outcome:
+    """Takes steps until one is due to be the last."""
+    replicas, batches = trainer.replicas, iter(pipeline)
+    step, stopped_by, saved = trainer.steps_done, 0, ""
+    while True:
+        if "watch" in agenda.due(step) and replicas.is_chief:
+            trainer.watch_next_step()
+        with progress.taking(step):
+            count = agenda.until_next(step)
+            trainer.train_steps(batches, count)
+        step += count
+        due = agenda.due(step)
+        if "agree" in due:
+            stopped_by = replicas.largest(stop.signal or 0)
+        if stopped_by:
+            due |= {"log", "save", "end"}
+        rate = trainer.learning_rates[step - 1]
+        if progress.wants_update():
+            progress.update(step, *trainer.means(), rate)
+        if due & {"log", "save", "evaluate"}:
+            saving.check()
+        if "log" in due:
+            progress.log_training(step, *trainer.means(reset=True), rate, trainer.norms)
+            progress.show_once(
+                step, trainer.trace, lambda: next(iter(pipeline))[0] + trainer.model.image_mean
+            )
+        if "evaluate" in due:
+            reached = evaluations.reach_threshold()
+            progress.log_evaluation(step, evaluations.split, evaluations.metrics)
+            if reached:
+                progress.write(f"--stop_threshold={evaluations.threshold:g} is reached.")
+                due |= {"save", "end"}
+        if "save" in due and replicas.is_chief:
+            saved = saving.save()
+        if "end" in due:
+            summary = progress.finish(step, saved, evaluations.scored)
+            return Outcome(step, saved, evaluations.metrics, stopped_by or None, summary)

@@ -1,0 +1,143 @@
+"""Which run a start belongs to, and the trainer brought to where that run left off."""
+
+import dataclasses
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from cifar10_resnet import checkpoints
+from cifar10_resnet.config import (
+    MAX_ITERATIONS,
+    ModelConfig,
+    Options,
+    RunConfig,
+    refuse_contradictions,
+    training_config,
+    with_given,
+)
+from cifar10_resnet.data import dataset, splits
+from cifar10_resnet.data.dataset import Dataset
+from cifar10_resnet.distributed.replicas import Replicas
+from cifar10_resnet.errors import UserError
+from cifar10_resnet.training.trainer import Trainer
+
+
+def prepare_run(
+    given: dict[str, Any],
+    ckpt_path: str | None,
+    data: Dataset | None = None,
+    train_epochs: float | None = None,
+    pretrained: str | None = None,
+) -> tuple[RunConfig, str | None]:
+    """The run in `ckpt_path` and its newest intact checkpoint; or a new run from what is given.
+
+    A new run starts from the network of the `pretrained` checkpoint, where one is named. Without
+    `data`, a run uses its own data set in its default folder.
+    """
+    if data:
+        given = {**given, "dataset": data.name}
+    newest, passed_over = checkpoints.newest_intact(ckpt_path) if ckpt_path else (None, [])
+    if newest:
+        for reason in passed_over:
+            print(f"Passed over: {reason}", file=sys.stderr, flush=True)
+        if pretrained:
+            print(f"The run in {ckpt_path} goes on; {pretrained} is not used.", flush=True)
+        run, _ = checkpoints.read_run(newest)
+        if given.get("fine_tune") and not run.training.fine_tune:
+            raise UserError(
+                f"--fine_tune does not match the run in {ckpt_path}, which trains all layers. To "
+                "fine-tune its network, start a new run: "
+                f"--pretrained_model_checkpoint_path={ckpt_path} --fine_tune, with another "
+                "--ckpt_path."
+            )
+        refuse_contradictions(run, given, newest)
+        if checkpoints.is_network_alone(newest):
+            raise UserError(
+                f"{newest} is a network without the rest of its training, which so cannot go on: "
+                f"start a new one from it with --pretrained_model_checkpoint_path={ckpt_path}, and "
+                "name another --ckpt_path."
+            )
+    elif passed_over:
+        raise UserError(
+            f"{ckpt_path} holds no intact checkpoint to go on from: {passed_over[0]} "
+            "(--clean starts over.)"
+        )
+    else:
+        run = _new_run(given, data or dataset.find(None, given.get("dataset")), pretrained)
+    data = data or dataset.find(None, run.data.dataset)
+    examples = data.count_without_holdout(run.data.holdout)
+    length = {}
+    if train_epochs:
+        steps = train_epochs * examples / run.training.batch_size
+        length["num_iterations"] = math.ceil(min(max(steps, 1), MAX_ITERATIONS + 1))
+    if newest:
+        refuse_contradictions(run, length, newest)
+        return run, newest
+    return dataclasses.replace(run, training=with_given(run.training, length)), None
+
+
+def _new_run(given: dict[str, Any], data: Dataset, pretrained: str | None) -> RunConfig:
+    model = ModelConfig()
+    if pretrained:
+        pretrained = checkpoints.find(pretrained)
+        origin, _ = checkpoints.read_run(pretrained)
+        network = {n: given.get(n) for n in dataclasses.asdict(model) if n != "batch_norm_decay"}
+        named_by = "--pretrained_model_checkpoint_path"
+        refuse_contradictions(origin, network, pretrained, named_by)
+        model = dataclasses.replace(origin.model, batch_norm_decay=model.batch_norm_decay)
+    for name in ("fine_tune", "recompute_mean"):
+        if given.get(name) and not pretrained:
+            raise UserError(
+                f"--{name} is for a network that was trained before: name its checkpoint with "
+                "--pretrained_model_checkpoint_path."
+            )
+    described = data.describe(given.get("coarse_labels") or False)
+    return RunConfig(
+        with_given(dataclasses.replace(model, num_classes=len(described.class_names)), given),
+        with_given(described, given),
+        training_config({**given, "pretrained": pretrained}),
+    )
+
+
+def ready(
+    run: RunConfig,
+    options: Options,
+    data: Dataset,
+    resume_from: str | None,
+    replicas: Replicas,
+) -> tuple[Trainer, splits.RunImages]:
+    """Returns the trainer as the run begins or resumes with it, and the run's images."""
+    with ThreadPoolExecutor(1) as reader:
+        # The files are read while the network is built and traced.
+        reading = reader.submit(splits.load_run, data, run.data, bool(options.epochs_between_evals))
+        trainer = Trainer(
+            run,
+            options.data_format,
+            options.dtype,
+            options.loss_scale,
+            options.jit_compile,
+            replicas,
+            options.sync_batch_norm,
+        )
+        if resume_from:
+            trainer.restore(resume_from)
+        elif run.training.pretrained:
+            if replicas.is_chief:
+                checkpoints.restore_pretrained(trainer.model, run.training.pretrained)
+            trainer.copy_from_chief()
+        if trainer.steps_done < options.last_step(run):
+            trainer.trace()
+        images = reading.result()
+    if replicas.num_workers > 1:
+        replicas.refuse_differences({"SHA-256 of its training images": images.train.digest()})
+    if not resume_from:
+        trainer.data_mean.assign(images.mean)
+    elif not np.array_equal(images.mean, trainer.data_mean.numpy()):
+        raise UserError(
+            f"{data.folder or data.name} has other training images than {resume_from}: their mean "
+            "differs. Use the run's data, or another --ckpt_path."
+        )
+    return trainer, images

@@ -1,0 +1,45 @@
+"""Being asked to stop, and output that nobody reads any more."""
+
+import contextlib
+import errno
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+
+class StopSignals:
+    """While entered, Ctrl-C, SIGTERM and a closed terminal ask for a tidy end; a second insists."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._handlers: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
+            self._handlers[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        # A closed terminal sends SIGHUP twice. A second SIGHUP must not force an exit.
+        if self.signal is not None and number != signal.SIGHUP:
+            raise SystemExit(128 + number)
+        self.signal = self.signal or number
+
+
+@contextlib.contextmanager
+def saving_unheard(check: Callable[[], None], save: Callable[[], str]) -> Iterator[None]:
+    """Saves if nobody reads what is printed any more: the terminal, or the `| tee`, has gone."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EPIPE, errno.EIO):
+            check()
+            print(f"Nobody reads the output any more; saved as {save()}.", file=sys.stderr)
+        raise
