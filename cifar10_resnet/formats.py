@@ -7,6 +7,7 @@ the download script waits for TensorFlow.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from cifar10_resnet.errors import UserError
@@ -14,6 +15,7 @@ from cifar10_resnet.errors import UserError
 SIDE, CHANNELS = 32, 3
 IMAGE_BYTES = SIDE * SIDE * CHANNELS  # the red, the green and the blue plane, each row by row
 MAX_CLASSES = 256  # a label is a byte
+CHUNK_RECORDS = 256
 
 CIFAR10_NAMES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
@@ -119,6 +121,33 @@ class Format:
     def class_counts(self, folder: str) -> list[int]:
         """How many classes each of the label bytes tells apart."""
         return [label.num_classes or len(self.read_names(folder, label)) for label in self.labels]
+
+    def problem_in(self, folder: Path) -> str | None:
+        """What is wrong with a data folder: a file, its size, its labels or its class names."""
+        for name in self.files:
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+        try:
+            counts = [len(self.read_names(str(folder), label)) for label in self.labels]
+        except UserError as error:
+            return str(error).rstrip(".")
+        problems = (
+            self._problem_in_records(folder / name, counts)
+            for name in (*self.train_files, *self.test_files)
+        )
+        return next(filter(None, problems), None)
+
+    def _problem_in_records(self, file: Path, counts: Sequence[int]) -> str | None:
+        if problem := self.size_problem(file.name, file.stat().st_size):
+            return problem
+        first, size = 0, self.record_bytes
+        with open(file, "rb") as opened:
+            while chunk := opened.read(CHUNK_RECORDS * size):
+                columns = [chunk[i::size] for i in range(len(counts))]
+                if problem := self.label_problem(file.name, columns, counts, first):
+                    return problem
+                first += CHUNK_RECORDS
+        return None
 
     def size_problem(self, file: str, size: int) -> str | None:
         """What is wrong with a file of so many bytes, if it should hold records."""

@@ -111,6 +111,11 @@ def digest(path: StrPath, algorithm: str = "sha256") -> str:
     return found.hexdigest()
 
 
+def size(path: StrPath) -> int:
+    """Returns the size of a file, or 0 if there is none."""
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
 def sync(path: StrPath) -> None:
     """Waits until a file, or the list of a folder's entries, is on the disk."""
     handle = os.open(path, os.O_RDONLY)

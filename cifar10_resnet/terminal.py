@@ -56,6 +56,15 @@ def fitting(parts: Sequence[str], separator: str, room: int) -> str:
     return separator.join(parts[:count])
 
 
+def transfer(done: int, total: int | None, rate: float) -> tuple:
+    """Returns how far a transfer of bytes is, then in words how many, how fast and how long yet."""
+    speed = f"{rate / 1e6:.1f} MB/s"
+    if not total:
+        return None, f"{done / 1e6:.1f} MB", speed
+    left = duration((total - done) / max(rate, 1e-6))
+    return done / total, f"{done / 1e6:.1f} of {total / 1e6:.1f} MB", speed, f"{left} left"
+
+
 class LiveLine:
     """A line at the bottom of a terminal that is drawn again while work goes on.
 

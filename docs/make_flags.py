@@ -46,26 +46,16 @@ def page() -> str:
 def section(name: str, module: str) -> str:
     """Returns what a program does, how to start it, and its flags."""
     started = f"-m cifar10_resnet {name}" if "." in module else f"{module}.py"
-    tables = argparse_table() if name == "download" else absl_tables(module)
-    return f"\n## python {started}\n\n{first_line(module)}\n{tables}"
+    return f"\n## python {started}\n\n{first_line(module)}\n{tables(module)}"
 
 
-def absl_tables(module: str) -> str:
+def tables(module: str) -> str:
     """Returns a table for each group of flags."""
-    tables = ""
+    lines = ""
     for line in output_of("-c", PRINT_FLAGS, module).splitlines():
         names, tab, meaning = line.partition("\t")
-        tables += row(names, meaning) if tab else f"\n**{names}**\n\n{TABLE}"
-    return tables
-
-
-def argparse_table() -> str:
-    """Returns the table of the download script, whose flags are argparse's."""
-    shown = output_of("cifar10_download_and_extract.py", "--help").split("options:")[1]
-    # A flag starts at the third column. Its lines below the first are indented further.
-    flags = re.split(r"\n  (?=--)", shown)[1:]
-    rows = (re.fullmatch(r"(\S+)(?: [\w,{}]+)?\s{2,}(.*)", flag.strip(), re.S) for flag in flags)
-    return f"\n{TABLE}" + "".join(row(found[1], " ".join(found[2].split())) for found in rows)
+        lines += row(names, meaning) if tab else f"\n**{names}**\n\n{TABLE}"
+    return lines
 
 
 def row(names: str, meaning: str) -> str:

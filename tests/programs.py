@@ -15,12 +15,8 @@ from cifar10_resnet.__main__ import COMMANDS
 from cifar10_resnet.distributed import cluster
 
 PROJECT = Path(__file__).resolve().parent.parent
-# The module of each program whose flags are absl's, by the name that `start` takes.
-PROGRAMS = {
-    f"{module}.py" if module in ("run_trainer", "run_evaluator") else name: module
-    for name, module in COMMANDS.items()
-    if module != "cifar10_download_and_extract"
-}
+# The module of each program, by the name that `start` takes.
+PROGRAMS = {name if "." in module else f"{module}.py": module for name, module in COMMANDS.items()}
 # 8 layers and small batches: a step takes a few milliseconds
 SMALL = ("--num_layers=8", "--batch_size=16", "--log_per_iterations=5")
 

@@ -58,7 +58,7 @@ WITH_TENSORFLOW = (
 BROKEN = {
     "checkpoints imports training.summaries",
     "config imports numpy",
-    *(f"{room} imports absl" for room in ("device", "run_trainer", "run_evaluator")),
+    *(f"{room} imports absl" for room in ("device", *FRONT[2:])),
     *(
         f"commands.{name} imports absl"
         for name in ("classify", "draw", "export", "import_photos", "launch", "plot", "serve")
@@ -66,7 +66,7 @@ BROKEN = {
 }
 # The programs whose flags are absl's, and what they share.
 DEFINING = {
-    *("device", "cli.flags", "run_trainer", "run_evaluator"),
+    *("device", "cli.flags", *FRONT[2:]),
     *(
         f"commands.{name}"
         for name in ("classify", "draw", "export", "import_photos", "launch", "plot", "serve")

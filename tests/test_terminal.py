@@ -114,6 +114,13 @@ def test_a_file_gets_a_line_for_each_tenth_if_it_is_asked_for(capsys):
     assert shown == [f"{10 * i:3}%  read {10 * i}" for i in range(1, 11)]
 
 
+def test_a_transfer_tells_how_far_how_fast_and_how_long():
+    share, *facts = terminal.transfer(42_500_000, 170_000_000, 1_500_000)
+    assert share == 0.25
+    assert facts == ["42.5 of 170.0 MB", "1.5 MB/s", "0:01:25 left"]
+    assert terminal.transfer(42_500_000, None, 0.0) == (None, "42.5 MB", "0.0 MB/s")
+
+
 def test_a_command_is_printed_as_it_can_be_typed_in_the_folder(tmp_path, monkeypatch):
     for folder, script, package in (
         (PROJECT, "run_trainer.py", "-m cifar10_resnet export"),

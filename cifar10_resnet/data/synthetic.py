@@ -6,8 +6,11 @@ has to look at form: neither the mean colour nor a linear model on the pixels ge
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+
+from cifar10_resnet.formats import FORMATS, IMAGE_BYTES
 
 IMAGE_SIZE = 32
 SPLITS = ("train", "test")
@@ -145,3 +148,26 @@ def _make_block(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     grain = rng.standard_normal(pictures.shape, dtype=np.float32)
     pictures += uniform(0.02, 0.12, 1, 1, 1) * grain
     return np.rint(255 * np.clip(pictures, 0, 1)).astype(np.uint8), labels
+
+
+def source(train_images: int, test_images: int, seed: int) -> str:
+    """Returns the line about the source of such files, for their data folder."""
+    return (
+        f"synthetic stand-in: {train_images} training images, {test_images} test images, "
+        f"seed {seed}"
+    )
+
+
+def write(folder: Path, train_images: int, test_images: int, seed: int) -> None:
+    """Writes the images in CIFAR-10's format: a label, then the red, green and blue planes."""
+    file_format = FORMATS["cifar10"]
+    for split, num_images in (("train", train_images), ("test", test_images)):
+        names = file_format.split_files(split)
+        images, labels = make_split(split, num_images, seed)
+        planes = images.transpose(0, 3, 1, 2).reshape(num_images, IMAGE_BYTES)
+        records = np.concatenate([labels[:, np.newaxis], planes], axis=1)
+        for name, batch in zip(names, np.split(records, len(names)), strict=True):
+            (folder / name).write_bytes(batch.tobytes())
+    # CIFAR-10's file of names ends in an empty line too.
+    meta = "".join(f"{name}\n" for name in (*CLASS_NAMES, ""))
+    (folder / file_format.labels[0].names_file).write_bytes(meta.encode())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from programs import run, start
+from programs import run, run_code, start
 
 from cifar10_resnet.data.synthetic import CLASS_NAMES, make_split
 
@@ -52,9 +52,9 @@ def test_what_the_import_prints_trains_a_network_that_knows_the_photos(tmp_path)
     ],
 )
 def test_few_photos_get_more_epochs_and_short_runs_a_smaller_decay(count, flags):
-    from cifar10_resnet.commands.import_photos import training_flags
-
-    assert set(training_flags(count)) == flags | {"--recipe=fast"}
+    code = "from cifar10_resnet.commands.import_photos import training_flags; "
+    printed = run_code(code + f"print(*training_flags({count}))").stdout
+    assert set(printed.split()) == flags | {"--recipe=fast"}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,12 @@
+"""The synthetic images: what they show, and the files that the download script writes of them."""
+
 import numpy as np
 import pytest
+from conftest import contents
+from downloads import FOLDER, batch, run_script, spoil, tree
 
 from cifar10_resnet.data.synthetic import BLOCK_SIZE, CLASS_NAMES, make_split
+from cifar10_resnet.formats import FORMATS
 
 NUM_TRAIN, NUM_TEST = 6000, 1000
 
@@ -107,3 +112,72 @@ def test_an_unknown_split_is_refused(split):
 def test_a_negative_number_is_refused():
     with pytest.raises(ValueError, match="must not be negative"):
         make_split("train", -1)
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+SMALL = ("--synthetic", "--synthetic_train_images=20", "--synthetic_test_images", "7")
+
+
+def test_synthetic_files_hold_the_generated_images_as_planes(run, data_dir):
+    out = run(*SMALL, "--seed=3")
+    assert f"python run_trainer.py --path={data_dir / FOLDER}" in out
+    files = contents(data_dir / FOLDER)
+    assert sorted(files) == sorted([".sha256", *FORMATS["cifar10"].files])
+    train = b"".join(files[f"data_batch_{i}.bin"] for i in range(1, 6))
+    for split, count, data in (("train", 20, train), ("test", 7, files["test_batch.bin"])):
+        records = np.frombuffer(data, np.uint8).reshape(count, 3073)
+        images, labels = make_split(split, count, 3)
+        np.testing.assert_array_equal(records[:, 0], labels)
+        planes = records[:, 1:].reshape(count, 3, 32, 32)
+        np.testing.assert_array_equal(planes.transpose(0, 2, 3, 1), images)
+    assert {len(files[f"data_batch_{i}.bin"]) for i in range(1, 6)} == {4 * 3073}
+    assert files["batches.meta.txt"].decode().split() == list(CLASS_NAMES)
+
+
+def test_synthetic_data_depends_on_the_seed_and_on_nothing_else(tmp_path):
+    made = []
+    for place, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert run_script(f"--data_dir={tmp_path / place}", *SMALL, f"--seed={seed}") == 0
+        made.append(contents(tmp_path / place / FOLDER))
+    assert made[0] == made[1]
+    assert made[0]["data_batch_1.bin"] != made[2]["data_batch_1.bin"]
+
+
+def test_same_synthetic_data_is_not_written_again(run, data_dir):
+    run(*SMALL)
+    before = tree(data_dir)
+    assert "nothing to do" in run(*SMALL)
+    assert tree(data_dir) == before
+
+
+def test_damaged_synthetic_data_is_mended(run, data_dir):
+    run(*SMALL)
+    whole = contents(data_dir / FOLDER)
+    spoil(data_dir / FOLDER / "data_batch_1.bin", 5, 1)
+    spoil(data_dir / FOLDER / "data_batch_1.bin", 6, 2)
+    run(*SMALL)
+    assert contents(data_dir / FOLDER) == whole
+
+
+def test_synthetic_data_never_overwrites_other_data(get, run, data_dir):
+    get()
+    assert "other data" in run(*SMALL, status=1)
+    (data_dir / FOLDER / ".sha256").unlink()
+    (data_dir / FOLDER / "test_batch.bin").unlink()
+    assert "other data" in run(*SMALL, status=1)
+    assert (data_dir / FOLDER / "data_batch_1.bin").read_bytes() == batch(1)
+
+
+def test_other_synthetic_data_is_not_taken_for_the_one_asked_for(run, data_dir):
+    run(*SMALL)
+    before = tree(data_dir)
+    assert "seed 0" in run(*SMALL, "--seed=1", status=1)
+    assert tree(data_dir) == before
+
+
+def test_synthetic_data_is_never_taken_for_cifar10(run, data_dir):
+    run(*SMALL)
+    before = tree(data_dir)
+    assert "synthetic stand-in" in run("--url=file:///nowhere", status=1)
+    assert tree(data_dir) == before

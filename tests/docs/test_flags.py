@@ -5,7 +5,7 @@ import re
 
 import pytest
 from pages import PAGES
-from programs import PROGRAMS, run, run_code
+from programs import PROGRAMS, run_code
 
 from cifar10_resnet.config import TrainingConfig
 
@@ -42,12 +42,6 @@ def test_every_flag_of_a_program_is_listed_once(program):
     started = program if program.endswith(".py") else f"-m cifar10_resnet {program}"
     defined = json.loads(run_code(LIST_FLAGS, PROGRAMS[program]).stdout)
     assert sorted(listed(f"python {started}")) == sorted(defined)
-
-
-def test_every_flag_of_the_download_script_is_listed_once():
-    shown = run("cifar10_download_and_extract.py", "--help").stdout.split("options:")[1]
-    defined = re.findall(r"^  --(\w+)", shown, re.M)
-    assert sorted(listed("python cifar10_download_and_extract.py")) == sorted(defined)
 
 
 def test_the_values_of_the_papers_recipe_are_told():

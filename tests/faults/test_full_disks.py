@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import contents
+from downloads import batch, replacing, run_script, sha256
 from PIL import Image
 from programs import PROJECT, SMALL, Workers, assert_lost, error_of, run
 
-import cifar10_download_and_extract
 from cifar10_resnet import checkpoints, storage
 from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.errors import UserError
@@ -231,13 +231,13 @@ def test_generated_data_that_do_not_fit_leave_nothing(make_disk, spare, capsys):
     flags = ["--synthetic", "--synthetic_train_images=200", "--synthetic_test_images=10"]
     flags.append(f"--data_dir={disk.path}")
     disk.fill(spare)
-    assert cifar10_download_and_extract.main(flags) == 1
+    assert run_script(*flags) == 1
     assert FULL in one_line(capsys)
     assert os.listdir(disk.path) == ["ballast"]
     os.remove(disk.path / "ballast")
-    assert cifar10_download_and_extract.main(flags) == 0
+    assert run_script(*flags) == 0
     disk.remount("ro")
-    assert cifar10_download_and_extract.main(flags) == 0
+    assert run_script(*flags) == 0
     assert "nothing to do" in capsys.readouterr().out
 
 
@@ -245,20 +245,18 @@ def test_generated_data_that_do_not_fit_leave_nothing(make_disk, spare, capsys):
 def test_a_download_that_does_not_fit_goes_on_once_there_is_room(
     make_disk, tmp_path, where, capsys, monkeypatch
 ):
-    from test_cifar10_download_and_extract import batch, replacing, sha256
-
     archive = replacing("test_batch.bin", batch(6, 60))
     (tmp_path / "a.tar.gz").write_bytes(archive)
     url = (tmp_path / "a.tar.gz").as_uri()
     disk = make_disk()
     flags = [f"--data_dir={disk.path}", f"--url={url}", f"--sha256={sha256(archive)}"]
     disk.fill(len(archive) // 2 if where == "archive" else len(archive) + 40_000)
-    assert cifar10_download_and_extract.main(flags) == 1
+    assert run_script(*flags) == 1
     error = one_line(capsys)
     assert FULL in error
     assert "run the same command again" in error
     left = [name for name in os.listdir(disk.path) if name != "ballast"]
     assert re.fullmatch(r"\['cifar-10-binary\.tar\.gz\.part'\]", str(left))
     os.remove(disk.path / "ballast")
-    assert cifar10_download_and_extract.main(flags) == 0
+    assert run_script(*flags) == 0
     assert os.listdir(disk.path) == ["cifar-10-batches-bin"]

@@ -18,9 +18,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from programs import run
 
-import cifar10_download_and_extract
 from cifar10_resnet.config import RunConfig, learning_rates
-from cifar10_resnet.data import splits
+from cifar10_resnet.data import archive, splits
 from cifar10_resnet.data.dataset import find
 from cifar10_resnet.formats import FORMATS
 
@@ -157,16 +156,16 @@ def archives(draw: Any) -> bytes:
 
 @fuzzed
 @given(archives() | st.binary())
-def test_an_archive_is_refused_or_unpacked_into_its_own_files_alone(archive):
+def test_an_archive_is_refused_or_unpacked_into_its_own_files_alone(packed):
     with tempfile.TemporaryDirectory() as top:
         folder = Path(top) / "in" / "data"
         folder.mkdir(parents=True)
-        (Path(top) / "a.tar.gz").write_bytes(archive)
+        (Path(top) / "a.tar.gz").write_bytes(packed)
         # BadData becomes a sentence in the program
-        with contextlib.suppress(cifar10_download_and_extract.BadData):
-            cifar10_download_and_extract.unpack(Path(top) / "a.tar.gz", LAYOUT, folder)
+        with contextlib.suppress(archive.BadData):
+            archive.unpack(Path(top) / "a.tar.gz", LAYOUT, folder)
             assert {*LAYOUT.files} <= {*os.listdir(folder)}
-        assert {*os.listdir(folder)} <= {*LAYOUT.files, cifar10_download_and_extract.README_FILE}
+        assert {*os.listdir(folder)} <= {*LAYOUT.files, archive.README_FILE}
         assert all(path.is_file() and not path.is_symlink() for path in folder.iterdir())
         assert sorted(os.listdir(top)) == ["a.tar.gz", "in"]
         assert os.listdir(folder.parent) == ["data"]
