@@ -51,7 +51,6 @@ def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep
             storage.remove(prefix + ".index")
             for suffix in SUFFIXES:
                 os.replace(written + suffix, prefix + suffix)
-            storage.sync(directory)
         _delete_remains(directory)
         kept = []
         for saved_step, saved in list_checkpoints(directory):
@@ -60,6 +59,7 @@ def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep
             else:
                 kept.append(saved)
         surplus = max(0, len(kept) - max(1, max_to_keep)) if max_to_keep >= 0 else 0
+        # This syncs the folder too: the new checkpoint is on the disk before an old one goes.
         _write_state(directory, kept[surplus:])
         for old in kept[:surplus]:
             delete(old)
