@@ -132,9 +132,9 @@ def test_the_evaluator_writes_its_report_and_its_pictures(tmp_path, write_cifar1
 def test_files_that_cannot_be_written_are_refused_before_the_evaluation(tmp_path):
     (tmp_path / "file").touch()
     for flag, told in (
-        ("--report=none/r.html", "folder that does not exist"),
+        ("--report=none/r.html", "its folder does not exist"),
         ("--report=.", "is a folder"),
-        ("--output_json=none/s.json", "folder that does not exist"),
+        ("--output_json=none/s.json", "its folder does not exist"),
         ("--plot_dir=file", "cannot create the folder file"),
     ):
         # nothing is at --ckpt_path either, which would be told later

@@ -59,7 +59,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
         (["--run=a", "--run=empty"], "there are no curves in empty"),
         (["--run=a", "--run=./a/log"], "the same run twice"),
         (["--run=a", "--output=c.pdf"], "must end in .png or .svg"),
-        (["--run=a", "--output=none/c.png"], "folder that does not exist"),
+        (["--run=a", "--output=none/c.png"], "its folder does not exist"),
         (["--run=a", "--tag=learning_rate"], "say nothing of learning_rate"),
     ],
 )
