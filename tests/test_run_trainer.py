@@ -293,7 +293,7 @@ def test_what_cannot_be_transferred_ends_in_one_sentence(data, uninterrupted, tm
     assert "num_layers=8" in error
     # in a folder apart from that of a run from scratch
     nothing = error_of(*command, "--eval_only", cwd=tmp_path)
-    assert f"no checkpoint in runs/{uninterrupted.name}-transfer: " in nothing
+    assert f"no checkpoint is at runs/{uninterrupted.name}-transfer: " in nothing
     spared = error_of(*command, f"--ckpt_path={uninterrupted}", "--clean")
     assert f"--clean would delete {uninterrupted}" in spared
     assert (uninterrupted / "model.ckpt-60.index").exists()

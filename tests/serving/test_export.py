@@ -334,10 +334,10 @@ def test_wrong_flags_and_folders_are_told_before_tensorflow_is_imported(prefix, 
         assert "channels_last and fp32" in lite.stderr
     assert "not empty" in error_of(*command, f"--export_dir={tmp_path}", env=environment)
     pattern = f"--export_dir={tmp_path / 'new[1]'}"
-    assert "TensorFlow cannot have" in error_of(*command, pattern, env=environment)
+    assert "TensorFlow cannot use paths with" in error_of(*command, pattern, env=environment)
 
     trainer = ("run_trainer.py", f"--ckpt_path={tmp_path / 'run'}")
-    assert "TensorFlow cannot have" in error_of(*trainer, pattern, env=environment)
+    assert "TensorFlow cannot use paths with" in error_of(*trainer, pattern, env=environment)
     for folder, reason in ((tmp_path, "will hold"), (tmp_path / "tensorflow.py", "directory")):
         assert reason in error_of(*trainer, f"--export_dir={folder}", env=environment)
     both = run(*trainer, f"--export_dir={tmp_path}", "--eval_only", status=1, env=environment)

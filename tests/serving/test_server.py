@@ -248,7 +248,8 @@ def test_the_client_in_the_docs_works_as_it_is_printed(server, tmp_path):
     page = (PROJECT / "docs" / "export_and_serve.md").read_text(encoding="utf-8")
     (client,) = re.findall(r"```python\n([^`]*8501[^`]*)```", page)
     upload = encoded(photo(40, 40), "JPEG")
-    (tmp_path / "cat.jpg").write_bytes(upload)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "cat.jpg").write_bytes(upload)
     printed = run_code(client.replace("8501", str(server.port)), cwd=tmp_path).stdout
     best = server.post("/classify", upload)[1]["classes"][0]
     probabilities = json.loads(printed)
