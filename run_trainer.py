@@ -279,11 +279,10 @@ def main(argv: list[str]) -> int:
         storage.refuse_unwritable_folder(FLAGS.export_dir, apart_from=[ckpt_path, log_path])
 
     device = start_tensorflow(FLAGS.device, FLAGS.verbose, FLAGS.num_gpus)
-    from cifar10_resnet import checkpoints
     from cifar10_resnet.distributed import replicas as distributed
     from cifar10_resnet.evaluation import evaluator
     from cifar10_resnet.serving import export
-    from cifar10_resnet.training import loop, resume
+    from cifar10_resnet.training import loop, resume, run_folder
 
     if workers and not FLAGS.quiet:
         print(f"Joining the others as {workers.name(workers.index)}.", flush=True)
@@ -319,14 +318,14 @@ def main(argv: list[str]) -> int:
             return scored.line() if FLAGS.quiet else scored.report()
 
         def prepare() -> str:
-            held.enter_context(checkpoints.lock(ckpt_path))
+            held.enter_context(run_folder.lock(ckpt_path))
             with command_line.quiet_work():
                 run, resume_from = resume.prepare_run(
                     *(given, None if FLAGS.clean else ckpt_path),
                     *(data, FLAGS.train_epochs, pretrained),
                 )
             if FLAGS.clean:  # now that nothing stands in the way of the new run
-                checkpoints.clean(ckpt_path, log_path, pretrained)
+                run_folder.clean(ckpt_path, log_path, pretrained)
             return json.dumps([run.to_json(), resume_from])
 
         if FLAGS.eval_only:

@@ -1,4 +1,4 @@
-"""Checkpoints: saved whole or not at all, found, verified, restored; and the run folder's lock.
+"""Checkpoints: saved whole or not at all, found, verified, restored.
 
 A checkpoint is an ordinary `tf.train.Checkpoint` prefix, `model.ckpt-STEP`, with a file of SHA-256
 digests beside it. It carries the description of its run (see config.py), so that its path is
@@ -17,11 +17,9 @@ import tensorflow as tf
 from cifar10_resnet import storage
 from cifar10_resnet.config import RunConfig
 from cifar10_resnet.errors import UserError, reason_of
-from cifar10_resnet.training import summaries
 from resnet_model import ResNet
 
 NAME = "model.ckpt"
-EVENTS = f"events.out.tfevents.*{summaries.FILE_SUFFIX}"
 DESCRIPTION_KEY = "description/.ATTRIBUTES/VARIABLE_VALUE"
 STEP_KEY = "step/.ATTRIBUTES/VARIABLE_VALUE"
 STATE = "checkpoint"  # the file by which `tf.train.latest_checkpoint` finds the newest one
@@ -40,7 +38,7 @@ def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep
     prefix = os.path.join(directory, name)
     _refuse_newcomers(directory, step)
     try:
-        with _saving_folder(directory) as folder:
+        with saving_folder(directory) as folder:
             written = checkpoint.write(os.path.join(folder, name))
             with open(written + ".sha256", "w") as digests:
                 for suffix in SUFFIXES[1:]:
@@ -97,7 +95,7 @@ def newest_intact(directory: str) -> tuple[str | None, list[str]]:
     with_index, with_digests = list_checkpoints(directory), list_checkpoints(directory, ".sha256")
     if not with_index:  # at most the remains of a first save that was killed
         refuse_foreign(directory)
-        if names := _named_in_state(directory):
+        if names := named_in_state(directory):
             passed_over.append(
                 f"{os.path.join(directory, names[-1])} is not there, of which the file {STATE} "
                 "beside it tells: it is still being copied, or lost."
@@ -269,80 +267,7 @@ def load_model(prefix: str, data_format: str = "channels_last", dtype: str = "fp
     return model
 
 
-@contextlib.contextmanager
-def lock(directory: str) -> Iterator[None]:
-    """Holds a run's folder, created where missing, against a second trainer.
-
-    A folder that was created and stayed empty is removed again: the start was refused.
-    """
-    storage.refuse_patterns(directory)
-    is_new = not os.path.isdir(directory)
-    refusal = (
-        f"--ckpt_path={directory} is in use by another trainer. Wait, stop it, or use another "
-        "folder."
-    )
-    try:
-        with contextlib.ExitStack() as held:
-            try:
-                os.makedirs(directory, exist_ok=True)
-                held.enter_context(storage.lock(directory, refusal))
-                # Clears what a process that was killed while it saved has left behind, and shows
-                # that this one may save: an older lock may be writable in a folder that is not.
-                with _saving_folder(directory):
-                    pass
-            except OSError as error:
-                raise UserError(f"cannot write to {directory}: {error.strerror}.") from error
-            yield
-    finally:
-        if is_new:
-            with contextlib.suppress(OSError):  # It is not empty.
-                os.rmdir(directory)
-
-
-def clean(directory: str, log_path: str, needed: str | None = None) -> None:
-    """Deletes a run's checkpoints and summaries, and nothing that this project did not write.
-
-    Refuses to where the checkpoint that `needed` names is among them, or is none; and where there
-    are files, but none of a run.
-    """
-    if needed and os.path.realpath(os.path.dirname(find(needed))) == os.path.realpath(directory):
-        raise UserError(
-            f"--clean would delete {needed}, from which the run is to start: name another "
-            "--ckpt_path."
-        )
-    for _, prefix in list_checkpoints(directory):
-        if not os.path.exists(prefix + ".sha256"):
-            raise UserError(
-                f"--clean leaves {directory} alone: {os.path.basename(prefix)} there was not "
-                "written by this project."
-            )
-    saved = list_checkpoints(directory, ".sha256")
-    events, profiles = (
-        glob.glob(os.path.join(glob.escape(log_path), files))
-        for files in ("*/" + EVENTS, "plugins/profile/*/*.xplane.pb")
-    )
-    others = set(os.listdir(directory)) - {storage.LOCK} if os.path.isdir(directory) else set()
-    if not any(files for _, _, files in os.walk(log_path)):
-        # An interrupted --clean leaves the folders of the summaries, without their files.
-        others.discard(os.path.relpath(log_path, directory))
-    state = _named_in_state(directory)
-    if others and not (saved or events or state):
-        raise UserError(
-            f"--clean leaves {directory} alone: nothing in it is of a run of this project; name "
-            "another --ckpt_path, or leave out --clean."
-        )
-    try:
-        if state:
-            storage.remove(os.path.join(directory, STATE))
-        for _, prefix in saved:
-            delete(prefix)
-        for file in events + profiles:
-            os.remove(file)
-    except OSError as error:
-        raise UserError(f"cannot clean {directory}: {error.strerror}.") from error
-
-
-def _named_in_state(directory: str) -> list[str]:
+def named_in_state(directory: str) -> list[str]:
     """The checkpoints that the folder's STATE names, where all of them are named as ours are."""
     try:
         with open(os.path.join(directory, STATE), encoding="utf-8") as state:
@@ -354,7 +279,8 @@ def _named_in_state(directory: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _saving_folder(directory: str) -> Iterator[str]:
+def saving_folder(directory: str) -> Iterator[str]:
+    """An empty folder in a run's, where a checkpoint is written before it moves to its place."""
     folder = os.path.join(directory, ".saving")
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)

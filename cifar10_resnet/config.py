@@ -10,8 +10,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.formats import CIFAR10_NAMES, FORMATS
 
@@ -154,24 +152,6 @@ def with_given(config: Any, given: dict[str, Any]) -> Any:
 def training_config(given: dict[str, Any]) -> TrainingConfig:
     """The hyperparameters of the given recipe, with those that are given put over them."""
     return with_given(with_given(TrainingConfig(), RECIPES[given.get("recipe") or "paper"]), given)
-
-
-def learning_rates(training: TrainingConfig) -> np.ndarray:
-    """The learning rate of each step, as float32 [num_iterations]."""
-    steps = np.arange(training.num_iterations)
-    fraction = steps / training.num_iterations
-    if training.recipe != "paper":
-        # up to the peak at a fifth of the way, then down towards zero, never quite reaching it
-        rise, fall = (steps + 1) / training.num_iterations / 0.2, (1 - fraction) / 0.8
-        factors = np.minimum(np.minimum(rise, fall), 1.0)
-    else:
-        # 500, 32,000 and 48,000 of 64,000 steps; a run of another length keeps the proportions
-        boundaries = np.round(np.array([500, 32_000, 48_000]) * training.num_iterations / 64_000)
-        factors = np.array([0.1, 1.0, 0.1, 0.01])[np.searchsorted(boundaries, steps, side="right")]
-    peak = training.init_lr
-    if training.scale_lr:
-        peak *= training.batch_size / TrainingConfig.batch_size
-    return (peak * factors).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from conftest import contents
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.training import run_folder
 from cifar10_resnet.training.summaries import FILE_SUFFIX
 from cifar10_resnet.training.trainer import Trainer
 from resnet_model import ResNet
@@ -485,7 +486,7 @@ def test_folders_that_tensorflow_would_take_for_a_pattern_are_refused_before_tra
         directory = tmp_path / name
         with (
             pytest.raises(UserError, match="Use another folder"),
-            checkpoints.lock(str(directory)),
+            run_folder.lock(str(directory)),
         ):
             pass
         assert not directory.exists()
@@ -650,22 +651,22 @@ def test_a_second_trainer_is_refused_until_the_first_was_killed(holder, tmp_path
     directory = str(tmp_path / "run")
     process, answer = holder()
     assert answer == "held"
-    with pytest.raises(UserError) as refused, checkpoints.lock(directory):
+    with pytest.raises(UserError) as refused, run_folder.lock(directory):
         pass
     assert f"--ckpt_path={directory} is in use by another trainer" in str(refused.value)
     process.kill()
     process.wait()
-    with checkpoints.lock(directory):
+    with run_folder.lock(directory):
         assert holder()[1] == "refused", "now the lock is ours"
-        with pytest.raises(UserError), checkpoints.lock(directory):
+        with pytest.raises(UserError), run_folder.lock(directory):
             pass
     assert holder()[1] == "held", "and now it is free"
 
 
 def test_a_lock_is_given_back_when_its_holder_fails(tmp_path):
-    with pytest.raises(ZeroDivisionError), checkpoints.lock(str(tmp_path)):
+    with pytest.raises(ZeroDivisionError), run_folder.lock(str(tmp_path)):
         raise ZeroDivisionError
-    with checkpoints.lock(str(tmp_path)):
+    with run_folder.lock(str(tmp_path)):
         pass
 
 
@@ -673,9 +674,9 @@ def test_the_lock_makes_the_folder_and_removes_what_a_killed_save_left(tmp_path)
     saving = tmp_path / "runs" / "one" / ".saving"
     saving.mkdir(parents=True)
     (saving / "model.ckpt-10.index").write_bytes(b"x")
-    with checkpoints.lock(str(saving.parent)):
+    with run_folder.lock(str(saving.parent)):
         assert not saving.exists()
-    with checkpoints.lock(str(tmp_path / "runs" / "two" / "deeper")):
+    with run_folder.lock(str(tmp_path / "runs" / "two" / "deeper")):
         assert (tmp_path / "runs" / "two" / "deeper").is_dir()
 
 
@@ -684,7 +685,7 @@ def test_a_refused_trainer_leaves_the_other_ones_save_alone(holder, tmp_path):
     half_saved = tmp_path / "run" / ".saving" / "model.ckpt-10.index"
     half_saved.parent.mkdir()
     half_saved.write_bytes(b"x")
-    with pytest.raises(UserError), checkpoints.lock(str(tmp_path / "run")):
+    with pytest.raises(UserError), run_folder.lock(str(tmp_path / "run")):
         pass
     assert half_saved.exists()
 
@@ -692,7 +693,7 @@ def test_a_refused_trainer_leaves_the_other_ones_save_alone(holder, tmp_path):
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     for directory in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UserError) as refused, checkpoints.lock(str(directory)):
+        with pytest.raises(UserError) as refused, run_folder.lock(str(directory)):
             pass
         assert f"cannot write to {directory}" in str(refused.value)
 
@@ -701,7 +702,7 @@ def test_a_folder_that_may_not_be_written_to_is_named(tmp_path, monkeypatch, as_
     (tmp_path / "run").mkdir(mode=0o555)
     # from within, as the folders above pytest's are closed to anybody else
     monkeypatch.chdir(tmp_path / "run")
-    with as_nobody(), pytest.raises(UserError) as refused, checkpoints.lock("."):
+    with as_nobody(), pytest.raises(UserError) as refused, run_folder.lock("."):
         pass
     assert str(refused.value) == "cannot write to .: Permission denied."
 
@@ -715,7 +716,7 @@ def test_a_run_folder_that_has_become_read_only_is_refused_before_training(
     (tmp_path / "run" / ".lock").chmod(0o666)
     (tmp_path / "run").chmod(0o555)
     monkeypatch.chdir(tmp_path / "run")
-    with as_nobody(), pytest.raises(UserError) as refused, checkpoints.lock("."):
+    with as_nobody(), pytest.raises(UserError) as refused, run_folder.lock("."):
         pass
     assert str(refused.value) == "cannot write to .: Permission denied."
 
@@ -736,7 +737,7 @@ def test_clean_deletes_checkpoints_and_summaries_and_nothing_else(folder, tmp_pa
     for file in others + ours:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"x")
-    checkpoints.clean(str(folder), str(logs))
+    run_folder.clean(str(folder), str(logs))
     left = [file for top in (folder, logs) for file in top.rglob("*") if file.is_file()]
     assert sorted(left) == sorted(others)
 
@@ -745,7 +746,7 @@ def test_clean_deletes_damaged_and_half_moved_checkpoints_too(folder, tmp_path):
     os.truncate(prefix_of(folder, 10) + ".data-00000-of-00001", 0)
     os.remove(prefix_of(folder, 20) + ".data-00000-of-00001")
     os.remove(prefix_of(folder, 30) + ".index")
-    checkpoints.clean(str(folder), str(tmp_path / "logs"))
+    run_folder.clean(str(folder), str(tmp_path / "logs"))
     assert os.listdir(folder) == []
 
 
@@ -755,7 +756,7 @@ def test_clean_refuses_a_folder_with_a_checkpoint_that_somebody_else_wrote(folde
     (logs / "train").mkdir(parents=True)
     (logs / "train" / f"events.out.tfevents.1{FILE_SUFFIX}").write_bytes(b"x")
     before, logs_before = contents(folder), contents(logs)
-    text = refusal(checkpoints.clean, str(folder), str(logs))
+    text = refusal(run_folder.clean, str(folder), str(logs))
     assert str(folder) in text
     assert "model.ckpt-99" in text
     assert contents(folder) == before
@@ -779,8 +780,8 @@ def test_clean_refuses_a_folder_in_which_nothing_is_of_a_run(tiny, tmp_path, wha
         tiny.save(str(tmp_path / "other"))
         assert (tmp_path / "checkpoint").exists()
     before = contents(tmp_path)
-    with checkpoints.lock(str(tmp_path)):
-        text = refusal(checkpoints.clean, str(tmp_path), str(tmp_path / "log"))
+    with run_folder.lock(str(tmp_path)):
+        text = refusal(run_folder.clean, str(tmp_path), str(tmp_path / "log"))
     assert f"--clean leaves {tmp_path} alone" in text
     assert contents(tmp_path) == before
     assert what != "a folder" or (tmp_path / "photos").is_dir()
@@ -789,21 +790,21 @@ def test_clean_refuses_a_folder_in_which_nothing_is_of_a_run(tiny, tmp_path, wha
 def test_clean_of_a_run_that_was_stopped_before_its_first_save_works(tmp_path):
     (tmp_path / "log" / "train").mkdir(parents=True)
     (tmp_path / "log" / "train" / f"events.out.tfevents.1{FILE_SUFFIX}").write_bytes(b"x")
-    checkpoints.clean(str(tmp_path), str(tmp_path / "log"))
+    run_folder.clean(str(tmp_path), str(tmp_path / "log"))
     assert not list((tmp_path / "log" / "train").iterdir())
-    with checkpoints.lock(str(tmp_path / "new")):
-        checkpoints.clean(str(tmp_path / "new"), str(tmp_path / "new" / "log"))
+    with run_folder.lock(str(tmp_path / "new")):
+        run_folder.clean(str(tmp_path / "new"), str(tmp_path / "new" / "log"))
 
 
 def test_clean_leaves_a_copy_under_a_name_of_ones_own_alone(folder, tmp_path):
     copies = [shutil.copy(prefix_of(folder, 30) + p, folder / f"model.ckpt-best{p}") for p in PARTS]
-    checkpoints.clean(str(folder), str(tmp_path))
+    run_folder.clean(str(folder), str(tmp_path))
     assert sorted(folder.iterdir()) == sorted(copies)
 
 
 def test_clean_of_a_folder_that_is_missing_or_empty_is_no_mistake(tmp_path):
-    checkpoints.clean(str(tmp_path), str(tmp_path))
-    checkpoints.clean(str(tmp_path / "nowhere"), str(tmp_path / "no logs"))
+    run_folder.clean(str(tmp_path), str(tmp_path))
+    run_folder.clean(str(tmp_path / "nowhere"), str(tmp_path / "no logs"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -814,15 +815,15 @@ def test_clean_goes_on_where_it_was_interrupted(folder, tmp_path):
     for path in folder.glob("*"):
         if path.is_file():
             path.unlink()
-    checkpoints.clean(str(folder), str(logs))
+    run_folder.clean(str(folder), str(logs))
     (logs / "train" / "somebody's.txt").touch()
-    assert "alone" in refusal(checkpoints.clean, str(folder), str(logs))
+    assert "alone" in refusal(run_folder.clean, str(folder), str(logs))
 
 
 def test_a_start_that_is_refused_leaves_no_folder_and_no_lock_behind(tmp_path):
     (tmp_path / "there").mkdir()
     for name in ("new", "there"):
-        with pytest.raises(UserError, match="no data"), checkpoints.lock(str(tmp_path / name)):
+        with pytest.raises(UserError, match="no data"), run_folder.lock(str(tmp_path / name)):
             raise UserError("no data")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     assert list((tmp_path / "there").iterdir()) == []

@@ -16,12 +16,12 @@ from cifar10_resnet.config import (
     ModelConfig,
     RunConfig,
     TrainingConfig,
-    learning_rates,
     refuse_contradictions,
     training_config,
     units_per_block,
 )
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.training.optimizers import learning_rates
 
 # A run in which no field has its default.
 UNUSUAL = RunConfig(

@@ -13,7 +13,7 @@ import pytest
 from programs import PROJECT, error_of, run
 
 from cifar10_resnet import checkpoints
-from cifar10_resnet.config import learning_rates
+from cifar10_resnet.training.optimizers import learning_rates
 
 # The settings of a run in which nothing but the data is chosen. Later versions may add some.
 PAPER = {

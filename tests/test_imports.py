@@ -56,8 +56,6 @@ WITH_TENSORFLOW = (
 )
 
 BROKEN = {
-    "checkpoints imports training.summaries",
-    "config imports numpy",
     *(f"{room} imports absl" for room in ("device", *FRONT[2:])),
     *(
         f"commands.{name} imports absl"

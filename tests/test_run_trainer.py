@@ -14,6 +14,7 @@ from conftest import assert_same_checkpoint, skip_without_channels_first, values
 from programs import SMALL, error_of, run, run_code, start, table_in, wait_for, without_tensorflow
 
 from cifar10_resnet import checkpoints
+from cifar10_resnet.training import run_folder
 
 
 def test_the_end_of_a_training_says_how_to_evaluate_it_and_quiet_says_nothing_else(data, tmp_path):
@@ -257,7 +258,7 @@ def test_eval_only_needs_the_test_file_alone_and_disturbs_no_trainer(data, unint
     for name in ("test_batch.bin", "batches.meta.txt"):
         (tmp_path / name).write_bytes((data / name).read_bytes())
     command = ("run_trainer.py", f"--path={tmp_path}", "--eval_only", "--quiet")
-    with checkpoints.lock(str(uninterrupted)):
+    with run_folder.lock(str(uninterrupted)):
         shown = run(*command, f"--ckpt_path={uninterrupted}").stdout
     assert shown.startswith(f"{uninterrupted}/model.ckpt-60 on test images: accuracy ")
     assert "no checkpoint is at" in error_of(*command, f"--ckpt_path={tmp_path / 'typo'}")

@@ -124,3 +124,21 @@ def orthogonal(matrices: tf.Tensor) -> tf.Tensor:
         factor = -4.7750 * gram + 2.0315 * tf.matmul(gram, gram)
         x = 3.4445 * x + (tf.matmul(factor, x) if wide else tf.matmul(x, factor))
     return x
+
+
+def learning_rates(training: TrainingConfig) -> np.ndarray:
+    """The learning rate of each step, as float32 [num_iterations]."""
+    steps = np.arange(training.num_iterations)
+    fraction = steps / training.num_iterations
+    if training.recipe != "paper":
+        # up to the peak at a fifth of the way, then down towards zero, never quite reaching it
+        rise, fall = (steps + 1) / training.num_iterations / 0.2, (1 - fraction) / 0.8
+        factors = np.minimum(np.minimum(rise, fall), 1.0)
+    else:
+        # 500, 32,000 and 48,000 of 64,000 steps; a run of another length keeps the proportions
+        boundaries = np.round(np.array([500, 32_000, 48_000]) * training.num_iterations / 64_000)
+        factors = np.array([0.1, 1.0, 0.1, 0.01])[np.searchsorted(boundaries, steps, side="right")]
+    peak = training.init_lr
+    if training.scale_lr:
+        peak *= training.batch_size / TrainingConfig.batch_size
+    return (peak * factors).astype(np.float32)

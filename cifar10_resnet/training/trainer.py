@@ -8,10 +8,10 @@ import numpy as np
 import tensorflow as tf
 
 from cifar10_resnet import checkpoints
-from cifar10_resnet.config import RunConfig, learning_rates
+from cifar10_resnet.config import RunConfig
 from cifar10_resnet.distributed.replicas import Replicas
 from cifar10_resnet.errors import UserError
-from cifar10_resnet.training.optimizers import OPTIMIZERS
+from cifar10_resnet.training.optimizers import OPTIMIZERS, learning_rates
 from resnet_model import IMAGE_SHAPE, ResNet, assign
 
 

@@ -18,10 +18,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from programs import run
 
-from cifar10_resnet.config import RunConfig, learning_rates
+from cifar10_resnet.config import RunConfig
 from cifar10_resnet.data import archive, splits
 from cifar10_resnet.data.dataset import find
 from cifar10_resnet.formats import FORMATS
+from cifar10_resnet.training.optimizers import learning_rates
 
 # --- The description in a checkpoint --------------------------------------------------------------
 

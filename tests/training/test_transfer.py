@@ -19,7 +19,7 @@ from cifar10_resnet.data import splits
 from cifar10_resnet.data.dataset import find
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.evaluator import score_checkpoints
-from cifar10_resnet.training import loop, resume
+from cifar10_resnet.training import loop, resume, run_folder
 from cifar10_resnet.training.trainer import Trainer
 from resnet_model import ResNet
 
@@ -405,8 +405,8 @@ def test_cleaning_spares_the_pretrained_checkpoint(pretrained, tmp_path, monkeyp
     monkeypatch.chdir(folder)
     before = sorted(os.listdir(folder))
     for named in (str(folder), "model.ckpt-50", str(tmp_path / "link")):
-        assert "name another --ckpt_path" in refusal(checkpoints.clean, str(folder), "log", named)
-    assert "no checkpoint" in refusal(checkpoints.clean, str(folder), "log", str(tmp_path))
+        assert "name another --ckpt_path" in refusal(run_folder.clean, str(folder), "log", named)
+    assert "no checkpoint" in refusal(run_folder.clean, str(folder), "log", str(tmp_path))
     assert sorted(os.listdir(folder)) == before
-    checkpoints.clean(str(folder), "log", pretrained)
+    run_folder.clean(str(folder), "log", pretrained)
     assert os.listdir(folder) == []
