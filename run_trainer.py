@@ -266,14 +266,7 @@ def main(argv: list[str]) -> int:
     for path in (ckpt_path, log_path):
         storage.refuse_patterns(path)
 
-    workers = None
-    if FLAGS.distribution_strategy in ("auto", "multi_worker"):
-        workers = cluster.from_environment()
-    if FLAGS.distribution_strategy == "multi_worker" and workers is None:
-        raise UserError(
-            "--distribution_strategy=multi_worker needs TF_CONFIG to name the workers, as in "
-            f"{cluster.EXAMPLE}: `{command('launch')}` sets it to try it on one machine."
-        )
+    workers = _workers()
     if FLAGS.export_dir and (workers is None or workers.index == 0):  # the chief
         storage.refuse_patterns(FLAGS.export_dir)
         storage.refuse_unwritable_folder(FLAGS.export_dir, apart_from=[ckpt_path, log_path])
@@ -290,23 +283,7 @@ def main(argv: list[str]) -> int:
     replicas = distributed.choose(FLAGS.distribution_strategy, workers, FLAGS.worker_timeout)
     if FLAGS.jit_compile and replicas.count > 1:
         raise UserError("--jit_compile is for one device: leave it out with several.")
-    options = Options(
-        ckpt_path=ckpt_path,
-        train_log_path=log_path,
-        data_format=resolve_data_format(FLAGS.data_format, FLAGS.dtype, device),
-        dtype=FLAGS.dtype,
-        loss_scale=FLAGS.loss_scale,
-        jit_compile=FLAGS.jit_compile,
-        sync_batch_norm=FLAGS.sync_batch_norm,
-        steps_per_call=FLAGS.steps_per_call,
-        log_per_iterations=FLAGS.log_per_iterations,
-        save_per_iterations=FLAGS.save_per_iterations,
-        max_ckpts=FLAGS.max_ckpts,
-        epochs_between_evals=FLAGS.epochs_between_evals,
-        stop_threshold=FLAGS.stop_threshold,
-        max_train_steps=FLAGS.max_train_steps,
-        profile_steps=FLAGS.profile_steps,
-    )
+    options = _options(ckpt_path, log_path, device)
     with replicas.ending_together(), contextlib.ExitStack() as held:
         replicas.refuse_differences(_flags_in_common())
 
@@ -345,16 +322,55 @@ def main(argv: list[str]) -> int:
                 layout = "channels_last" if FLAGS.data_format == "auto" else FLAGS.data_format
                 export.export_saved_model(outcome.checkpoint, FLAGS.export_dir, layout, FLAGS.dtype)
     if replicas.is_chief:
-        title = f"{run.model.name}, step {outcome.step} of {run.training.num_iterations}"
-        rows = dict(outcome.summary)
-        if outcome.stopped_by:
-            name = signal.Signals(outcome.stopped_by).name
-            again = "the same command without --clean" if FLAGS.clean else "the same command"
-            rows["stopped"] = f"by {name}; {again} goes on from there"
-        rows["evaluate"] = _evaluating(run, outcome.checkpoint)
-        print(emphasised(title, sys.stdout))
-        print(table(rows.items()))
+        _show(run, outcome)
     return 128 + outcome.stopped_by if outcome.stopped_by else 0
+
+
+def _workers() -> cluster.Cluster | None:
+    """Returns the workers that TF_CONFIG names, if they are to train together."""
+    workers = None
+    if FLAGS.distribution_strategy in ("auto", "multi_worker"):
+        workers = cluster.from_environment()
+    if FLAGS.distribution_strategy == "multi_worker" and workers is None:
+        raise UserError(
+            "--distribution_strategy=multi_worker needs TF_CONFIG to name the workers, as in "
+            f"{cluster.EXAMPLE}: `{command('launch')}` sets it to try it on one machine."
+        )
+    return workers
+
+
+def _options(ckpt_path: str, log_path: str, device: str) -> Options:
+    """Returns what may change from one start of a run to the next."""
+    return Options(
+        ckpt_path=ckpt_path,
+        train_log_path=log_path,
+        data_format=resolve_data_format(FLAGS.data_format, FLAGS.dtype, device),
+        dtype=FLAGS.dtype,
+        loss_scale=FLAGS.loss_scale,
+        jit_compile=FLAGS.jit_compile,
+        sync_batch_norm=FLAGS.sync_batch_norm,
+        steps_per_call=FLAGS.steps_per_call,
+        log_per_iterations=FLAGS.log_per_iterations,
+        save_per_iterations=FLAGS.save_per_iterations,
+        max_ckpts=FLAGS.max_ckpts,
+        epochs_between_evals=FLAGS.epochs_between_evals,
+        stop_threshold=FLAGS.stop_threshold,
+        max_train_steps=FLAGS.max_train_steps,
+        profile_steps=FLAGS.profile_steps,
+    )
+
+
+def _show(run: RunConfig, outcome) -> None:
+    """Prints how the run ended, and what to do next."""
+    title = f"{run.model.name}, step {outcome.step} of {run.training.num_iterations}"
+    rows = dict(outcome.summary)
+    if outcome.stopped_by:
+        name = signal.Signals(outcome.stopped_by).name
+        again = "the same command without --clean" if FLAGS.clean else "the same command"
+        rows["stopped"] = f"by {name}; {again} goes on from there"
+    rows["evaluate"] = _evaluating(run, outcome.checkpoint)
+    print(emphasised(title, sys.stdout))
+    print(table(rows.items()))
 
 
 def _flags_in_common() -> dict[str, object]:
