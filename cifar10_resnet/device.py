@@ -1,4 +1,4 @@
-"""The flag --device, and starting TensorFlow on what it names: quietly, and without idle work."""
+"""Starting TensorFlow on a device: quietly, and without idle work."""
 
 import contextlib
 import os
@@ -6,11 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-from absl import flags, logging
-
 from cifar10_resnet.errors import UserError
-
-flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu"], "auto is a GPU where one is visible.")
 
 # TensorFlow's passes over a graph that find nothing to do in these networks on a CPU, and take a
 # deep one most of a second to find it. (What pays is "remapping", which fuses BN with ReLU.)
@@ -36,8 +32,6 @@ def start_tensorflow(device: str, verbose: bool = False, num_gpus: int | None = 
         has_gpu = bool(gpus)
         if not has_gpu:
             tf.config.optimizer.set_experimental_options(dict.fromkeys(IDLE_PASSES, False))
-    if not verbose and not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
     if num_gpus is not None and num_gpus > found:
         raise UserError(f"--num_gpus={num_gpus} was asked for, but TensorFlow sees {found} GPUs.")
     if device == "gpu" and not has_gpu:

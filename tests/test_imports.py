@@ -56,7 +56,7 @@ WITH_TENSORFLOW = (
 )
 
 BROKEN = {
-    *(f"{room} imports absl" for room in ("device", *FRONT[2:])),
+    *(f"{room} imports absl" for room in FRONT[2:]),
     *(
         f"commands.{name} imports absl"
         for name in ("classify", "draw", "export", "import_photos", "launch", "plot", "serve")
@@ -64,7 +64,7 @@ BROKEN = {
 }
 # The programs whose flags are absl's, and what they share.
 DEFINING = {
-    *("device", "cli.flags", *FRONT[2:]),
+    *("cli.flags", *FRONT[2:]),
     *(
         f"commands.{name}"
         for name in ("classify", "draw", "export", "import_photos", "launch", "plot", "serve")
@@ -188,9 +188,8 @@ def test_importing_a_library_starts_nothing_and_tensorflow_only_where_it_is_need
     with_it = [room for room in LIBRARIES if room in WITH_TENSORFLOW]
     found = import_all(*without)
     assert found == dict.fromkeys(without, (False, False))
-    # First come TensorFlow, which defines flags of its own, and the one library that still does.
-    found = import_all("device", "resnet_model", *with_it)
-    del found["device"]
+    # TensorFlow, which defines flags of its own, comes first with the network.
+    found = import_all("resnet_model", *with_it)
     assert found == dict.fromkeys(with_it, (True, False))
 
 

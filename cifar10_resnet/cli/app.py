@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import app as absl_app
-from absl import flags
+from absl import flags, logging
 
 from cifar10_resnet.cli.guard import exits_with_a_sentence, open_closed_streams
 from cifar10_resnet.errors import UserError
@@ -28,6 +28,16 @@ Groups = Mapping[str, Sequence[str]]
 NAMES_WIDTH = 28
 MAX_WIDTH = 100
 UNBROKEN = "\N{NO-BREAK SPACE}"
+
+
+# What is defined by a function below is a flag of the program that calls it.
+flags.disclaim_key_flags()
+
+
+def define_device() -> None:
+    """Defines the flag --device."""
+    text = "Device to use (auto: a GPU if TensorFlow finds one)"
+    flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu"], text)
 
 
 def run(
@@ -46,6 +56,8 @@ def run(
                 f"{arguments[1]!r} is not a flag. Write --flag=value, for example "
                 "--shortcut_connections=False."
             )
+        if not FLAGS["verbosity"].present and not ("verbose" in FLAGS and FLAGS.verbose):
+            logging.set_verbosity(logging.WARNING)
         return arguments
 
     open_closed_streams()

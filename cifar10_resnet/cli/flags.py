@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from absl import flags
 
-from cifar10_resnet import device
+from cifar10_resnet.cli.app import define_device
 from cifar10_resnet.formats import FORMATS
 
 FOLDERS = [file_format.folder for file_format in FORMATS.values() if file_format.folder]
@@ -47,7 +47,7 @@ flags.DEFINE_enum("dtype", "fp32", ["fp32", "bf16", "fp16"], "What the network c
 flags.DEFINE_float(
     "loss_scale", 128, "With fp16, the loss is multiplied by this against underflow.", lower_bound=1
 )
-flags.adopt_module_key_flags(device)
+define_device()
 flags.DEFINE_bool("quiet", False, "Print nothing but errors and the result.")
 flags.DEFINE_bool("verbose", False, "Print all settings, and TensorFlow's own messages.")
 

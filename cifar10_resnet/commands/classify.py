@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from cifar10_resnet import device
 from cifar10_resnet.cli import app
 from cifar10_resnet.cli.guard import exits_with_a_sentence, tell
 from cifar10_resnet.data.photos import EXTENSIONS, read_photo_file
+from cifar10_resnet.device import start_tensorflow
 from cifar10_resnet.errors import UserError, printable
 from cifar10_resnet.terminal import table
 
 FLAGS = flags.FLAGS
 BATCH_SIZE = 500
 
-flags.adopt_module_key_flags(device)
+app.define_device()
 flags.DEFINE_string("ckpt_path", None, "A checkpoint's prefix, or a folder: its newest checkpoint.")
 flags.DEFINE_alias("model_dir", "ckpt_path")
 flags.DEFINE_string("saved_model", None, "Folder that the export command wrote, instead.")
@@ -96,7 +96,7 @@ def _pictures_in(folder: str) -> list[str]:
 
 def _load() -> tuple[Callable[[np.ndarray], dict[str, Any]], list[str]]:
     """The network as a function of pixels, and its classes."""
-    device.start_tensorflow(FLAGS.device)
+    start_tensorflow(FLAGS.device)
     from cifar10_resnet import checkpoints
     from cifar10_resnet.serving import export
     from cifar10_resnet.serving.saved_network import SavedNetwork

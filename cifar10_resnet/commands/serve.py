@@ -10,15 +10,15 @@ import socket
 
 from absl import flags
 
-from cifar10_resnet import device
 from cifar10_resnet.cli import app
 from cifar10_resnet.cli.guard import exits_with_a_sentence
+from cifar10_resnet.device import start_tensorflow
 from cifar10_resnet.errors import UserError, reason_of
 from cifar10_resnet.terminal import command
 
 FLAGS = flags.FLAGS
 
-flags.adopt_module_key_flags(device)
+app.define_device()
 flags.DEFINE_string("saved_model", None, "Folder that the export command wrote.")
 flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 lets other machines in.")
 flags.DEFINE_integer(
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
         )
     sockets = _listen(FLAGS.host, FLAGS.port)
 
-    device.start_tensorflow(FLAGS.device)
+    start_tensorflow(FLAGS.device)
     from cifar10_resnet.serving import server
     from cifar10_resnet.serving.saved_network import SavedNetwork
 
