@@ -17,9 +17,9 @@ demo: $(VENV)/ready
 		--log_per_iterations=100 --ckpt_path=runs/demo --clean
 	$(RUN) run_evaluator.py --ckpt_path=runs/demo
 
-# two files at a time: a test and the programs that it starts seldom fill two cores
+# three files at a time: a test and the programs that it starts seldom fill a core each
 test: lint
-	$(RUN) -m pytest --numprocesses=2 --dist=loadfile
+	$(RUN) -m pytest --numprocesses=3 --dist=loadfile
 
 lint: $(VENV)/ready-for-tests
 	$(VENV)/bin/ruff check .
