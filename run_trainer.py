@@ -254,8 +254,7 @@ def _gpus_fit_the_device(values: dict[str, object]) -> bool:
 
 @exits_with_a_sentence
 def main(argv: list[str]) -> int:
-    pretrained = FLAGS.pretrained_model_checkpoint_path
-    if not pretrained:
+    if not FLAGS.pretrained_model_checkpoint_path:
         units_per_block(FLAGS.num_layers, FLAGS.bottleneck)  # told before TensorFlow is imported
     asked = "synthetic" if FLAGS.use_synthetic_data else FLAGS.dataset
     data = dataset.find_asked(FLAGS.path, asked)
@@ -273,9 +272,8 @@ def main(argv: list[str]) -> int:
 
     device = start_tensorflow(FLAGS.device, FLAGS.verbose, FLAGS.num_gpus)
     from cifar10_resnet.distributed import replicas as distributed
-    from cifar10_resnet.evaluation import evaluator
     from cifar10_resnet.serving import export
-    from cifar10_resnet.training import loop, resume, run_folder
+    from cifar10_resnet.training import loop, run_folder
 
     if workers and not FLAGS.quiet:
         print(f"Joining the others as {workers.name(workers.index)}.", flush=True)
@@ -287,26 +285,12 @@ def main(argv: list[str]) -> int:
     with replicas.ending_together(), contextlib.ExitStack() as held:
         replicas.refuse_differences(_flags_in_common())
 
-        def evaluate() -> str:
-            with command_line.quiet_work():
-                scored = evaluator.score_newest(
-                    ckpt_path, data, options.data_format, options.dtype, given
-                )
-            return scored.line() if FLAGS.quiet else scored.report()
-
         def prepare() -> str:
             held.enter_context(run_folder.lock(ckpt_path))
-            with command_line.quiet_work():
-                run, resume_from = resume.prepare_run(
-                    *(given, None if FLAGS.clean else ckpt_path),
-                    *(data, FLAGS.train_epochs, pretrained),
-                )
-            if FLAGS.clean:  # now that nothing stands in the way of the new run
-                run_folder.clean(ckpt_path, log_path, pretrained)
-            return json.dumps([run.to_json(), resume_from])
+            return _prepare(options, data, given)
 
         if FLAGS.eval_only:
-            report = replicas.from_chief(evaluate)
+            report = replicas.from_chief(lambda: _evaluate(options, data, given))
             if replicas.is_chief:
                 print(report)
             return 0
@@ -358,6 +342,32 @@ def _options(ckpt_path: str, log_path: str, device: str) -> Options:
         max_train_steps=FLAGS.max_train_steps,
         profile_steps=FLAGS.profile_steps,
     )
+
+
+def _evaluate(options: Options, data: dataset.Dataset | None, given: dict[str, object]) -> str:
+    """Scores the run's newest checkpoint, and returns what to print of it."""
+    from cifar10_resnet.evaluation import evaluator
+
+    with command_line.quiet_work():
+        scored = evaluator.score_newest(
+            options.ckpt_path, data, options.data_format, options.dtype, given
+        )
+    return scored.line() if FLAGS.quiet else scored.report()
+
+
+def _prepare(options: Options, data: dataset.Dataset | None, given: dict[str, object]) -> str:
+    """Returns, as JSON, the run to train and its checkpoint to go on from, if there is one."""
+    from cifar10_resnet.training import resume, run_folder
+
+    pretrained = FLAGS.pretrained_model_checkpoint_path
+    with command_line.quiet_work():
+        run, resume_from = resume.prepare_run(
+            *(given, None if FLAGS.clean else options.ckpt_path),
+            *(data, FLAGS.train_epochs, pretrained),
+        )
+    if FLAGS.clean:  # now that nothing stands in the way of the new run
+        run_folder.clean(options.ckpt_path, options.train_log_path, pretrained)
+    return json.dumps([run.to_json(), resume_from])
 
 
 def _show(run: RunConfig, outcome) -> None:

@@ -78,6 +78,11 @@ class DataConfig:
         if self.dataset not in (*FORMATS, "synthetic"):
             raise UserError(f"the data set {self.dataset!r} is unknown to this version.")
 
+    @property
+    def scored_split(self) -> str:
+        """What a run is evaluated on: its holdout, or the test images if it has none."""
+        return "holdout" if self.holdout else "test"
+
 
 @dataclass(frozen=True)
 class TrainingConfig:

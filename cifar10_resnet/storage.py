@@ -128,6 +128,14 @@ def sync(path: StrPath) -> None:
         os.close(handle)
 
 
+def sync_folder(folder: StrPath) -> None:
+    """Waits until all in a folder is on the disk."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            sync(os.path.join(place, name))
+        sync(place)
+
+
 # --- Folders --------------------------------------------------------------------------------------
 
 
@@ -146,10 +154,7 @@ def new_folder(path: StrPath) -> Iterator[str]:
     folder = _beside(path)
     try:
         yield folder
-        for place, _, files in os.walk(folder):
-            for name in files:
-                sync(os.path.join(place, name))
-            sync(place)
+        sync_folder(folder)
         wanted = os.path.realpath(path)
         os.replace(folder, wanted)
         sync(os.path.dirname(wanted))

@@ -56,8 +56,7 @@ class DataFolder:
             lines = [f"{digest}  {name}\n" for name, digest in part._check().items()]
             # `sha256sum -c` reads this too.
             (part.path / MANIFEST).write_text("".join([f"# {source}\n", *lines]), "utf-8")
-            for path in (*part.path.iterdir(), part.path):
-                storage.sync(path)
+            storage.sync_folder(part.path)
             self._remove()
             part.path.rename(self.path)
             storage.sync(self.path.parent)

@@ -68,9 +68,6 @@ class RunImages(NamedTuple):
 def load_run(data: Dataset, config: DataConfig, evaluates: bool) -> RunImages:
     """Returns the images of a run. Without a holdout, it evaluates on the test images."""
     train, scored = load_training(data, config)
-    split = "holdout"
     if not config.holdout:
-        split, scored = "test", None
-        if evaluates:
-            scored = load_split(data, config, "test")
-    return RunImages(train, mean_image(train.images), split, scored)
+        scored = load_split(data, config, "test") if evaluates else None
+    return RunImages(train, mean_image(train.images), config.scored_split, scored)

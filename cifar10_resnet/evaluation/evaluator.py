@@ -100,8 +100,9 @@ def score_newest(
     """Scores a run's newest checkpoint: on its holdout, or on the test images where it has none."""
     prefix = checkpoints.find(directory)
     run, _ = checkpoints.read_run(prefix)
-    split = "holdout" if run.data.holdout else "test"
-    (scored,) = score_checkpoints([prefix], data, split, data_format, dtype, given=given)
+    (scored,) = score_checkpoints(
+        [prefix], data, run.data.scored_split, data_format, dtype, given=given
+    )
     return scored
 
 

@@ -202,8 +202,9 @@ def take_steps(
     """Takes steps until one is due to be the last."""
     replicas, batches = trainer.replicas, iter(pipeline)
     step, stopped_by, saved = trainer.steps_done, 0, ""
+    due = agenda.due(step)
     while True:
-        if "watch" in agenda.due(step) and replicas.is_chief:
+        if "watch" in due and replicas.is_chief:
             trainer.watch_next_step()
         with progress.taking(step):
             count = agenda.until_next(step)
