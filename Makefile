@@ -39,7 +39,7 @@ bench: $(BENCH_VENV)/ready
 
 figures: $(VENV)/ready
 	$(RUN) docs/draw_parts.py
-	$(RUN) -m cifar10_resnet draw --output=files/ResNet20_CIFAR10.pdf,files/ResNet20_CIFAR10.png
+	$(RUN) -m cifar10_resnet draw --output=files/ResNet20_CIFAR10.pdf --output=files/ResNet20_CIFAR10.png
 	$(RUN) benchmarks/accuracy/draw_curves.py
 
 PRETRAINED := $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard files/pretrained/*/*.index)))))

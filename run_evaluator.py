@@ -8,102 +8,109 @@ import os
 import platform
 import shlex
 import sys
+from dataclasses import dataclass
 from datetime import datetime, timezone
-
-from absl import flags
+from typing import TYPE_CHECKING
 
 from cifar10_resnet import storage
 from cifar10_resnet.cli import app
-from cifar10_resnet.cli import flags as command_line
-from cifar10_resnet.cli.guard import exits_with_a_sentence
+from cifar10_resnet.config import DataConfig, ModelConfig, Options, checkpoint
 from cifar10_resnet.data import dataset
 from cifar10_resnet.device import resolve_data_format, start_tensorflow
-from cifar10_resnet.terminal import table
+from cifar10_resnet.errors import UserError
+from cifar10_resnet.settings import Checked, same, setting
+from cifar10_resnet.terminal import quietly, table
 
-FLAGS = flags.FLAGS
+if TYPE_CHECKING:
+    from cifar10_resnet.cli.flags import Flags
+    from cifar10_resnet.evaluation.metrics import Scored
 
-flags.adopt_module_key_flags(command_line)
-flags.DEFINE_string("ckpt_path", None, "A checkpoint's prefix, or a folder: its newest checkpoint.")
-flags.DEFINE_alias("model_dir", "ckpt_path")
-flags.DEFINE_enum(
-    "split", "test", ["train", "holdout", "test"], "Images to score; train is without the holdout."
-)
-flags.DEFINE_bool("all_checkpoints", False, "Score every checkpoint of the folder in turn.")
-flags.DEFINE_integer(
-    "batch_size", 500, "Images at a time; changes nothing but speed.", lower_bound=1
-)
-flags.DEFINE_string("output_json", None, "File to write the figures to.")
-flags.DEFINE_string("report", None, "HTML file to write the figures to, with pictures.")
-flags.DEFINE_string("plot_dir", None, "Folder to write the pictures to, as PNG files.")
-for name in (*command_line.DATA_FLAGS, *command_line.NETWORK_FLAGS):
-    FLAGS.set_default(name, None)  # the checkpoint tells
-flags.mark_flag_as_required("ckpt_path")
-
-FLAG_GROUPS = {
-    "What to score": ("ckpt_path", "all_checkpoints"),
-    "On which images": ("path", *command_line.DATA_FLAGS, "split"),
-    "Network, checked against the checkpoint": command_line.NETWORK_FLAGS,
-    "Output": ("output_json", "report", "plot_dir", "quiet", "verbose"),
-    "Computing": ("device", "data_format", "dtype", "loss_scale", "batch_size"),
-}
+WHAT, IMAGES, OUTPUT = "What to evaluate", "On which images", "Output"
+CHECKED = {"group": "Network, checked against the checkpoint", "shown": "the checkpoint's"}
 
 
-@flags.multi_flags_validator(
-    ["all_checkpoints", "report", "plot_dir"],
-    "--report and --plot_dir show one checkpoint: give them without --all_checkpoints",
-)
-def _one_is_shown(values: dict[str, object]) -> bool:
-    return not (values["all_checkpoints"] and (values["report"] or values["plot_dir"]))
+@dataclass(frozen=True, kw_only=True)
+class Settings(Checked):
+    ckpt_path: str = checkpoint(group=WHAT)
+    all_checkpoints: bool = setting(False, "Evaluate every checkpoint in the folder", WHAT)
+    path: str | None = same(Options, "path", group=IMAGES)
+    dataset: str = same(DataConfig, "dataset", group=IMAGES)
+    coarse_labels: bool = same(DataConfig, "coarse_labels", group=IMAGES, shown="the checkpoint's")
+    split: str = setting(
+        "test",
+        "Images to evaluate (train: without the holdout)",
+        IMAGES,
+        choices=("train", "holdout", "test"),
+    )
+    num_layers: int = same(ModelConfig, "num_layers", **CHECKED)
+    shortcut_connections: bool = same(ModelConfig, "shortcut_connections", **CHECKED)
+    bottleneck: bool = same(ModelConfig, "bottleneck", **CHECKED)
+    resnet_version: int = same(ModelConfig, "resnet_version", **CHECKED)
+    output_json: str | None = setting(None, "Write the results to this JSON file", OUTPUT)
+    report: str | None = setting(None, "Write an HTML report to this file", OUTPUT)
+    plot_dir: str | None = setting(None, "Write the plots to this folder as PNG files", OUTPUT)
+    quiet: bool = same(Options, "quiet", group=OUTPUT)
+    verbose: bool = same(Options, "verbose", group=OUTPUT)
+    device: str = same(Options, "device")
+    data_format: str = same(Options, "data_format")
+    dtype: str = same(Options, "dtype")
+    batch_size: int = setting(
+        500, "Images per batch (affects only speed)", "Device and precision", least=1
+    )
 
 
-@exits_with_a_sentence
-def main(argv: list[str]) -> int:
-    for file in (FLAGS.output_json, FLAGS.report):
+def main(flags: "Flags") -> int:
+    """Evaluates the checkpoint, or each of them, and prints and writes what it found."""
+    if flags.quiet and flags.verbose:
+        raise UserError("--quiet and --verbose contradict. Use one of them.")
+    if flags.all_checkpoints and (flags.report or flags.plot_dir):
+        raise UserError("--report and --plot_dir show one checkpoint. Remove --all_checkpoints.")
+    for file in (flags.output_json, flags.report):
         if file:
             storage.refuse_unwritable_file(file)
-    if FLAGS.plot_dir:
-        storage.make_folder(FLAGS.plot_dir)
-    data = dataset.find_asked(FLAGS.path, FLAGS.dataset)
-    if FLAGS.report or FLAGS.plot_dir:
+    if flags.plot_dir:
+        storage.make_folder(flags.plot_dir)
+    data = dataset.find_asked(flags.path, flags.dataset)
+    if flags.report or flags.plot_dir:
         # Imported early: if Matplotlib is missing, that is told before the evaluation.
         import cifar10_resnet.figures.style  # noqa: F401
 
-    device = start_tensorflow(FLAGS.device, FLAGS.verbose)
+    device = start_tensorflow(flags.device, flags.verbose)
     from cifar10_resnet import checkpoints
     from cifar10_resnet.evaluation import evaluator
 
-    newest = checkpoints.find(FLAGS.ckpt_path)
+    newest = checkpoints.find(flags.ckpt_path)
     prefixes = [newest]
-    if FLAGS.all_checkpoints:
+    if flags.all_checkpoints:
         prefixes = [prefix for _, prefix in checkpoints.list_checkpoints(os.path.dirname(newest))]
         for prefix in prefixes:
             checkpoints.verify(prefix)
-    data_format = resolve_data_format(FLAGS.data_format, FLAGS.dtype, device)
+    data_format = resolve_data_format(flags.data_format, flags.dtype)
     scores = []
-    with command_line.quiet_work() as stdout:
+    with quietly(flags.quiet) as stdout:
         for scored in evaluator.score_checkpoints(
             prefixes,
             data,
-            FLAGS.split,
+            flags.split,
             data_format,
-            FLAGS.dtype,
-            FLAGS.batch_size,
-            command_line.given_network() | command_line.given_flags(command_line.DATA_FLAGS),
+            flags.dtype,
+            flags.batch_size,
+            flags.given(ModelConfig, DataConfig),
         ):
-            if FLAGS.verbose:
+            if flags.verbose:
                 print(table(scored.run.settings().items()))
-            print(scored.line() if FLAGS.quiet else scored.report(), file=stdout, flush=True)
+            print(scored.line() if flags.quiet else scored.report(), file=stdout, flush=True)
             scores.append(scored.as_json())
-    if FLAGS.output_json:
-        told = scores if FLAGS.all_checkpoints else scores[0]
-        storage.new_file(FLAGS.output_json, (json.dumps(told, indent=2) + "\n").encode())
-    if FLAGS.report or FLAGS.plot_dir:
-        with command_line.quiet_work():
-            _draw(scored, f"{FLAGS.dtype}, {data_format}, on a {device.upper()}")
+    if flags.output_json:
+        told = scores if flags.all_checkpoints else scores[0]
+        storage.new_file(flags.output_json, (json.dumps(told, indent=2) + "\n").encode())
+    if flags.report or flags.plot_dir:
+        with quietly(flags.quiet):
+            _draw(flags, scored, f"{flags.dtype}, {data_format}, on a {device.upper()}")
     return 0
 
 
-def _draw(scored, computed_in: str) -> None:
+def _draw(flags: "Flags", scored: "Scored", computed_in: str) -> None:
     """Writes the pictures of an evaluation, and the page that shows them."""
     from cifar10_resnet.figures.evaluation import evaluation_figures
     from cifar10_resnet.figures.style import figure_to_png
@@ -111,12 +118,12 @@ def _draw(scored, computed_in: str) -> None:
     names = scored.run.data.class_names
     figures = evaluation_figures(scored.metrics, scored.images, names)
     pictures = {name: figure_to_png(figure) for name, figure in figures.items()}
-    if FLAGS.plot_dir:
+    if flags.plot_dir:
         for name, picture in pictures.items():
-            file = os.path.join(FLAGS.plot_dir, f"{name}.png")
+            file = os.path.join(flags.plot_dir, f"{name}.png")
             storage.new_file(file, picture)
             print(f"drew {file}")
-    if FLAGS.report:
+    if flags.report:
         import numpy as np
         import tensorflow as tf
 
@@ -131,9 +138,9 @@ def _draw(scored, computed_in: str) -> None:
             "machine": platform.platform(),
         }
         page = report.html(scored, pictures, made)
-        storage.new_file(FLAGS.report, page.encode())
-        print(f"wrote {FLAGS.report}")
+        storage.new_file(flags.report, page.encode())
+        print(f"wrote {flags.report}")
 
 
 if __name__ == "__main__":
-    app.run(main, FLAG_GROUPS)
+    app.run(main, Settings)

@@ -1,17 +1,36 @@
-"""What a run is: its network, its data, its hyperparameters. Every checkpoint carries this.
+"""Every setting, once: what a run is (network, data, hyperparameters), and how to start it.
 
-Plain dataclasses without TensorFlow, so that a wrong depth or a contradiction is told before
-anything slow is imported.
+The flags, their checks, docs/flags.md and the description in a checkpoint follow from the fields
+here. Nothing slow is imported: a wrong setting is refused before TensorFlow starts.
 """
 
 import dataclasses
 import json
-import math
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.formats import CIFAR10_NAMES, FORMATS
+from cifar10_resnet.settings import Checked, setting
+
+# A setting of each group, under whose title --help shows it.
+of_data = partial(setting, group="Data")
+of_network = partial(setting, group="Network")
+of_recipe = partial(setting, group="Recipe and length")
+of_pretrained = partial(setting, group="Pretrained network")
+of_files = partial(setting, group="Files and folders")
+of_logging = partial(setting, group="Logging")
+of_evaluation = partial(setting, group="Evaluation")
+of_device = partial(setting, group="Device and precision")
+of_several = partial(setting, group="Several devices and workers")
+# The checkpoint that a program reads.
+checkpoint = partial(
+    setting, help="Checkpoint, or a folder (its newest checkpoint is used)", also=("model_dir",)
+)
+
+
+# --- What a run is --------------------------------------------------------------------------------
 
 
 def units_per_block(num_layers: int, bottleneck: bool = False) -> int:
@@ -21,34 +40,48 @@ def units_per_block(num_layers: int, bottleneck: bool = False) -> int:
     if n >= 1 and rest == 0:
         return n
     below = max(n, 1) * per_unit + 2
-    neighbours = f"{below} or {below + per_unit}"
-    kind = "9n + 2 (with bottleneck units)" if bottleneck else "6n + 2"
-    common = "29, 56, 110, 164, 1001" if bottleneck else "20, 32, 44, 56, 110, 1202"
+    kind = "9n + 2 with bottleneck units" if bottleneck else "6n + 2"
     raise UserError(
-        f"--num_layers={num_layers} is not a depth of these networks, which have {kind} layers: "
-        f"the nearest are {neighbours} (common depths: {common})."
+        f"is invalid: it must be {kind}. The nearest are {below} and {below + per_unit}.",
+        "num_layers",
+        num_layers,
     )
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """The shape of a network: all that is needed to build it again."""
 
-    num_layers: int = 20
-    shortcut_connections: bool = True
-    bottleneck: bool = False
-    resnet_version: int = 2
-    num_classes: int = 10
-    batch_norm_decay: float = 0.99
-    batch_norm_epsilon: float = 1e-3
+    num_layers: int = of_network(
+        20,
+        "Number of layers: 6n + 2, or 9n + 2 with --bottleneck",
+        also=("resnet_size",),
+        least=1,
+    )
+    shortcut_connections: bool = of_network(
+        True,
+        "Build shortcuts (--noshortcut_connections: a plain network)",
+        also=("shortcut_connection",),
+    )
+    bottleneck: bool = of_network(False, "Use bottleneck units: 1x1, 3x3 and 1x1 convolutions")
+    resnet_version: int = of_network(
+        2,
+        "1: ReLU after each addition. 2: ReLU before each convolution",
+        choices=(1, 2),
+    )
+    num_classes: int = setting(10, least=2)
+    batch_norm_decay: float = of_network(
+        0.99,
+        "Decay of the batch-norm moving averages",
+        also=("batch_norm_momentum",),
+        least=0,
+        most=1,
+    )
+    batch_norm_epsilon: float = setting(1e-3, least=0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         units_per_block(self.num_layers, self.bottleneck)
-        if self.resnet_version not in (1, 2):
-            raise UserError(
-                f"--resnet_version={self.resnet_version} is unknown: give 1 (the first paper's "
-                "post-activation units) or 2 (pre-activation)."
-            )
 
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments that build this network: `ResNet(**run.model.arguments())`."""
@@ -66,64 +99,32 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     """Which images a run trains on."""
 
-    dataset: str = "cifar10"
-    class_names: tuple[str, ...] = CIFAR10_NAMES
-    holdout: int = 0
-    coarse_labels: bool = False
+    dataset: str = of_data(
+        "cifar10",
+        "Data set to use if the folder contains several",
+        choices=(*FORMATS, "synthetic"),
+        shown="",
+        implied_by=("use_synthetic_data", "path"),
+    )
+    class_names: tuple[str, ...] = setting(CIFAR10_NAMES)
+    holdout: int = of_data(0, "Keep the last N training images for evaluation", least=0)
+    coarse_labels: bool = of_data(
+        False, "Use CIFAR-100's 20 coarse labels instead of its 100 fine labels"
+    )
 
     def __post_init__(self) -> None:
-        if self.dataset not in (*FORMATS, "synthetic"):
-            raise UserError(f"the data set {self.dataset!r} is unknown to this version.")
+        super().__post_init__()
+        if len(self.class_names) < 2 or not all(map(str.isprintable, self.class_names)):
+            raise UserError("must be two or more names.", "class_names", self.class_names)
 
     @property
     def scored_split(self) -> str:
         """What a run is evaluated on: its holdout, or the test images if it has none."""
         return "holdout" if self.holdout else "test"
 
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """The hyperparameters. The defaults are those of the paper's recipe."""
-
-    recipe: str = "paper"
-    num_iterations: int = 64_000
-    batch_size: int = 128
-    optimizer: str = "momentum"
-    init_lr: float = 0.1
-    scale_lr: bool = False
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 2e-4
-    label_smoothing: float = 0.0
-    alternate_flips: bool = False
-    cutout: int = 0
-    seed: int = 0
-    pretrained: str = ""  # the checkpoint that the network started from, if it was one
-    fine_tune: bool = False
-    recompute_mean: bool = False
-
-    def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise UserError(
-                f"the recipe {self.recipe!r} is unknown: choose of {', '.join(RECIPES)}."
-            )
-        if self.optimizer not in OPTIMIZERS:
-            raise UserError(
-                f"the optimizer {self.optimizer!r} is unknown: choose of {', '.join(OPTIMIZERS)}."
-            )
-        # for what becomes of a length in epochs, too
-        if not 1 <= self.num_iterations <= MAX_ITERATIONS:
-            raise UserError(
-                f"a run of {self.num_iterations} steps is none: 1 to {MAX_ITERATIONS:,} will do."
-            )
-
-
-OPTIMIZERS = ("momentum", "muon")
-MAX_ITERATIONS = 10_000_000  # each has its learning rate in memory
-MAX_SEED = 2**63 - 1
 
 # What each recipe sets, on top of TrainingConfig's defaults. A flag given explicitly wins.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -145,18 +146,63 @@ RECIPES: dict[str, dict[str, Any]] = {
         "cutout": 9,
     },
 }
+MAX_ITERATIONS = 10_000_000  # each has its learning rate in memory
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Checked):
+    """The hyperparameters. The defaults are those of the paper's recipe."""
+
+    recipe: str = of_recipe(
+        "paper",
+        "Schedule and hyperparameters (other flags override them)",
+        choices=tuple(RECIPES),
+    )
+    num_iterations: int = of_recipe(
+        64_000,
+        "Length in steps",
+        least=1,
+        most=MAX_ITERATIONS,
+        implied_by=("train_epochs",),
+    )
+    batch_size: int = of_recipe(128, "Images per step, over all replicas", least=1)
+    optimizer: str = of_recipe("momentum", "Optimizer", choices=("momentum", "muon"))
+    init_lr: float = of_recipe(0.1, "Learning rate, or its peak", least=0)
+    scale_lr: bool = of_recipe(False, "Multiply the learning rate by --batch_size / 128")
+    momentum: float = of_recipe(0.9, "Momentum", least=0, most=1)
+    nesterov: bool = of_recipe(False, "Use Nesterov momentum")
+    weight_decay: float = of_recipe(2e-4, "L2 penalty on the kernels", least=0)
+    label_smoothing: float = of_recipe(
+        0.0, "Fraction of each label spread over all classes", least=0, most=1
+    )
+    alternate_flips: bool = setting(False)
+    cutout: int = of_recipe(
+        0, "Width in pixels of the square blanked in each training image", least=0
+    )
+    seed: int = of_recipe(0, "Random seed for weights, image order, crops and flips", least=0)
+    pretrained: str = setting("")  # the checkpoint that the network started from, if it was one
+    fine_tune: bool = of_pretrained(False, "Train only the final layer")
+    recompute_mean: bool = of_pretrained(
+        False, "Subtract the mean of the new images, not the pretrained one"
+    )
+
+
+def depends_on_recipe(item: Field) -> bool:
+    """Returns whether recipes have values of their own of a setting."""
+    return any(item.name in recipe for recipe in RECIPES.values())
 
 
 def with_given(config: Any, given: dict[str, Any]) -> Any:
     """The configuration with those of its fields replaced that are given (not None)."""
-    names = {item.name for item in dataclasses.fields(config)}
+    names = {item.name for item in fields(config)}
     chosen = {k: v for k, v in given.items() if k in names and v is not None}
     return dataclasses.replace(config, **chosen)
 
 
 def training_config(given: dict[str, Any]) -> TrainingConfig:
     """The hyperparameters of the given recipe, with those that are given put over them."""
-    return with_given(with_given(TrainingConfig(), RECIPES[given.get("recipe") or "paper"]), given)
+    recipe = with_given(TrainingConfig(), {"recipe": given.get("recipe")}).recipe
+    return with_given(with_given(TrainingConfig(), RECIPES[recipe]), given)
 
 
 @dataclass(frozen=True)
@@ -185,7 +231,14 @@ class RunConfig:
                 _read(DataConfig, parts["data"]),
                 _read(TrainingConfig, parts["training"]),
             )
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (
+            UserError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise UserError(
                 "the checkpoint's description is not one that this version of the project can "
                 f"read ({error!s:.200})."
@@ -193,58 +246,155 @@ class RunConfig:
 
 
 def _read(kind: type, values: dict[str, Any]) -> Any:
-    """One of the dataclasses from JSON values, which must be of the types of its defaults."""
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    for item in dataclasses.fields(kind):
-        value = values.get(item.name, item.default)
-        allowed = (float, int) if isinstance(item.default, float) else (type(item.default),)
-        if type(value) not in allowed or not _is_sound(value):
-            raise TypeError(f"{item.name} is {value!r:.60}")
-    return kind(**values)
-
-
-def _is_sound(value: Any) -> bool:
-    """Whether a run may have such a value: names that can be printed, no number below zero."""
-    if isinstance(value, tuple):
-        return len(value) > 1 and all(isinstance(v, str) and v.isprintable() for v in value)
-    if isinstance(value, float):
-        return 0 <= value < math.inf
-    return isinstance(value, str) or 0 <= value <= MAX_SEED
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to go about a run: all that may change from one start of it to the next."""
-
-    ckpt_path: str
-    train_log_path: str
-    data_format: str = "channels_last"
-    dtype: str = "fp32"
-    loss_scale: float = 128.0
-    jit_compile: bool = False
-    sync_batch_norm: bool = False
-    steps_per_call: int = 1
-    log_per_iterations: int = 200
-    save_per_iterations: int = 1000
-    max_ckpts: int = 5
-    epochs_between_evals: int = 0
-    stop_threshold: float | None = None
-    max_train_steps: int | None = None
-    profile_steps: tuple[int, int] | None = None
-
-    def last_step(self, run: RunConfig) -> int:
-        """Returns the step at which this start of a run ends."""
-        return min(run.training.num_iterations, self.max_train_steps or run.training.num_iterations)
+    """One of the dataclasses from JSON values, which has no tuples."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def refuse_contradictions(
     run: RunConfig, given: dict[str, Any], prefix: str, named_by: str = "--ckpt_path"
 ) -> None:
     """Refuses given values (None is not given) that are not those of the checkpoint's run."""
-    fixed = run.settings()
-    for name, value in given.items():
-        if value is not None and value != fixed[name]:
+    for name, fixed in run.settings().items():
+        if given.get(name, fixed) not in (None, fixed):
             raise UserError(
-                f"{name}={value} was asked for, but the checkpoint {prefix} has "
-                f"{name}={fixed[name]}: leave that flag out, or name another {named_by}."
+                f"does not match the checkpoint {prefix}, which has {name}={fixed}. Remove the "
+                f"flag, or use another {named_by}.",
+                name,
+                given[name],
             )
+
+
+# --- How to start a run ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options(Checked):
+    """How to go about a run: all that may change from one start of it to the next."""
+
+    path: str | None = of_data(
+        None,
+        "Folder with the data files, or its parent folder",
+        first=True,
+        also=("data_dir", "data_path"),
+        shown=" or ".join(known.folder for known in FORMATS.values() if known.folder),
+        own=True,
+    )
+    use_synthetic_data: bool = of_data(False, "Train on synthetic images (no --path needed)")
+    train_epochs: float | None = of_recipe(
+        None, "Length in epochs, instead of --num_iterations", above=0
+    )
+    max_train_steps: int | None = of_recipe(
+        None, "Stop after this step without changing the schedule", least=1
+    )
+    pretrained_model_checkpoint_path: str | None = of_pretrained(
+        None, "Start from this checkpoint's network, except the final layer", first=True
+    )
+    ckpt_path: str | None = of_files(
+        None,
+        "Run folder for checkpoints and logs",
+        also=("model_dir",),
+        shown="runs/resnet20, runs/resnet20-fast and so on",
+        own=True,
+    )
+    train_log_path: str | None = of_files(
+        None, "TensorBoard folder", also=("log_path",), shown="log in --ckpt_path", own=True
+    )
+    export_dir: str | None = of_files(
+        None, "Write a SavedModel to this new folder at the end", own=True
+    )
+    clean: bool = of_files(False, "Delete the run in --ckpt_path and start again")
+    save_per_iterations: int = of_logging(1000, "Save a checkpoint every N steps", least=1)
+    max_ckpts: int = of_logging(5, "Number of newest checkpoints to keep (negative: all)")
+    log_per_iterations: int = of_logging(200, "Log every N steps", also=("log_per_steps",), least=1)
+    profile_steps: tuple[int, int] | None = of_logging(
+        None,
+        "Profile these steps for TensorBoard: FIRST,LAST",
+        meaning="a first and a last step, as in 100,110",
+        least=1,
+    )
+    quiet: bool = of_logging(False, "Print only errors and the result")
+    verbose: bool = of_logging(False, "Print all settings and TensorFlow's messages")
+    epochs_between_evals: int = of_evaluation(
+        0, "Evaluate every N epochs, on the holdout if there is one", least=0
+    )
+    stop_threshold: float | None = of_evaluation(
+        None,
+        "Stop when an evaluation reaches this accuracy (0 to 1)",
+        least=0,
+        most=1,
+    )
+    eval_only: bool = of_evaluation(False, "Evaluate the newest checkpoint without training")
+    device: str = of_device(
+        "auto",
+        "Device to use (auto: a GPU if TensorFlow finds one)",
+        choices=("auto", "cpu", "gpu"),
+    )
+    data_format: str = of_device(
+        "auto",
+        "Data format inside the network (auto: channels_first only on GPUs)",
+        choices=("auto", "channels_first", "channels_last"),
+    )
+    dtype: str = of_device(
+        "fp32",
+        "Precision of the computation (variables stay fp32)",
+        choices=("fp32", "bf16", "fp16"),
+    )
+    loss_scale: float = of_device(128.0, "Factor on the loss against fp16 underflow", least=1)
+    jit_compile: bool = of_device(False, "Compile the step with XLA (slower on CPUs)")
+    steps_per_call: int = of_device(
+        1, "Steps per call from Python (more is faster on GPUs)", least=1
+    )
+    distribution_strategy: str = of_several(
+        "auto",
+        "Devices to use: all workers in TF_CONFIG, all local GPUs, or one",
+        choices=("auto", "off", "mirrored", "multi_worker"),
+    )
+    num_gpus: int | None = of_several(None, "Number of local GPUs to use", least=0, shown="all")
+    sync_batch_norm: bool = of_several(
+        False,
+        "Compute batch-norm statistics over the whole batch, not per replica",
+    )
+    worker_timeout: float = of_several(
+        60.0, "Seconds of silence before a worker counts as lost", least=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for is_wrong, why in (
+            (self.quiet and self.verbose, "--quiet and --verbose contradict. Use one of them."),
+            (
+                self.stop_threshold is not None and not self.epochs_between_evals,
+                "--stop_threshold needs evaluations. Add --epochs_between_evals=1.",
+            ),
+            (
+                self.export_dir is not None and self.eval_only,
+                "--export_dir does not work with --eval_only. Use the export command.",
+            ),
+            (
+                self.clean and self.eval_only,
+                "--clean would delete the checkpoint that --eval_only evaluates. Remove one of "
+                "them.",
+            ),
+            (
+                self.num_gpus is not None
+                and self.device == ("gpu" if self.num_gpus == 0 else "cpu"),
+                "--num_gpus does not fit --device. Use --num_gpus=1 or more with gpu, 0 with cpu.",
+            ),
+        ):
+            if is_wrong:
+                raise UserError(why)
+
+    def refuse_beside(self, given: dict[str, Any]) -> None:
+        """Refuses given settings of the run that these options replace."""
+        if self.train_epochs is not None and given.get("num_iterations") is not None:
+            raise UserError(
+                "--num_iterations and --train_epochs both set the length. Use one of them."
+            )
+        if self.use_synthetic_data and (given.get("dataset") or given.get("coarse_labels")):
+            raise UserError(
+                "--use_synthetic_data does not work with --dataset or --coarse_labels. Remove them."
+            )
+
+    def last_step(self, run: RunConfig) -> int:
+        """Returns the step at which this start of a run ends."""
+        return min(run.training.num_iterations, self.max_train_steps or run.training.num_iterations)

@@ -43,8 +43,12 @@ def start_tensorflow(device: str, verbose: bool = False, num_gpus: int | None = 
     return "gpu" if has_gpu else "cpu"
 
 
-def resolve_data_format(data_format: str, dtype: str, device: str) -> str:
+def resolve_data_format(data_format: str, dtype: str, device: str = "auto") -> str:
     """Turns `auto` into the device's data format. Refuses a format that its kernels lack."""
+    if device == "auto":
+        import tensorflow as tf
+
+        device = "gpu" if tf.config.get_visible_devices("GPU") else "cpu"
     if data_format == "auto":
         return "channels_first" if device == "gpu" else "channels_last"
     if data_format == "channels_first" and device == "cpu" and not _cpu_trains(data_format, dtype):

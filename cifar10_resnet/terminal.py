@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -161,3 +161,14 @@ def in_project(*parts: str) -> str:
     path = PROJECT.joinpath(*parts)
     relative = os.path.relpath(path)
     return str(path) if relative.startswith(os.path.join("..", "..")) else relative
+
+
+@contextlib.contextmanager
+def quietly(is_quiet: bool) -> Iterator[TextIO]:
+    """While entered, drops what goes to stdout if that is asked for. Yields the real stdout."""
+    stdout = sys.stdout
+    if not is_quiet:
+        yield stdout
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield stdout

@@ -4,15 +4,15 @@ python docs/draw_parts.py --output_dir=somewhere
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from absl import flags
 
 from cifar10_resnet.cli import app
-from cifar10_resnet.cli.guard import exits_with_a_sentence
 from cifar10_resnet.config import ModelConfig
 from cifar10_resnet.data.synthetic import CLASS_NAMES
 from cifar10_resnet.device import start_tensorflow
@@ -36,12 +36,11 @@ from cifar10_resnet.figures.style import (
     PAPER,
     picture,
 )
+from cifar10_resnet.settings import Checked, setting
 from cifar10_resnet.terminal import PROJECT
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("output_dir", str(PROJECT / "files"), "Folder to draw into.")
-
-FLAG_GROUPS = {"Where to": ("output_dir",)}
+if TYPE_CHECKING:
+    from cifar10_resnet.cli.flags import Flags
 
 # the kinds of units, and the flag that chooses each
 UNITS = {
@@ -53,9 +52,14 @@ UNITS = {
 OUTPUTS = {"Plain": "F(x)", "Version 1": "ReLU(x + F(x))"}
 
 
-@exits_with_a_sentence
-def main(argv: list[str]) -> int:
-    folder = Path(FLAGS.output_dir)
+@dataclass(frozen=True)
+class Settings(Checked):
+    output_dir: str = setting(str(PROJECT / "files"), "Folder to draw into", "Where to")
+
+
+def main(flags: "Flags") -> int:
+    """Draws the pictures."""
+    folder = Path(flags.output_dir)
     start_tensorflow("cpu")
     from cifar10_resnet.figures.trace import trace
     from resnet_model import ResNet
@@ -243,4 +247,4 @@ def draw_end(network: Network, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, FLAG_GROUPS)
+    app.run(main, Settings)

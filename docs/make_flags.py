@@ -3,8 +3,8 @@
 python docs/make_flags.py
 """
 
+import importlib
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cifar10_resnet import storage
 from cifar10_resnet.__main__ import COMMANDS, first_line
+from cifar10_resnet.cli.flags import explanation, groups_of, names_of
 from cifar10_resnet.terminal import PROJECT
 
 HEAD = """\
@@ -23,19 +24,6 @@ HEAD = """\
 value is your home folder. Write a boolean flag as `--clean`, `--noclean` or `--clean=False`.
 """
 TABLE = "| flag | meaning |\n| --- | --- |\n"
-
-# Two programs may define the same flag, so each is imported in a process of its own.
-PRINT_FLAGS = """
-import importlib, sys
-from absl import flags
-from cifar10_resnet.cli import app
-module = importlib.import_module(sys.argv[1])
-flags.FLAGS.mark_as_parsed()
-for title, names in module.FLAG_GROUPS.items():
-    print(title)
-    for name in names:
-        print(", ".join(app.names_of(name)), app.explanation(name), sep="\\t")
-"""
 
 
 def page() -> str:
@@ -51,22 +39,19 @@ def section(name: str, module: str) -> str:
 
 def tables(module: str) -> str:
     """Returns a table for each group of flags."""
-    lines = ""
-    for line in output_of("-c", PRINT_FLAGS, module).splitlines():
-        names, tab, meaning = line.partition("\t")
-        lines += row(names, meaning) if tab else f"\n**{names}**\n\n{TABLE}"
-    return lines
+    groups = groups_of(importlib.import_module(module).Settings)
+    return "".join(
+        f"\n**{title}**\n\n{TABLE}"
+        + "".join(row(names_of(item), explanation(item)) for item in items)
+        for title, items in groups.items()
+    )
 
 
-def row(names: str, meaning: str) -> str:
+def row(names: list[str], meaning: str) -> str:
     """Returns a flag's line in a table, its choices without the brackets of HTML."""
     meaning = re.sub(r"^<(.*?)>", lambda found: found[1].replace(" | ", ", "), meaning)
-    return f"| {', '.join(f'`{name}`' for name in names.split(', '))} | {meaning} |\n"
-
-
-def output_of(*words: str) -> str:
-    command = [sys.executable, *words]
-    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    meaning = meaning.replace("\N{NO-BREAK SPACE}", " ")
+    return f"| {', '.join(f'`{name}`' for name in names)} | {meaning} |\n"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 
 import cifar10_download_and_extract as script
 from cifar10_resnet.cli import app
@@ -186,11 +185,10 @@ def site() -> Iterator[Site]:
 def run_script(*flags: str) -> int:
     """Runs the script in this process, where tests can change it; returns its exit status."""
     with (
-        flagsaver.flagsaver(),
         mock.patch.object(sys, "argv", [str(SCRIPT), *flags]),
         pytest.raises(SystemExit) as ended,
     ):
-        app.run(script.main, script.FLAG_GROUPS)
+        app.run(script.main, script.Settings)
     return ended.value.code
 
 

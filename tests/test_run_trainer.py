@@ -303,11 +303,11 @@ def test_what_cannot_be_transferred_ends_in_one_sentence(data, uninterrupted, tm
 # A trainer that is interrupted as it begins to read its images.
 INTERRUPTED_TRAINER = """
 import os, signal
-from absl import app
 import run_trainer
+from cifar10_resnet.cli import app
 from cifar10_resnet.data import splits
 splits.load_training = lambda *args: os.kill(os.getpid(), signal.SIGINT)
-app.run(run_trainer.main)
+app.run(run_trainer.main, run_trainer.Settings)
 """
 
 

@@ -5,20 +5,19 @@ python benchmarks/accuracy/draw_curves.py --results_dir=benchmarks/accuracy --ou
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-from absl import flags
 from matplotlib.axes import Axes
 from matplotlib.transforms import offset_copy
 
 import run_csv
 from cifar10_resnet.cli import app
-from cifar10_resnet.cli.guard import exits_with_a_sentence
 from cifar10_resnet.figures.style import (
     BLUE,
     INK,
@@ -28,15 +27,11 @@ from cifar10_resnet.figures.style import (
     SMALL,
     picture,
 )
+from cifar10_resnet.settings import Checked, setting
 from cifar10_resnet.terminal import PROJECT
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string(
-    "results_dir", str(PROJECT / "benchmarks" / "accuracy"), "Folder of the runs' CSV files."
-)
-flags.DEFINE_string("output_dir", str(PROJECT / "files"), "Folder to draw into.")
-
-FLAG_GROUPS = {"Where from and where to": ("results_dir", "output_dir")}
+if TYPE_CHECKING:
+    from cifar10_resnet.cli.flags import Flags
 
 HIGHEST_ERROR, LOWEST_ACCURACY = 30, 60  # shown, in percent; more where a run ends near or beyond
 PAPERS_ACCURACY = 91.25  # of ResNet-20, in the first paper's table 6
@@ -70,9 +65,17 @@ SPEED = {
 Curve = tuple[np.ndarray, np.ndarray]
 
 
-@exits_with_a_sentence
-def main(argv: list[str]) -> int:
-    results, output = Path(FLAGS.results_dir), Path(FLAGS.output_dir)
+@dataclass(frozen=True)
+class Settings(Checked):
+    results_dir: str = setting(
+        str(PROJECT / "benchmarks" / "accuracy"), "Folder of the runs' CSV files", "Folders"
+    )
+    output_dir: str = setting(str(PROJECT / "files"), "Folder to draw into", "Folders")
+
+
+def main(flags: "Flags") -> int:
+    """Draws the pictures."""
+    results, output = Path(flags.results_dir), Path(flags.output_dir)
     for title, looks, file in (
         ("Residual networks", RESIDUAL, "resnet.png"),
         ("Plain networks", PLAIN, "plain.png"),
@@ -212,4 +215,4 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
 
 
 if __name__ == "__main__":
-    app.run(main, FLAG_GROUPS)
+    app.run(main, Settings)

@@ -1,68 +1,89 @@
-"""How every command starts: --help, with the flags in groups, and wrong flags told in a line.
+"""How every program starts: its flags, --help, and wrong flags told in a sentence.
 
-A program defines absl flags as usual, sorts their names into groups and ends in
-`app.run(main, FLAG_GROUPS)`.
+A program names its settings in a dataclass and ends in `app.run(main, Settings)`.
 """
 
 import difflib
 import inspect
-import itertools
 import os
 import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from absl import app as absl_app
-from absl import flags, logging
-
-from cifar10_resnet.cli.guard import exits_with_a_sentence, open_closed_streams
+from cifar10_resnet.cli.guard import Terminated, exits_with_a_sentence, open_closed_streams
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.settings import Checked
 from cifar10_resnet.terminal import emphasised
 
-FLAGS = flags.FLAGS
-# titles of groups, as --help shows them, and the names of the flags in each
-Groups = Mapping[str, Sequence[str]]
+if TYPE_CHECKING:
+    from cifar10_resnet.cli.flags import Flags
+
+    Main = Callable[[Flags], int | None]
 
 NAMES_WIDTH = 28
 MAX_WIDTH = 100
-UNBROKEN = "\N{NO-BREAK SPACE}"
-
-
-# What is defined by a function below is a flag of the program that calls it.
-flags.disclaim_key_flags()
-
-
-def define_device() -> None:
-    """Defines the flag --device."""
-    text = "Device to use (auto: a GPU if TensorFlow finds one)"
-    flags.DEFINE_enum("device", "auto", ["auto", "cpu", "gpu"], text)
 
 
 def run(
-    main: Callable[[list[str]], int | None], groups: Groups, takes_arguments: bool = False
+    main: "Callable[[Flags], int | None]", settings: type[Checked], arguments: str = ""
 ) -> None:
-    """Parses the flags and runs `main`, as `absl.app.run` does."""
+    """Reads the flags and runs `main`.
+
+    A program that takes arguments beside flags says where: "anywhere", or "last".
+    """
+    open_closed_streams()
+    sys.exit(exits_with_a_sentence(_run)(main, settings, arguments))
+
+
+def _run(
+    main: "Callable[[Flags], int | None]", settings: type[Checked], arguments: str
+) -> int | None:
+    # Imported late: if absl is missing, or Ctrl-C comes meanwhile, that is told in a sentence.
+    from absl import app, flags, logging
+
+    from cifar10_resnet.cli.flags import Flags
+
+    given = Flags(settings, [_at_home(argument) for argument in sys.argv], flags.FLAGS)
+
+    class Help(app.HelpFlag):
+        """--help, in place of absl's: in groups, and asking for help is no failure."""
+
+        def parse(self, argument: str) -> None:
+            if self._parse(argument):
+                width = min(shutil.get_terminal_size().columns, MAX_WIDTH)
+                # Flushed here, where it is noticed that the reader has gone.
+                print(help_text(main.__globals__["__doc__"], settings, width), flush=True)
+                sys.exit(0)
 
     def parse(argv: list[str]) -> list[str]:
-        flags.DEFINE_flag(_HelpFlag(inspect.unwrap(main).__globals__["__doc__"], groups))
+        help_flag = Help()
+        help_flag.allow_override = True
+        flags.DEFINE_flag(help_flag)
+        flags.FLAGS.set_gnu_getopt(arguments == "anywhere")
         try:
-            arguments = FLAGS([_at_home(argument) for argument in argv])
+            given.parse()
         except flags.Error as error:
-            raise _sentence(error, groups) from error
-        if len(arguments) > 1 and not takes_arguments:
+            raise _sentence(error, settings) from error
+        if given.arguments and not arguments:
             raise UserError(
-                f"{arguments[1]!r} is not a flag. Write --flag=value, for example "
+                f"{given.arguments[0]!r} is not a flag. Write --flag=value, for example "
                 "--shortcut_connections=False."
             )
-        if not FLAGS["verbosity"].present and not ("verbose" in FLAGS and FLAGS.verbose):
+        if not flags.FLAGS["verbosity"].present and not getattr(given, "verbose", False):
             logging.set_verbosity(logging.WARNING)
-        return arguments
+        return argv
 
-    open_closed_streams()
-    # absl ends the process itself; what goes wrong before `main` comes back.
-    sys.exit(exits_with_a_sentence(absl_app.run)(main, flags_parser=parse))
+    try:
+        app.run(lambda argv: main(given), argv=sys.argv, flags_parser=parse)
+    except UserError as error:
+        raise UserError(given.worded(error)) from error
+    except Terminated:
+        raise
+    except SystemExit as end:  # absl would end the process, before all of its output is written
+        return end.code
 
 
 def _at_home(argument: str) -> str:
@@ -71,98 +92,46 @@ def _at_home(argument: str) -> str:
     return flag + equals + os.path.expanduser(value) if value.startswith("~") else argument
 
 
-class _HelpFlag(absl_app.HelpFlag):
-    """--help, in place of absl's: in groups, and asking for help is no failure."""
+def help_text(description: str, settings: type[Checked], width: int) -> str:
+    """Returns what --help prints."""
+    from cifar10_resnet.cli.flags import explanation, groups_of, names_of
 
-    def __init__(self, description: str, groups: Groups):
-        super().__init__()
-        self.allow_override = True
-        self._description, self._groups = description, groups
-
-    def parse(self, argument: str) -> None:
-        if self._parse(argument):
-            width = min(shutil.get_terminal_size().columns, MAX_WIDTH)
-            # Flushed here, where it is noticed that the reader has gone, as in `--help | head -3`.
-            print(help_text(self._description, self._groups, width), flush=True)
-            sys.exit(0)
-
-
-def help_text(description: str, groups: Groups, width: int) -> str:
-    """What --help prints."""
     lines = [inspect.cleandoc(description)]
-    for title, names in groups.items():
+    for title, items in groups_of(settings).items():
         lines += ["", emphasised(title, sys.stdout)]
-        for name in names:
-            lines += _flag_lines(name, width)
+        for item in items:
+            lines += _flag_lines(", ".join(names_of(item)), explanation(item), width)
     lines += ["", "--helpfull lists the flags of the libraries too."]
     return "\n".join(lines)
 
 
-def _flag_lines(name: str, width: int) -> list[str]:
-    names = ", ".join(names_of(name))
-    # where the terminal is narrow, or the names are long, the text goes below them
+def _flag_lines(names: str, meaning: str, width: int) -> list[str]:
+    # Where the terminal is narrow, or the names are long, the text goes below them.
     indent = NAMES_WIDTH if width >= 80 else 6
     below = len(names) + 3 >= indent
     text = textwrap.fill(
-        explanation(name),
+        meaning,
         width,
         initial_indent=" " * indent,
         subsequent_indent=" " * indent,
         break_on_hyphens=False,
     )
-    text = text.replace(UNBROKEN, " ")
+    text = text.replace("\N{NO-BREAK SPACE}", " ")
     return [f"  {names}", text] if below else [f"  {names}".ljust(indent) + text[indent:]]
 
 
-def names_of(name: str) -> list[str]:
-    """Returns a flag and its aliases, as they are typed."""
-    prefix = "--[no]" if FLAGS[name].boolean else "--"
-    return [prefix + each for each in (name, *_aliases(name))]
+def _sentence(error: Exception, settings: type[Checked]) -> UserError:
+    """Returns absl's complaint about the flags, in words for people."""
+    from cifar10_resnet.cli.flags import items_of, names_of
+
+    if unknown := getattr(error, "flagname", None):
+        typed = [name.lstrip("-") for item in items_of(settings) for name in names_of(item)]
+        names = [prefix + name.removeprefix("[no]") for name in typed for prefix in _prefixes(name)]
+        near = difflib.get_close_matches(unknown, names, 1)
+        advice = f"Did you mean --{near[0]}?" if near else "--help lists the flags."
+        return UserError(f"--{unknown} is not a flag. {advice}")
+    return UserError(re.sub(r"\.$", "", str(error).splitlines()[0]) + ".")
 
 
-def _aliases(name: str) -> list[str]:
-    return [other for other in FLAGS if FLAGS[other].help == f"Alias for --{name}."]
-
-
-def explanation(name: str) -> str:
-    """Returns what a flag does, its choices and its default."""
-    flag = FLAGS[name]
-    text = _help_of(name).rstrip(".")
-    # with spaces, long lists of choices can be broken
-    text = re.sub(r"^<.*?>", lambda choices: choices[0].replace("|", " | "), text)
-    if flag.default is None or "default" in text.lower():
-        return text
-    values = flag.default if isinstance(flag.default, list) else [flag.default]
-    default = ", ".join(str(value).lower() if flag.boolean else str(value) for value in values)
-    return f"{text} (default:{UNBROKEN}{default})"
-
-
-def _help_of(name: str) -> str:
-    """Returns a flag's help, without what absl adds if the flag may be repeated."""
-    return FLAGS[name].help.partition(";\n    repeat this option")[0]
-
-
-def _all_names(groups: Groups) -> Iterator[str]:
-    for name in itertools.chain.from_iterable(groups.values()):
-        for each in (name, *_aliases(name)):
-            yield from (each, f"no{each}") if FLAGS[name].boolean else (each,)
-
-
-def _sentence(error: flags.Error, groups: Groups) -> UserError:
-    """absl's complaint about the flags, in words for people."""
-    if isinstance(error, flags.UnrecognizedFlagError):
-        near = difflib.get_close_matches(error.flagname, _all_names(groups), 1)
-        advice = f"did you mean --{near[0]}?" if near else "--help lists those there are."
-        return UserError(f"there is no flag --{error.flagname}: {advice}")
-    complaint = re.fullmatch(r"flag (--(\w+))=(.*?): (.*?)\.?", str(error).splitlines()[0])
-    if complaint is None:
-        # about several flags, or none of them
-        return UserError(re.sub(r"^flags .*?: |\.$", "", str(error).splitlines()[0]) + ".")
-    flag, name, value, reason = complaint.groups()
-    parser, text = FLAGS[name].parser, _help_of(name)
-    if reason == f"Flag {flag} must have a value other than None":
-        return UserError(f"{flag} is missing: {text[0].lower()}{text[1:]}")
-    if isinstance(error.__context__, TypeError | ValueError):
-        choices = " or ".join(getattr(parser, "enum_values", []))
-        reason = f"it must be {choices or parser.syntactic_help or 'true or false'}"
-    return UserError(f"{flag}={value} will not do: {reason}.")
+def _prefixes(name: str) -> tuple[str, ...]:
+    return ("", "no") if name.startswith("[no]") else ("",)

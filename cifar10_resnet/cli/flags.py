@@ -1,96 +1,165 @@
-"""The flags that the trainer's and the evaluator's command lines share."""
+"""The flags of a program, made from its settings: defined, explained and read."""
 
-import contextlib
-import math
-import os
-import sys
-from collections.abc import Iterator
-from typing import Any, TextIO
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Any, get_args, get_origin
 
 from absl import flags
 
-from cifar10_resnet.cli.app import define_device
-from cifar10_resnet.formats import FORMATS
+from cifar10_resnet.config import depends_on_recipe
+from cifar10_resnet.errors import UserError
+from cifar10_resnet.settings import Checked, check, type_of, wanted
 
-FOLDERS = [file_format.folder for file_format in FORMATS.values() if file_format.folder]
-
-flags.DEFINE_string(
-    "path",
-    None,
-    f"Folder of the binary files, or the folder above it (default: {' or '.join(FOLDERS)}).",
-)
-flags.DEFINE_alias("data_dir", "path")
-flags.DEFINE_enum("dataset", None, list(FORMATS), "Data set (default: the one that --path holds).")
-flags.DEFINE_bool("coarse_labels", False, "Learn CIFAR-100's 20 coarse labels, not its 100 fine.")
-flags.DEFINE_integer(
-    "num_layers",
-    20,
-    "Depth: 6n + 2 layers (20, 32, 44, 56, 110 …), or 9n + 2 with --bottleneck (29, 164 …).",
-    lower_bound=1,
-)
-flags.DEFINE_alias("resnet_size", "num_layers")
-flags.DEFINE_bool("shortcut_connections", True, "Whether to build shortcuts; without, a plain net.")
-flags.DEFINE_alias("shortcut_connection", "shortcut_connections")
-flags.DEFINE_bool(
-    "bottleneck", False, "Units of three convolutions (1x1, 3x3, 1x1), four times as deep."
-)
-flags.DEFINE_enum(
-    "resnet_version", "2", ["1", "2"], "Units with ReLU after (1) or before (2) the convolutions."
-)
-flags.DEFINE_enum(
-    "data_format",
-    "auto",
-    ["auto", "channels_first", "channels_last"],
-    "Layout inside the network; auto is channels_first on a GPU, channels_last on a CPU.",
-)
-flags.DEFINE_enum("dtype", "fp32", ["fp32", "bf16", "fp16"], "What the network computes in.")
-flags.DEFINE_float(
-    "loss_scale", 128, "With fp16, the loss is multiplied by this against underflow.", lower_bound=1
-)
-define_device()
-flags.DEFINE_bool("quiet", False, "Print nothing but errors and the result.")
-flags.DEFINE_bool("verbose", False, "Print all settings, and TensorFlow's own messages.")
+UNBROKEN = "\N{NO-BREAK SPACE}"  # It keeps the name of a default beside its value.
 
 
-def refuse_infinite(*names: str) -> None:
-    """Refuses "nan", which lies within all bounds, and "inf", within those without an upper one."""
-    for name in names:
-        flags.register_validator(
-            name, lambda value: value is None or math.isfinite(value), "must be a finite number"
+def items_of(settings: type[Checked]) -> list[Field]:
+    """Returns the settings that have a flag."""
+    return [item for item in fields(settings) if item.metadata["help"]]
+
+
+def groups_of(settings: type[Checked]) -> dict[str, list[Field]]:
+    """Returns the groups of flags by their titles, as --help shows them."""
+    groups: dict[str, list[Field]] = {}
+    for item in items_of(settings):
+        groups.setdefault(item.metadata["group"], []).append(item)
+    return {
+        title: sorted(items, key=lambda item: not item.metadata.get("first"))
+        for title, items in groups.items()
+    }
+
+
+def names_of(item: Field) -> list[str]:
+    """Returns the name and the other names of a flag, as they are typed."""
+    prefix = "--[no]" if type_of(item) is bool else "--"
+    return [prefix + name for name in (item.name, *item.metadata["also"])]
+
+
+def explanation(item: Field) -> str:
+    """Returns what a flag does, its choices and its default."""
+    text, choices = item.metadata["help"], list(map(str, item.metadata.get("choices", ())))
+    if not set(choices) <= set(re.findall(r"\w+", text)):
+        text = f"<{' | '.join(choices)}>: {text}"
+    default = item.default
+    shown = item.metadata.get(
+        "shown", "" if default in (MISSING, None, "", ()) else _shown(default)
+    )
+    if depends_on_recipe(item):
+        shown = f"the recipe's; paper: {shown}"
+    return f"{text} (default:{UNBROKEN}{shown})" if shown else text
+
+
+def _shown(value: Any) -> str:
+    if value in (MISSING, None):
+        return ""
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+class _Parser(flags.ArgumentParser):
+    """Reads a flag's value and refuses those that its setting cannot have."""
+
+    def __init__(self, item: Field):
+        self.item, self.kind = item, type_of(item)
+        self.is_repeatable = Ellipsis in get_args(self.kind)
+
+    def parse(self, argument: Any) -> Any:
+        if not isinstance(argument, str):  # a default
+            return argument
+        try:
+            value = self._convert(argument)
+            check(self.item, (value,) if self.is_repeatable else value)
+        except (ValueError, OverflowError, UserError) as error:
+            why = f"is invalid: it must be {wanted(self.item)}."
+            raise UserError(why, self.item.name, argument) from error
+        return value
+
+    def _convert(self, text: str) -> Any:
+        if self.kind is bool:
+            return flags.BooleanParser().parse(text)
+        if get_origin(self.kind) is not tuple:
+            return self.kind(text)
+        kind = get_args(self.kind)[0]
+        return kind(text) if self.is_repeatable else tuple(map(kind, text.split(",")))
+
+
+def define(settings: type[Checked], values: flags.FlagValues) -> None:
+    """Defines a flag for each setting. Those that were defined before are replaced."""
+    for item in items_of(settings):
+        parser, is_bool = _Parser(item), type_of(item) is bool
+        kind = flags.MultiFlag if parser.is_repeatable else flags.Flag
+        is_plain = item.default is not MISSING and "shown" not in item.metadata
+        default = item.default if is_plain and not depends_on_recipe(item) else None
+        default = list(default) if isinstance(default, tuple) else default
+        serializer = flags.ArgumentSerializer()
+        for name in (item.name, *item.metadata["also"]):
+            if name in values:
+                delattr(values, name)
+        flags.DEFINE_flag(
+            kind(parser, serializer, item.name, default, explanation(item), boolean=is_bool), values
+        )
+        for name in item.metadata["also"]:
+            flags.DEFINE_alias(name, item.name, values)
+
+
+class Flags:
+    """The values of a program's flags, and which of them were typed under which name."""
+
+    def __init__(
+        self, settings: type[Checked], argv: Sequence[str], values: flags.FlagValues | None = None
+    ):
+        self._items = {item.name: item for item in items_of(settings)}
+        self._argv, self._values = argv[1:], flags.FlagValues() if values is None else values
+        define(settings, self._values)
+
+    def parse(self) -> "Flags":
+        """Reads the command line. What follows the flags becomes `arguments`."""
+        self.arguments = self._values(["", *self._argv])[1:]
+        for name, item in self._items.items():
+            if item.default is MISSING and getattr(self, name) is None:
+                text = item.metadata["help"]
+                raise UserError(f"--{name} is missing. Pass a {text[0].lower()}{text[1:]}.")
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._items:
+            raise AttributeError(name)
+        value = self._values[name].value
+        return tuple(value) if isinstance(value, list) else value
+
+    def make(self, settings: type[Checked]) -> Any:
+        """Returns the settings of one class with the values of these flags."""
+        return settings(**{item.name: getattr(self, item.name) for item in items_of(settings)})
+
+    def given(self, *kinds: type[Checked]) -> dict[str, Any]:
+        """Returns the flags that were typed, of those that are settings of these classes."""
+        names = {item.name for kind in kinds for item in items_of(kind)} & self._items.keys()
+        return {name: getattr(self, name) for name in sorted(names) if self._values[name].present}
+
+    def in_common(self) -> dict[str, Any]:
+        """Returns the values that must be the same on all workers."""
+        items = self._items.values()
+        return {i.name: getattr(self, i.name) for i in items if not i.metadata.get("own")}
+
+    def worded(self, error: UserError) -> str:
+        """Returns an error's sentence, with each flag under the name that was typed."""
+        sentence, item = str(error), self._items.get(error.argument)
+        if item:
+            sentence = f"--{sentence}"
+            for other in item.metadata.get("implied_by", ()):
+                if self._typed(other) and not self._typed(item.name):
+                    sentence = f"--{other}={getattr(self, other)} {error.why}"
+                    break
+        return re.sub(
+            r"--(\w+)", lambda found: "--" + (self._typed(found[1]) or found[1]), sentence
         )
 
-
-refuse_infinite("loss_scale")
-
-# those that say which network it is, and which data, under the names of config.py's dataclasses
-DATA_FLAGS = ("dataset", "coarse_labels")
-NETWORK_FLAGS = ("num_layers", "shortcut_connections", "bottleneck", "resnet_version")
-
-
-@flags.multi_flags_validator(["quiet", "verbose"], "give --quiet or --verbose, not both")
-def _one_loudness(values: dict[str, bool]) -> bool:
-    return not all(values.values())
-
-
-@contextlib.contextmanager
-def quiet_work() -> Iterator[TextIO]:
-    """While entered, what goes to stdout is dropped if --quiet is given; yields the real stdout."""
-    stdout = sys.stdout
-    if not flags.FLAGS.quiet:
-        yield stdout
-        return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield stdout
-
-
-def given_flags(names: tuple[str, ...]) -> dict[str, Any]:
-    """The values of those flags that were given on the command line; None for the others."""
-    return {name: flags.FLAGS[name].value if flags.FLAGS[name].present else None for name in names}
-
-
-def given_network() -> dict[str, Any]:
-    """The network's flags that were given, under the names of config.ModelConfig."""
-    given = given_flags(NETWORK_FLAGS)
-    if given["resnet_version"] is not None:
-        given["resnet_version"] = int(given["resnet_version"])
-    return given
+    def _typed(self, name: str) -> str | None:
+        """Returns the name under which a flag was typed, if it was."""
+        item = self._items.get(name)
+        for each in (name, *item.metadata["also"]) if item else ():
+            if any(re.match(rf"--?(no)?{each}(=|$)", argument) for argument in self._argv):
+                return each
+        return None

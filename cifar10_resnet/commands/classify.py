@@ -8,64 +8,57 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from absl import flags
 
 from cifar10_resnet.cli import app
-from cifar10_resnet.cli.guard import exits_with_a_sentence, tell
+from cifar10_resnet.cli.guard import tell
+from cifar10_resnet.config import Options, checkpoint
 from cifar10_resnet.data.photos import EXTENSIONS, read_photo_file
 from cifar10_resnet.device import start_tensorflow
 from cifar10_resnet.errors import UserError, printable
+from cifar10_resnet.settings import Checked, same, setting
 from cifar10_resnet.terminal import table
 
-FLAGS = flags.FLAGS
 BATCH_SIZE = 500
 
-app.define_device()
-flags.DEFINE_string("ckpt_path", None, "A checkpoint's prefix, or a folder: its newest checkpoint.")
-flags.DEFINE_alias("model_dir", "ckpt_path")
-flags.DEFINE_string("saved_model", None, "Folder that the export command wrote, instead.")
-flags.DEFINE_integer("top", 5, "Classes to name for each picture.", lower_bound=1)
-flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
+if TYPE_CHECKING:
+    from cifar10_resnet.cli.flags import Flags
 
 
-@flags.multi_flags_validator(
-    ["ckpt_path", "saved_model"], "Pass a network: either --ckpt_path or --saved_model"
-)
-def _one_network(values: dict[str, object]) -> bool:
-    return (values["ckpt_path"] is None) != (values["saved_model"] is None)
+@dataclass(frozen=True)
+class Settings(Checked):
+    ckpt_path: str | None = checkpoint(None, group="The network")
+    saved_model: str | None = setting(None, "Folder that the export command wrote", "The network")
+    device: str = same(Options, "device", group="The network")
+    top: int = setting(5, "Number of classes to print per photo", "Output", least=1)
+    json: bool = setting(False, "Print JSON instead of a table", "Output")
 
 
-FLAGS.set_gnu_getopt()  # pictures and flags may come in any order
-
-FLAG_GROUPS = {
-    "The network": ("ckpt_path", "saved_model", "device"),
-    "Output": ("top", "json"),
-}
-
-
-@exits_with_a_sentence
-def main(argv: list[str]) -> int:
-    if len(argv) == 1:
+def main(flags: "Flags") -> int:
+    """Prints the likeliest classes of each photo."""
+    if (flags.ckpt_path is None) == (flags.saved_model is None):
+        raise UserError("Pass a network: either --ckpt_path or --saved_model.")
+    if not flags.arguments:
         raise UserError("No photos given. Pass photo files, or folders of photos.")
-    folder = FLAGS.saved_model
+    folder = flags.saved_model
     if folder is not None and not os.path.isfile(os.path.join(folder, "saved_model.pb")):
         raise UserError(f"{folder} is not a SavedModel: name the folder that holds saved_model.pb.")
-    answer, classes = _load()
+    answer, classes = _load(flags)
     names, images, all_read = [], [], True
-    for name, picture in itertools.chain.from_iterable(map(_read, argv[1:])):
+    for name, picture in itertools.chain.from_iterable(map(_read, flags.arguments)):
         if isinstance(picture, UserError):
             tell(picture)
             all_read = False
         else:
             names.append(name)
             images.append(picture)
-    results = _classify(answer, classes, names, images)
+    results = _classify(answer, classes, names, images, flags.top)
     # a file's name may hold characters that the terminal's encoding lacks
     sys.stdout.reconfigure(errors="backslashreplace")
-    if FLAGS.json:
+    if flags.json:
         print(json.dumps(results, indent=2))
     elif results:
         print(_table(results))
@@ -94,17 +87,17 @@ def _pictures_in(folder: str) -> list[str]:
     return sorted(names)
 
 
-def _load() -> tuple[Callable[[np.ndarray], dict[str, Any]], list[str]]:
+def _load(flags: "Flags") -> tuple[Callable[[np.ndarray], dict[str, Any]], list[str]]:
     """The network as a function of pixels, and its classes."""
-    start_tensorflow(FLAGS.device)
+    start_tensorflow(flags.device)
     from cifar10_resnet import checkpoints
     from cifar10_resnet.serving import export
     from cifar10_resnet.serving.saved_network import SavedNetwork
 
-    if FLAGS.saved_model is None:
-        network = export.load_classifier(checkpoints.find(FLAGS.ckpt_path))
+    if flags.saved_model is None:
+        network = export.load_classifier(checkpoints.find(flags.ckpt_path))
         return network.from_pixels, [name.decode() for name in network.class_names.numpy()]
-    network = SavedNetwork(FLAGS.saved_model)
+    network = SavedNetwork(flags.saved_model)
     return network, network.class_names
 
 
@@ -113,6 +106,7 @@ def _classify(
     classes: list[str],
     names: list[str],
     images: list[np.ndarray],
+    top: int,
 ) -> list[dict[str, Any]]:
     """The likeliest classes of each picture."""
     probabilities: list[np.ndarray] = []
@@ -124,7 +118,7 @@ def _classify(
             "picture": name,
             "classes": [
                 {"name": classes[i], "probability": float(shares[i])}
-                for i in np.argsort(-shares, kind="stable")[: FLAGS.top]
+                for i in np.argsort(-shares, kind="stable")[:top]
             ],
         }
         for name, shares in zip(names, probabilities, strict=True)
@@ -146,4 +140,4 @@ def _table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main, FLAG_GROUPS, takes_arguments=True)
+    app.run(main, Settings, arguments="anywhere")  # photos and flags in any order

@@ -5,13 +5,11 @@ python -m cifar10_resnet draw --num_layers=56 --shortcut_connections=False
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-from absl import flags
+from typing import TYPE_CHECKING
 
 from cifar10_resnet.cli import app
-from cifar10_resnet.cli import flags as command_line
-from cifar10_resnet.cli.guard import exits_with_a_sentence
 from cifar10_resnet.config import ModelConfig, with_given
 from cifar10_resnet.device import start_tensorflow
 from cifar10_resnet.figures.diagram import (
@@ -28,21 +26,10 @@ from cifar10_resnet.figures.diagram import (
     shape_text,
 )
 from cifar10_resnet.figures.style import MARGIN, WIDTH, picture
+from cifar10_resnet.settings import Checked, same, setting
 
-FLAGS = flags.FLAGS
-
-for name in (*command_line.NETWORK_FLAGS, "resnet_size", "shortcut_connection"):
-    flags.declare_key_flag(name)
-flags.DEFINE_list(
-    "output", None, "Files to write, .png or .pdf (default: ResNet20_CIFAR10.pdf, .png and so on)."
-)
-flags.register_validator(
-    "output",
-    lambda files: files is None or all(file.endswith((".png", ".pdf")) for file in files),
-    "the files must end in .png or .pdf",
-)
-
-FLAG_GROUPS = {"Network": command_line.NETWORK_FLAGS, "Where to": ("output",)}
+if TYPE_CHECKING:
+    from cifar10_resnet.cli.flags import Flags
 
 LEFT, RIGHT = 154, WIDTH - MARGIN  # of the layers in a row
 FIRST = 124  # how far down the first row is
@@ -52,16 +39,32 @@ NARROWEST, WIDEST = 60, 104  # a convolution
 Row = list[tuple[Unit, int]]  # each with how often it stands there, one after the other
 
 
-@exits_with_a_sentence
-def main(argv: list[str]) -> int:
-    config = with_given(ModelConfig(), command_line.given_network())
+@dataclass(frozen=True)
+class Settings(Checked):
+    num_layers: int = same(ModelConfig, "num_layers")
+    shortcut_connections: bool = same(ModelConfig, "shortcut_connections")
+    bottleneck: bool = same(ModelConfig, "bottleneck")
+    resnet_version: int = same(ModelConfig, "resnet_version")
+    output: tuple[str, ...] = setting(
+        (),
+        "File to write: .png or .pdf (repeatable)",
+        "Where to",
+        pattern=r"(?s)[^,]*\.(png|pdf)",
+        meaning="a file that ends in .png or .pdf",
+        shown="ResNet20_CIFAR10.pdf, .png and so on",
+    )
+
+
+def main(flags: "Flags") -> int:
+    """Draws the network that the flags describe."""
+    config = with_given(ModelConfig(), flags.given(ModelConfig))
     stem = config.name.replace("resnet", "ResNet").replace("plain", "Plain") + "_CIFAR10"
     start_tensorflow("cpu")
     from cifar10_resnet.figures.trace import trace
 
     draw(
         trace(config),
-        FLAGS.output or [f"{stem}.{kind}" for kind in ("pdf", "png")],
+        flags.output or [f"{stem}.{kind}" for kind in ("pdf", "png")],
     )
     return 0
 
@@ -160,4 +163,4 @@ def side_note(diagram: Diagram, y: float, heading: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, FLAG_GROUPS)
+    app.run(main, Settings)

@@ -3,61 +3,63 @@
 python -m cifar10_resnet export --ckpt_path=runs/resnet20 --export_dir=savedmodels/resnet20
 """
 
-from absl import flags
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cifar10_resnet import storage
 from cifar10_resnet.cli import app
-from cifar10_resnet.cli.guard import exits_with_a_sentence
+from cifar10_resnet.config import Options, checkpoint
 from cifar10_resnet.device import start_tensorflow
+from cifar10_resnet.errors import UserError
+from cifar10_resnet.settings import Checked, same, setting
 
-FLAGS = flags.FLAGS
+if TYPE_CHECKING:
+    from cifar10_resnet.cli.flags import Flags
 
-flags.DEFINE_string("ckpt_path", None, "A checkpoint's prefix, or a folder: its newest checkpoint.")
-flags.DEFINE_alias("model_dir", "ckpt_path")
-flags.DEFINE_string("export_dir", None, "New folder to write; it appears whole or not at all.")
-flags.DEFINE_enum(
-    "format", "saved_model", ["saved_model", "tflite"], "A SavedModel, or a model for LiteRT."
-)
-flags.DEFINE_enum(
-    "data_format",
-    "channels_last",
-    ["channels_first", "channels_last"],
-    "Layout inside the network; channels_last runs everywhere, channels_first is for GPUs.",
-)
-flags.DEFINE_enum("dtype", "fp32", ["fp32", "bf16", "fp16"], "What the network computes in.")
-flags.mark_flags_as_required(["ckpt_path", "export_dir"])
-
-FLAG_GROUPS = {
-    "What to export, and where to": ("ckpt_path", "export_dir"),
-    "How": ("format", "data_format", "dtype"),
-}
+HOW = "How to export it"
 
 
-@flags.multi_flags_validator(
-    ["format", "data_format", "dtype"], "--format=tflite is channels_last and fp32 alone"
-)
-def _lite_is_one(values: dict[str, object]) -> bool:
-    return values["format"] != "tflite" or (
-        values["data_format"] == "channels_last" and values["dtype"] == "fp32"
+@dataclass(frozen=True, kw_only=True)
+class Settings(Checked):
+    ckpt_path: str = checkpoint(group="What to export, and where to")
+    export_dir: str = setting(
+        help="New folder for the exported network", group="What to export, and where to"
     )
+    format: str = setting(
+        "saved_model",
+        "saved_model for TensorFlow, tflite for LiteRT",
+        HOW,
+        choices=("saved_model", "tflite"),
+    )
+    data_format: str = same(
+        Options,
+        "data_format",
+        default="channels_last",
+        choices=("channels_last", "channels_first"),
+        help="Data format inside the network (channels_first: for GPUs)",
+        group=HOW,
+    )
+    dtype: str = same(Options, "dtype", group=HOW)
 
 
-@exits_with_a_sentence
-def main(argv: list[str]) -> int:
-    storage.refuse_patterns(FLAGS.export_dir)
-    storage.refuse_unwritable_folder(FLAGS.export_dir)
+def main(flags: "Flags") -> int:
+    """Writes the network of a checkpoint to a new folder."""
+    if flags.format == "tflite" and (flags.data_format, flags.dtype) != ("channels_last", "fp32"):
+        raise UserError("--format=tflite needs channels_last and fp32. Remove the other flags.")
+    storage.refuse_patterns(flags.export_dir)
+    storage.refuse_unwritable_folder(flags.export_dir)
 
     start_tensorflow("cpu")  # whatever the export is for, nothing large is computed here
     from cifar10_resnet import checkpoints
     from cifar10_resnet.serving import export
 
-    prefix = checkpoints.find(FLAGS.ckpt_path)
-    if FLAGS.format == "tflite":
-        export.export_tflite(prefix, FLAGS.export_dir)
+    prefix = checkpoints.find(flags.ckpt_path)
+    if flags.format == "tflite":
+        export.export_tflite(prefix, flags.export_dir)
     else:
-        export.export_saved_model(prefix, FLAGS.export_dir, FLAGS.data_format, FLAGS.dtype)
+        export.export_saved_model(prefix, flags.export_dir, flags.data_format, flags.dtype)
     return 0
 
 
 if __name__ == "__main__":
-    app.run(main, FLAG_GROUPS)
+    app.run(main, Settings)

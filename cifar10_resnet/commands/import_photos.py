@@ -8,39 +8,43 @@ share of every class becomes the test images. The data folder appears only once 
 
 import math
 import os
-
-from absl import flags
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cifar10_resnet.cli import app
-from cifar10_resnet.cli.guard import exits_with_a_sentence
 from cifar10_resnet.data.photo_folder import import_photos
+from cifar10_resnet.settings import Checked, setting
 from cifar10_resnet.terminal import command, in_project
 
-FLAGS = flags.FLAGS
-
-flags.DEFINE_string("image_dir", None, "Folder with a sub-folder of photos for each class.")
-flags.DEFINE_string("data_dir", None, "New folder for the binary files.")
-flags.DEFINE_float("test_share", 0.2, "Share of each class that becomes test images.")
-flags.DEFINE_integer("seed", 0, "Of the split and the order.", lower_bound=0)
-flags.mark_flags_as_required(["image_dir", "data_dir"])
-flags.register_validator("test_share", lambda share: 0 < share < 1, "it is between 0 and 1")
+if TYPE_CHECKING:
+    from cifar10_resnet.cli.flags import Flags
 
 BATCH_SIZE = 128  # The trainer's default.
 LEAST_STEPS = 100
 
-FLAG_GROUPS = {"Where from and where to": ("image_dir", "data_dir"), "How": ("test_share", "seed")}
+FOLDERS = "Where from and where to"
 
 
-@exits_with_a_sentence
-def main(argv: list[str]) -> int:
-    count = import_photos(FLAGS.image_dir, FLAGS.data_dir, FLAGS.test_share, FLAGS.seed)
+@dataclass(frozen=True, kw_only=True)
+class Settings(Checked):
+    image_dir: str = setting(help="Folder with one sub-folder of photos per class", group=FOLDERS)
+    data_dir: str = setting(help="New folder for the data set", group=FOLDERS)
+    test_share: float = setting(
+        0.2, "Fraction of each class used as test images", "How", above=0, below=1
+    )
+    seed: int = setting(0, "Random seed for the split and the order", "How", least=0)
+
+
+def main(flags: "Flags") -> int:
+    """Imports the photos, and prints the command that trains on them."""
+    count = import_photos(flags.image_dir, flags.data_dir, flags.test_share, flags.seed)
     pretrained = in_project("files", "pretrained", "resnet20")
     train = command(
         "run_trainer.py",
-        f"--path={FLAGS.data_dir}",
+        f"--path={flags.data_dir}",
         f"--pretrained_model_checkpoint_path={pretrained}",
         *training_flags(count),
-        f"--ckpt_path={os.path.join('runs', os.path.basename(os.path.normpath(FLAGS.data_dir)))}",
+        f"--ckpt_path={os.path.join('runs', os.path.basename(os.path.normpath(flags.data_dir)))}",
     )
     print(f"next: {train}", flush=True)
     return 0
@@ -58,4 +62,4 @@ def training_flags(num_images: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    app.run(main, FLAG_GROUPS)
+    app.run(main, Settings)

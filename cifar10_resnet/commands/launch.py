@@ -11,31 +11,34 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-
-from absl import flags
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cifar10_resnet.cli import app
-from cifar10_resnet.cli.guard import exits_with_a_sentence
 from cifar10_resnet.distributed import cluster
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.settings import Checked, setting
 from cifar10_resnet.terminal import command
 
-FLAGS = flags.FLAGS
+if TYPE_CHECKING:
+    from cifar10_resnet.cli.flags import Flags
 
-flags.DEFINE_integer("workers", 2, "Processes to start.", lower_bound=1)
-
-FLAG_GROUPS = {"Workers": ("workers",)}
 # Seconds that workers have to end of themselves once one of them has failed.
 PATIENCE = 20
 # Linux sends a process the signal that it asks for by this number when its parent has ended.
 PR_SET_PDEATHSIG = 1
 
 
-@exits_with_a_sentence
-def main(argv: list[str]) -> int:
-    if len(argv) < 2:
+@dataclass(frozen=True)
+class Settings(Checked):
+    workers: int = setting(2, "Number of workers", "Workers", least=1)
+
+
+def main(flags: "Flags") -> int:
+    """Starts the program that follows the flags, once for each worker."""
+    if not flags.arguments:
         raise UserError(f"name the program to start: {command('launch')} -- run_trainer.py …")
-    return launch(argv[1:], FLAGS.workers)
+    return launch(flags.arguments, flags.workers)
 
 
 def launch(command: Sequence[str], count: int) -> int:
@@ -127,4 +130,4 @@ def _passing_on_signals(workers: Sequence[subprocess.Popen]):
 
 
 if __name__ == "__main__":
-    app.run(main, FLAG_GROUPS, takes_arguments=True)
+    app.run(main, Settings, arguments="last")

@@ -5,48 +5,58 @@ python -m cifar10_resnet plot --run=runs/resnet20 --run=runs/plain20
 
 import itertools
 import os
-
-from absl import flags
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cifar10_resnet import storage
 from cifar10_resnet.cli import app
-from cifar10_resnet.cli.guard import exits_with_a_sentence
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.settings import Checked, setting
 from cifar10_resnet.training.history import read_history
 
-KINDS = ("png", "svg")
+if TYPE_CHECKING:
+    from cifar10_resnet.cli.flags import Flags
+
 TAGS = ("loss", "error", "accuracy", "learning_rate", "images_per_second")
 
-FLAGS = flags.FLAGS
-flags.DEFINE_multi_string("run", None, "Folder of a run, or of its event files; repeatable.")
-flags.DEFINE_string("output", "curves.png", "Picture to write: .png or .svg.")
-flags.DEFINE_multi_enum("tag", ["loss", "error"], TAGS, "What to draw; repeatable.")
-flags.DEFINE_enum("x", "step", ["step", "epoch"], "What to draw it over.")
-flags.mark_flag_as_required("run")
 
-FLAG_GROUPS = {"What to draw": ("run", "tag", "x"), "Where to": ("output",)}
+@dataclass(frozen=True, kw_only=True)
+class Settings(Checked):
+    run: tuple[str, ...] = setting(
+        help="Run folder (repeat the flag to compare runs)", group="What to draw"
+    )
+    tag: tuple[str, ...] = setting(
+        ("loss", "error"), "Quantity to plot (repeatable)", "What to draw", choices=TAGS
+    )
+    x: str = setting("step", "Horizontal axis", "What to draw", choices=("step", "epoch"))
+    output: str = setting(
+        "curves.png",
+        "File to write: .png or .svg",
+        "Where to",
+        pattern=r"(?is).*\.(png|svg)",
+        meaning="a file that ends in .png or .svg",
+    )
 
 
-@exits_with_a_sentence
-def main(argv: list[str]) -> int:
-    kind = os.path.splitext(FLAGS.output)[1][1:].lower()
-    if kind not in KINDS:
-        raise UserError(f"--output={FLAGS.output} must end in .png or .svg.")
-    storage.refuse_unwritable_file(FLAGS.output)
+def main(flags: "Flags") -> int:
+    """Draws the curves of all runs into one picture."""
+    kind = os.path.splitext(flags.output)[1][1:].lower()
+    storage.refuse_unwritable_file(flags.output)
 
-    histories = dict(zip(_names(FLAGS.run), map(_history, FLAGS.run), strict=True))
+    histories = dict(zip(_names(flags.run), map(_history, flags.run), strict=True))
 
     # Matplotlib is slow to import, so mistakes are told before.
     from cifar10_resnet.figures.curves import curves_figure
     from cifar10_resnet.figures.style import encode
 
-    figure = curves_figure(histories, FLAGS.tag, FLAGS.x)
-    storage.new_file(FLAGS.output, encode(figure, kind))
-    print(f"drew {FLAGS.output}")
+    figure = curves_figure(histories, flags.tag, flags.x)
+    storage.new_file(flags.output, encode(figure, kind))
+    print(f"drew {flags.output}")
     return 0
 
 
-def _names(runs: list[str]) -> list[str]:
+def _names(runs: Sequence[str]) -> list[str]:
     """The folders' own names, or as much of their paths as tells them apart."""
     paths = [os.path.realpath(run).removesuffix(os.sep + "log").split(os.sep) for run in runs]
     if len(set(map(tuple, paths))) < len(paths):
@@ -70,4 +80,4 @@ def _history(run: str) -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    app.run(main, FLAG_GROUPS)
+    app.run(main, Settings)

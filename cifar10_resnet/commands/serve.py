@@ -7,52 +7,53 @@ import asyncio
 import gc
 import os
 import socket
-
-from absl import flags
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cifar10_resnet.cli import app
-from cifar10_resnet.cli.guard import exits_with_a_sentence
+from cifar10_resnet.config import Options
 from cifar10_resnet.device import start_tensorflow
 from cifar10_resnet.errors import UserError, reason_of
+from cifar10_resnet.settings import Checked, same, setting
 from cifar10_resnet.terminal import command
 
-FLAGS = flags.FLAGS
-
-app.define_device()
-flags.DEFINE_string("saved_model", None, "Folder that the export command wrote.")
-flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 lets other machines in.")
-flags.DEFINE_integer(
-    "port", 8501, "Port to listen on; 0 takes any free one.", lower_bound=0, upper_bound=65535
-)
-flags.DEFINE_float(
-    "timeout", 30, "Seconds that a client may take to send a request.", lower_bound=0.1
-)
-flags.mark_flag_as_required("saved_model")
-
-FLAG_GROUPS = {
-    "The network": ("saved_model", "device"),
-    "Its address": ("host", "port", "timeout"),
-}
+if TYPE_CHECKING:
+    from cifar10_resnet.cli.flags import Flags
 
 
-@exits_with_a_sentence
-def main(argv: list[str]) -> int:
-    if not os.path.isfile(os.path.join(FLAGS.saved_model, "saved_model.pb")):
+@dataclass(frozen=True, kw_only=True)
+class Settings(Checked):
+    saved_model: str = setting(help="Folder that the export command wrote", group="The network")
+    device: str = same(Options, "device", group="The network")
+    host: str = setting(
+        "127.0.0.1", "Address to listen on (0.0.0.0: accept other machines)", "Its address"
+    )
+    port: int = setting(
+        8501, "Port to listen on (0: any free port)", "Its address", least=0, most=65535
+    )
+    timeout: float = setting(
+        30.0, "Seconds a client may take to send a request", "Its address", least=0.1
+    )
+
+
+def main(flags: "Flags") -> int:
+    """Serves the network until it is stopped."""
+    if not os.path.isfile(os.path.join(flags.saved_model, "saved_model.pb")):
         raise UserError(
-            f"there is no SavedModel in {FLAGS.saved_model}: `{command('export')}` makes one of a "
+            f"there is no SavedModel in {flags.saved_model}: `{command('export')}` makes one of a "
             "checkpoint."
         )
-    sockets = _listen(FLAGS.host, FLAGS.port)
+    sockets = _listen(flags.host, flags.port)
 
-    start_tensorflow(FLAGS.device)
+    start_tensorflow(flags.device)
     from cifar10_resnet.serving import server
     from cifar10_resnet.serving.saved_network import SavedNetwork
 
-    network = SavedNetwork(FLAGS.saved_model)
+    network = SavedNetwork(flags.saved_model)
     # A large request makes many objects, and with them many passes of Python's garbage collector:
     # they need not look at all of TensorFlow's each time.
     gc.freeze()
-    stopped_by = asyncio.run(server.serve(network, sockets, FLAGS.host, FLAGS.timeout))
+    stopped_by = asyncio.run(server.serve(network, sockets, flags.host, flags.timeout))
     return 128 + stopped_by
 
 
@@ -69,4 +70,4 @@ def _listen(host: str, port: int) -> list[socket.socket]:
 
 
 if __name__ == "__main__":
-    app.run(main, FLAG_GROUPS)
+    app.run(main, Settings)

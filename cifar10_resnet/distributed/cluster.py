@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.terminal import command
 
 EXAMPLE = '{"cluster": {"worker": ["host0:4000", "host1:4000"]}, "task": {"type": "worker", "index": 0}}'  # fmt: skip  # noqa: E501
 
-# Which of the devices train: --distribution_strategy, and what replicas.py makes of it.
-STRATEGIES = ("auto", "off", "mirrored", "multi_worker")
 ALL_ARE_HERE = b"all are here"
 ANSWER_SECONDS = 5  # for a caller to say who it is
 
@@ -44,8 +43,22 @@ def to_tf_config(addresses: Sequence[str], index: int) -> str:
     )
 
 
-def from_environment() -> Cluster | None:
-    """The cluster that `TF_CONFIG` names; None where it names none, or this process alone."""
+def from_environment(strategy: str = "auto") -> Cluster | None:
+    """Returns the workers that `TF_CONFIG` names, if they are to train together.
+
+    `strategy` is the value of --distribution_strategy.
+    """
+    workers = _named_by_environment() if strategy in ("auto", "multi_worker") else None
+    if strategy == "multi_worker" and workers is None:
+        raise UserError(
+            "--distribution_strategy=multi_worker needs TF_CONFIG to name the workers, as in "
+            f"{EXAMPLE}: `{command('launch')}` sets it to try it on one machine."
+        )
+    return workers
+
+
+def _named_by_environment() -> Cluster | None:
+    """Returns the cluster, or None if `TF_CONFIG` names none or this process alone."""
     text = os.environ.get("TF_CONFIG", "")
     if not text.strip():
         os.environ.pop("TF_CONFIG", None)  # which TensorFlow would take for broken JSON

@@ -154,7 +154,7 @@ class Replicas:
 
 
 def choose(strategy: str, cluster: Cluster | None, worker_timeout: float = 60) -> Replicas:
-    """The replicas that one of the STRATEGIES stands for, on the devices that are visible."""
+    """The replicas that --distribution_strategy stands for, on the devices that are visible."""
     if cluster:
         with _naming_the_lost(cluster):
             return Replicas(_join(cluster, worker_timeout), cluster)

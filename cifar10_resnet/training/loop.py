@@ -1,5 +1,6 @@
 """The training loop: what is due after which step, until the run ends."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,10 +12,11 @@ from cifar10_resnet.config import Options, RunConfig
 from cifar10_resnet.data import dataset
 from cifar10_resnet.data.dataset import Dataset
 from cifar10_resnet.data.splits import RunImages
+from cifar10_resnet.device import resolve_data_format
 from cifar10_resnet.distributed.replicas import Replicas
 from cifar10_resnet.evaluation.evaluator import Evaluator
 from cifar10_resnet.evaluation.metrics import Metrics
-from cifar10_resnet.training import resume
+from cifar10_resnet.training import resume, run_folder
 from cifar10_resnet.training.progress import NoProgress, Progress, beginning, opening
 from cifar10_resnet.training.signals import StopSignals, saving_unheard
 from cifar10_resnet.training.trainer import Trainer
@@ -103,6 +105,9 @@ def train(
     Without `data`, it uses its own data set in its default folder. Where several workers train
     together, the chief alone reads and writes checkpoints.
     """
+    options = run_folder.settle(options, run.settings())
+    layout = resolve_data_format(options.data_format, options.dtype)
+    options = dataclasses.replace(options, data_format=layout)
     replicas = replicas or Replicas()
     data = data or dataset.find(None, run.data.dataset)
     trainer, images = resume.ready(run, options, data, resume_from, replicas)

@@ -1,15 +1,52 @@
-"""A run's folder: held against a second trainer, and cleaned for a new run."""
+"""A run's folder: its name, held against a second trainer, and cleaned for a new run.
+
+Importing this module does not import TensorFlow: folders are settled before that starts.
+"""
 
 import contextlib
+import dataclasses
 import glob
 import os
 from collections.abc import Iterator
+from typing import Any
 
-from cifar10_resnet import checkpoints, storage
+from cifar10_resnet import storage
+from cifar10_resnet.config import ModelConfig, Options, with_given
 from cifar10_resnet.errors import UserError
-from cifar10_resnet.training.summaries import FILE_SUFFIX
 
-EVENTS = f"events.out.tfevents.*{FILE_SUFFIX}"
+
+def settle(options: Options, given: dict[str, Any]) -> Options:
+    """Returns the options with the folders of the run. Refuses what TensorFlow cannot use."""
+    default = _default_folder(options, given)  # always asked: it refuses a wrong depth
+    ckpt_path = options.ckpt_path or default
+    log_path = options.train_log_path or os.path.join(ckpt_path, "log")
+    for path in (ckpt_path, log_path):
+        storage.refuse_patterns(path)
+    return dataclasses.replace(options, ckpt_path=ckpt_path, train_log_path=log_path)
+
+
+def _default_folder(options: Options, given: dict[str, Any]) -> str:
+    """Returns the run folder of a start without --ckpt_path: one for each kind of run."""
+    pretrained, kind = options.pretrained_model_checkpoint_path, ""
+    if pretrained:
+        path = os.path.abspath(pretrained)
+        name = os.path.basename(path if os.path.isdir(path) else os.path.dirname(path))
+        kind = "-transfer"
+    else:
+        name = with_given(ModelConfig(), given).name
+    if given.get("fine_tune"):
+        kind = "-fine-tune"
+    recipe, data = given.get("recipe") or "paper", given.get("dataset") or "cifar10"
+    parts = [name + kind]
+    parts += [part for part, usual in ((recipe, "paper"), (data, "cifar10")) if part != usual]
+    return os.path.join("runs", "-".join(parts) + "-coarse" * bool(given.get("coarse_labels")))
+
+
+def refuse_export(options: Options) -> None:
+    """Refuses an --export_dir that cannot be written, or that holds the run."""
+    storage.refuse_patterns(options.export_dir)
+    apart_from = [options.ckpt_path, options.train_log_path]
+    storage.refuse_unwritable_folder(options.export_dir, apart_from)
 
 
 @contextlib.contextmanager
@@ -18,6 +55,8 @@ def lock(directory: str) -> Iterator[None]:
 
     A folder that was created and stayed empty is removed again: the start was refused.
     """
+    from cifar10_resnet import checkpoints
+
     storage.refuse_patterns(directory)
     is_new = not os.path.isdir(directory)
     refusal = (
@@ -48,6 +87,9 @@ def clean(directory: str, log_path: str, needed: str | None = None) -> None:
     Refuses to where the checkpoint that `needed` names is among them, or is none; and where there
     are files, but none of a run.
     """
+    from cifar10_resnet import checkpoints
+    from cifar10_resnet.training.summaries import FILE_SUFFIX
+
     origin = os.path.dirname(checkpoints.find(needed)) if needed else None
     if needed and os.path.realpath(origin) == os.path.realpath(directory):
         raise UserError(
@@ -63,7 +105,10 @@ def clean(directory: str, log_path: str, needed: str | None = None) -> None:
     saved = checkpoints.list_checkpoints(directory, ".sha256")
     events, profiles = (
         glob.glob(os.path.join(glob.escape(log_path), files))
-        for files in ("*/" + EVENTS, "plugins/profile/*/*.xplane.pb")
+        for files in (
+            f"*/events.out.tfevents.*{FILE_SUFFIX}",
+            "plugins/profile/*/*.xplane.pb",
+        )
     )
     others = set(os.listdir(directory)) - {storage.LOCK} if os.path.isdir(directory) else set()
     if not any(files for _, _, files in os.walk(log_path)):

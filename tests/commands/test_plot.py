@@ -22,9 +22,9 @@ def write_events(folder: Path, scale: float) -> None:
 WITHOUT_TENSORFLOW = """
 import sys
 from cifar10_resnet.commands import plot
-from absl import app, flags
-flags.FLAGS(["plot", "--run=a", "--run=b/run", "--output=out.png"])
-assert plot.main(["plot"]) == 0
+from cifar10_resnet.cli.flags import Flags
+flags = Flags(plot.Settings, ["plot", "--run=a", "--run=b/run", "--output=out.png"])
+assert plot.main(flags.parse()) == 0
 assert "tensorflow" not in sys.modules
 assert "matplotlib.pyplot" not in sys.modules
 """

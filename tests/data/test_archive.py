@@ -87,7 +87,7 @@ import cifar10_download_and_extract as script
 from cifar10_resnet.cli import app
 from cifar10_resnet.data import download
 download.MAX_ARCHIVE_BYTES = 64 << 20
-app.run(script.main, script.FLAG_GROUPS)
+app.run(script.main, script.Settings)
 """
 
 

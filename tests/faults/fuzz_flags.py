@@ -1,4 +1,4 @@
-"""Fuzzes the trainer's flags, in a process of its own: flags are defined once in each.
+"""Fuzzes the trainer's flags, in a process of its own.
 
 Started by test_fuzz.py, in a folder with a small CIFAR-10.
 """
@@ -15,10 +15,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import run_trainer
-from cifar10_resnet.cli import flags as command_line
+from cifar10_resnet.cli.flags import Flags, items_of
 from cifar10_resnet.config import training_config
 
-NAMES = sorted(name for group in run_trainer.FLAG_GROUPS.values() for name in group)
+NAMES = sorted(item.name for item in items_of(run_trainer.Settings))
 VALUES = st.sampled_from(
     ["nan", "inf", "-inf", "-1", "0", "1", "1e308", "1e-320", "9" * 40, "", "true", "None", "paper"]
 ) | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=6)
@@ -29,19 +29,15 @@ class Reached(Exception):
     """All that is looked at before TensorFlow is imported was found good."""
 
 
-def reached(*arguments: object) -> None:
-    given = command_line.given_flags(tuple(NAMES))
-    raise Reached(given, training_config(given))
-
-
 def parse(arguments: list[str]) -> None:
-    saved = {name: vars(flags.FLAGS[name]).copy() for name in flags.FLAGS}
-    try:
-        flags.FLAGS(["run_trainer.py", *arguments])
-        run_trainer.main.__wrapped__(["run_trainer.py"])
-    finally:
-        for name, state in saved.items():
-            vars(flags.FLAGS[name]).update(state)
+    read = Flags(run_trainer.Settings, ["run_trainer.py", *arguments]).parse()
+
+    def reached(*arguments: object) -> None:
+        given = read.given(run_trainer.Settings)
+        raise Reached(given, training_config(given))
+
+    run_trainer.start_tensorflow = reached
+    run_trainer.main(read)
 
 
 @fuzzed
@@ -62,5 +58,4 @@ def refused_by_name_or_make_a_run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_trainer.start_tensorflow = reached
     refused_by_name_or_make_a_run()

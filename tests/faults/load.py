@@ -52,8 +52,10 @@ def train(folder: str) -> list[Sample]:
         return save(*arguments)
 
     options = Options(
-        **{"ckpt_path": folder, "train_log_path": os.path.join(folder, "log")},
-        **{"save_per_iterations": EVERY, "log_per_iterations": EVERY, "epochs_between_evals": 1},
+        ckpt_path=folder,
+        save_per_iterations=EVERY,
+        log_per_iterations=EVERY,
+        epochs_between_evals=1,
     )
     given = {"dataset": "synthetic", "num_layers": 8, "batch_size": BATCH, "num_iterations": STEPS}
     run, _ = resume.prepare_run(given, folder)

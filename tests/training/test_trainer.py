@@ -1,7 +1,6 @@
 """The training step against an independent reference, and the loop's promises, in one process."""
 
 import dataclasses
-import os
 
 import numpy as np
 import pytest
@@ -211,7 +210,7 @@ def test_bf16_learns_the_synthetic_data_as_well_as_fp32():
 
 def options(folder, **changes) -> Options:
     folder = str(folder)
-    defaults = Options(folder, os.path.join(folder, "log"), log_per_iterations=2)
+    defaults = Options(ckpt_path=folder, log_per_iterations=2)
     return dataclasses.replace(defaults, **changes)
 
 

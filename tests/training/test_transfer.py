@@ -65,7 +65,12 @@ def _small_synthetic(monkeypatch):
 
 def options(folder: Path, **changes) -> Options:
     folder = str(folder)
-    return Options(folder, os.path.join(folder, "log"), log_per_iterations=4, **changes)
+    return Options(
+        ckpt_path=folder,
+        train_log_path=os.path.join(folder, "log"),
+        log_per_iterations=4,
+        **changes,
+    )
 
 
 def start(folder: Path, pretrained: str | None, stop: int | None = None, **given) -> str:

@@ -1,0 +1,93 @@
+"""What a setting is: a field of a dataclass, with the values that it can have."""
+
+import re
+import sys
+from dataclasses import MISSING, Field, field, fields
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
+
+from cifar10_resnet.errors import UserError
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+BOUNDS = {
+    "least": ("at least", lambda value, bound: value >= bound),
+    "most": ("at most", lambda value, bound: value <= bound),
+    "above": ("above", lambda value, bound: value > bound),
+    "below": ("below", lambda value, bound: value < bound),
+    "multiple": ("a multiple of", lambda value, bound: value % bound == 0),
+}
+MAX_INTEGER = 2**63 - 1
+
+
+def setting(
+    default: Any = MISSING, help: str = "", group: str = "", *, also: tuple[str, ...] = (), **more
+) -> Any:
+    """Returns the field of a setting. It has a flag if it has a help text.
+
+    `group` is its title in --help, and `also` holds other names of its flag. `more` may hold
+    bounds (`least`, `most`, `above`, `below`, `multiple`), `choices`, a `pattern` with its
+    `meaning` in words, the default as it is `shown`, `implied_by` (flags that set it too),
+    `own`, if each of several workers may have its own value, and `first`, if --help shows it first
+    of its group. A setting without a default must be given.
+    """
+    return field(default=default, metadata={"help": help, "group": group, "also": also, **more})
+
+
+def same(kind: type, name: str, **changes: Any) -> Any:
+    """Returns the field of a setting that another class has, with changes."""
+    (item,) = (item for item in fields(kind) if item.name == name)
+    default = changes.pop("default", item.default)
+    return field(default=default, metadata={**item.metadata, **changes})
+
+
+def type_of(item: Field) -> type:
+    """Returns a setting's type: int, float, bool, str or one of the tuples."""
+    if isinstance(item.type, UnionType):  # ... | None
+        return next(kind for kind in get_args(item.type) if kind is not NoneType)
+    return item.type
+
+
+def wanted(item: Field) -> str:
+    """Returns what a setting's value must be, in words."""
+    kind, more = type_of(item), item.metadata
+    if choices := [str(choice) for choice in more.get("choices", ())]:
+        return " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
+    if meaning := more.get("meaning"):
+        return meaning
+    bounds = [f"{word} {more[name]:,}" for name, (word, _) in BOUNDS.items() if name in more]
+    return ", ".join(filter(None, (WORDS.get(kind, "text"), " and ".join(bounds))))
+
+
+def check(item: Field, value: Any) -> None:
+    """Refuses a value that a setting cannot have."""
+    if value is None and (isinstance(item.type, UnionType) or item.default is None):
+        return
+    kind, values = type_of(item), (value,)
+    if get_origin(kind) is tuple:
+        kind, last = get_args(kind)
+        values = value if isinstance(value, tuple) else (None,)
+        if last is not Ellipsis and (len(values) != 2 or values[0] > values[1]):
+            values = (None,)  # not a first and a last one
+    if not all(_is_possible(item, kind, each) for each in values):
+        raise UserError(f"is invalid: it must be {wanted(item)}.", item.name, value)
+
+
+def _is_possible(item: Field, kind: type, value: Any) -> bool:
+    more = item.metadata
+    if type(value) not in ((float, int) if kind is float else (kind,)):
+        return False
+    if kind is str:
+        return value in more.get("choices", (value,)) and bool(
+            re.fullmatch(more.get("pattern", "(?s).*"), value)
+        )
+    is_sound = abs(value) <= (sys.float_info.max if kind is float else MAX_INTEGER)  # nan is not
+    bounds = (holds(value, more[name]) for name, (_, holds) in BOUNDS.items() if name in more)
+    return is_sound and value in more.get("choices", (value,)) and all(bounds)
+
+
+class Checked:
+    """The base of all dataclasses of settings: their values are checked as they are made."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            check(item, getattr(self, item.name))
