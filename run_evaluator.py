@@ -79,17 +79,13 @@ def main(flags: "Flags") -> int:
     from cifar10_resnet import checkpoints
     from cifar10_resnet.evaluation import evaluator
 
-    newest = checkpoints.find(flags.ckpt_path)
-    prefixes = [newest]
-    if flags.all_checkpoints:
-        prefixes = [prefix for _, prefix in checkpoints.list_checkpoints(os.path.dirname(newest))]
-        for prefix in prefixes:
-            checkpoints.verify(prefix)
+    find = checkpoints.find_all if flags.all_checkpoints else lambda path: [checkpoints.find(path)]
+    saved = find(flags.ckpt_path)
     data_format = resolve_data_format(flags.data_format, flags.dtype)
     scores = []
     with quietly(flags.quiet) as stdout:
         for scored in evaluator.score_checkpoints(
-            prefixes,
+            saved,
             data,
             flags.split,
             data_format,

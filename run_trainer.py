@@ -44,6 +44,7 @@ def main(flags: "Flags") -> int:
         run_folder.refuse_export(options)
 
     device = start_tensorflow(options.device, options.verbose, options.num_gpus)
+    from cifar10_resnet import checkpoints
     from cifar10_resnet.distributed import replicas as distributed
     from cifar10_resnet.serving import export
     from cifar10_resnet.training import loop
@@ -75,7 +76,7 @@ def main(flags: "Flags") -> int:
                 # Not the layout that "auto" trained in: what is exported on a GPU runs anywhere.
                 layout = "channels_last" if flags.data_format == "auto" else layout
                 export.export_saved_model(
-                    outcome.checkpoint, options.export_dir, layout, options.dtype
+                    checkpoints.read(outcome.checkpoint), options.export_dir, layout, options.dtype
                 )
     if replicas.is_chief:
         _show(run, outcome, options, flags.dataset)

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import tensorflow as tf
 
@@ -27,6 +28,19 @@ STATE = "checkpoint"  # the file by which `tf.train.latest_checkpoint` finds the
 UNREADABLE = (tf.errors.OpError, ValueError, RuntimeError, IndexError, AttributeError)
 # In the order in which they move into place: a checkpoint is there once its index is.
 SUFFIXES = (".sha256", ".data-00000-of-00001", ".index")
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A checkpoint that was read: its prefix, the run it belongs to, and the step it was saved at.
+
+    A whole one holds what only training needs too, unlike one that `save_network` wrote.
+    """
+
+    prefix: str
+    run: RunConfig
+    step: int
+    is_whole: bool
 
 
 def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep: int = -1) -> str:
@@ -120,8 +134,8 @@ def refuse_foreign(directory: str) -> None:
         )
 
 
-def find(path: str) -> str:
-    """The prefix that `path` names: itself, or the newest checkpoint of that folder. Verified."""
+def find(path: str) -> SavedRun:
+    """Returns the checkpoint at `path`, or the newest one of that folder, verified."""
     storage.refuse_patterns(path)
     if os.path.isdir(path):
         found = list_checkpoints(path)
@@ -139,7 +153,17 @@ def find(path: str) -> str:
                 "or the folder that holds it."
             )
     verify(prefix)
-    return prefix
+    return read(prefix)
+
+
+def find_all(path: str) -> list[SavedRun]:
+    """Returns all checkpoints of the folder that `path` names or lies in, verified."""
+    found = {saved.prefix: saved for saved in [find(path)]}
+    for _, prefix in list_checkpoints(os.path.dirname(*found)):
+        if prefix not in found:
+            verify(prefix)
+            found[prefix] = read(prefix)
+    return sorted(found.values(), key=lambda saved: saved.step)
 
 
 def verify(prefix: str) -> None:
@@ -193,28 +217,20 @@ def _verify_tensors(prefix: str) -> None:
         ) from error
 
 
-def read_run(prefix: str) -> tuple[RunConfig, int]:
-    """The run that a checkpoint belongs to, and the step it was saved at."""
+def read(prefix: str) -> SavedRun:
+    """Reads what a checkpoint says of itself, and none of its weights."""
     try:
         reader = tf.train.load_checkpoint(prefix)
         if not reader.has_tensor(DESCRIPTION_KEY):
-            raise UserError(
-                "it is a TensorFlow checkpoint, but not one that this project wrote, for it has no "
-                "description of its network."
-            )
-        text = reader.get_tensor(DESCRIPTION_KEY).decode()
+            raise UserError("another program wrote this checkpoint.")
+        run = RunConfig.from_json(reader.get_tensor(DESCRIPTION_KEY).decode())
         step = int(reader.get_tensor(STEP_KEY))
-        return RunConfig.from_json(text), step
+        names = reader.get_variable_to_shape_map()
+        return SavedRun(prefix, run, step, any(name.startswith("momentum/") for name in names))
     except UserError as error:
         raise UserError(f"{prefix} cannot be used: {error}") from error
     except UNREADABLE as error:
         raise UserError(f"{prefix} cannot be read as a checkpoint: {reason_of(error)}") from error
-
-
-def is_network_alone(prefix: str) -> bool:
-    """Whether a checkpoint lacks what only training needs, as one that `save_network` wrote."""
-    names = tf.train.load_checkpoint(prefix).get_variable_to_shape_map()
-    return not any(name.startswith("momentum/") for name in names)
 
 
 def restore(checkpoint: tf.train.Checkpoint, prefix: str) -> None:
@@ -235,7 +251,7 @@ def restore_model(model: ResNet, prefix: str) -> None:
 def restore_pretrained(model: ResNet, prefix: str) -> None:
     """Restores all of the network but its final layer, whatever classes the checkpoint is for."""
     final = {variable.ref() for variable in model.final_layer}
-    for variable, value in zip(model.variables, load_model(prefix).variables, strict=True):
+    for variable, value in zip(model.variables, load(read(prefix)).variables, strict=True):
         if variable.ref() not in final:
             variable.assign(value)
 
@@ -248,22 +264,20 @@ def _restoring(prefix: str) -> Iterator[None]:
         raise UserError(f"{prefix} cannot be restored: {reason_of(error)}") from error
 
 
-def save_network(prefix: str, directory: str) -> str:
+def save_network(saved: SavedRun, directory: str) -> str:
     """Saves the network of a checkpoint alone, without what only training needs."""
-    run, step = read_run(prefix)
     network = tf.train.Checkpoint(
-        model=load_model(prefix),
-        step=tf.Variable(step, dtype=tf.int64),
-        description=tf.Variable(run.to_json()),
+        model=load(saved),
+        step=tf.Variable(saved.step, dtype=tf.int64),
+        description=tf.Variable(saved.run.to_json()),
     )
-    return save(network, directory, step)
+    return save(network, directory, saved.step)
 
 
-def load_model(prefix: str, data_format: str = "channels_last", dtype: str = "fp32") -> ResNet:
+def load(saved: SavedRun, data_format: str = "channels_last", dtype: str = "fp32") -> ResNet:
     """Builds the network that a checkpoint describes, with its weights, statistics and mean."""
-    run, _ = read_run(prefix)
-    model = ResNet(**run.model.arguments(), data_format=data_format, dtype=dtype)
-    restore_model(model, prefix)
+    model = ResNet(**saved.run.model.arguments(), data_format=data_format, dtype=dtype)
+    restore_model(model, saved.prefix)
     return model
 
 

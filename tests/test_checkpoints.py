@@ -102,14 +102,14 @@ def test_save_returns_the_prefix_and_makes_the_folder(tiny, tmp_path):
     directory = tmp_path / "runs" / "one"
     prefix = checkpoints.save(tiny, str(directory), 3)
     assert prefix == prefix_of(directory, 3)
-    assert checkpoints.find(str(directory)) == prefix
+    assert checkpoints.newest_intact(str(directory)) == (prefix, [])
 
 
 def test_tensorflow_finds_the_newest_also_after_the_folder_moved(folder, tmp_path):
     assert tf.train.latest_checkpoint(str(folder)) == prefix_of(folder, 30)
     moved = folder.rename(tmp_path / "elsewhere")
     assert tf.train.latest_checkpoint(str(moved)) == prefix_of(moved, 30)
-    assert checkpoints.find(str(moved)) == prefix_of(moved, 30)
+    assert checkpoints.find(str(moved)).prefix == prefix_of(moved, 30)
 
 
 def test_steps_are_ordered_as_numbers(tiny, tmp_path):
@@ -245,7 +245,7 @@ def test_after_a_kill_the_next_save_tidies_up_and_works(tiny, tmp_path, moments)
     checkpoints.save(tiny, str(tmp_path / "run"), 20)
     for moment in list(moments):
         prefix = checkpoints.save(tiny, str(moment), 20, 1)
-        assert checkpoints.find(str(moment)) == prefix
+        assert checkpoints.newest_intact(str(moment)) == (prefix, [])
         files = [f"model.ckpt-20{part}" for part in PARTS]
         assert sorted(os.listdir(moment)) == sorted([*files, "checkpoint"])
 
@@ -374,7 +374,7 @@ def test_any_flipped_bit_is_found(folder, part):
         file.write_bytes(damaged)
         assert_passed_over(folder, "model.ckpt-30")
     file.write_bytes(whole)
-    assert checkpoints.find(str(folder)) == prefix_of(folder, 30)
+    assert checkpoints.find(str(folder)).prefix == prefix_of(folder, 30)
 
 
 def test_missing_data_are_found(folder):
@@ -422,9 +422,10 @@ def test_a_folder_that_is_empty_or_missing_has_no_newest_and_no_complaints(tmp_p
 
 def test_a_checkpoint_without_digests_is_accepted_where_the_rest_is_whole(folder):
     os.remove(prefix_of(folder, 30) + ".sha256")
-    assert checkpoints.find(str(folder)) == prefix_of(folder, 30)
+    assert checkpoints.find(str(folder)).prefix == prefix_of(folder, 30)
     assert checkpoints.newest_intact(str(folder)) == (prefix_of(folder, 30), [])
-    run, step = checkpoints.read_run(prefix_of(folder, 30))
+    found = checkpoints.read(prefix_of(folder, 30))
+    run, step = found.run, found.step
     assert (run, step) == (RUN, 30)
 
 
@@ -445,7 +446,7 @@ def test_without_digests_a_cut_off_index_cannot_be_read(folder):
     prefix = prefix_of(folder, 30)
     os.remove(prefix + ".sha256")
     os.truncate(prefix + ".index", os.path.getsize(prefix + ".index") // 2)
-    assert prefix in refusal(checkpoints.read_run, prefix)
+    assert prefix in refusal(checkpoints.read, prefix)
 
 
 # --- Finding --------------------------------------------------------------------------------------
@@ -453,15 +454,15 @@ def test_without_digests_a_cut_off_index_cannot_be_read(folder):
 
 def test_a_prefix_any_of_its_files_or_the_folder_name_a_checkpoint(folder):
     for part in ("", *PARTS):
-        assert checkpoints.find(prefix_of(folder, 20) + part) == prefix_of(folder, 20)
-    assert checkpoints.find(str(folder)) == prefix_of(folder, 30)
-    assert checkpoints.find(f"{folder}/") == prefix_of(folder, 30)
+        assert checkpoints.find(prefix_of(folder, 20) + part).prefix == prefix_of(folder, 20)
+    assert checkpoints.find(str(folder)).prefix == prefix_of(folder, 30)
+    assert checkpoints.find(f"{folder}/").prefix == prefix_of(folder, 30)
 
 
 def test_a_relative_path_is_enough(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    assert checkpoints.find("model.ckpt-10") == "model.ckpt-10"
-    assert checkpoints.read_run(checkpoints.find(".")) == (RUN, 30)
+    assert checkpoints.find("model.ckpt-10").prefix == "model.ckpt-10"
+    assert checkpoints.find(".") == checkpoints.SavedRun("./model.ckpt-30", RUN, 30, True)
 
 
 def test_a_path_without_a_checkpoint_is_named(folder):
@@ -496,10 +497,9 @@ def test_folders_that_tensorflow_would_take_for_a_pattern_are_refused_before_tra
 
 def test_a_tensorflow_checkpoint_of_something_else_is_refused(tiny, tmp_path):
     prefix = tiny.write(str(tmp_path / "other"))
-    text = refusal(checkpoints.read_run, prefix)
+    text = refusal(checkpoints.read, prefix)
     assert prefix in text
-    assert "not one that this project wrote" in text
-    assert text == refusal(checkpoints.load_model, prefix)
+    assert "another program wrote this checkpoint" in text
 
 
 @pytest.mark.parametrize(
@@ -507,7 +507,7 @@ def test_a_tensorflow_checkpoint_of_something_else_is_refused(tiny, tmp_path):
 )
 def test_a_description_that_does_not_describe_a_run_is_refused(tmp_path, description):
     other = tf.train.Checkpoint(description=tf.Variable(description), step=tf.Variable(1))
-    text = refusal(checkpoints.read_run, other.write(str(tmp_path / "other")))
+    text = refusal(checkpoints.read, other.write(str(tmp_path / "other")))
     assert "description" in text
 
 
@@ -535,7 +535,7 @@ def test_what_a_kill_while_deleting_or_saving_has_left_goes_with_the_next_save(f
 def test_a_file_that_is_no_checkpoint_at_all_is_refused(tmp_path):
     for part in PARTS[:2]:
         (tmp_path / f"other{part}").write_bytes(b"something else entirely")
-    assert str(tmp_path / "other") in refusal(checkpoints.read_run, str(tmp_path / "other"))
+    assert str(tmp_path / "other") in refusal(checkpoints.read, str(tmp_path / "other"))
 
 
 # --- Restoring ------------------------------------------------------------------------------------
@@ -566,7 +566,7 @@ def test_a_restored_run_is_the_saved_one_bit_for_bit(trainer, tmp_path):
     [("channels_last", "fp32"), ("channels_first", "fp32"), ("channels_first", "bf16")],
 )
 def test_a_checkpoint_fits_every_layout_and_precision(saved, trainer, data_format, dtype):
-    model = checkpoints.load_model(prefix_of(saved, 30), data_format, dtype)
+    model = checkpoints.load(checkpoints.read(prefix_of(saved, 30)), data_format, dtype)
     shape = model.num_layers, model.num_classes, model.norms[0].decay
     assert shape == (RUN.model.num_layers, RUN.model.num_classes, RUN.model.batch_norm_decay)
     assert values(model.variables) == values(trainer.model.variables)
@@ -586,12 +586,14 @@ def test_a_network_that_is_restored_gives_the_same_logits(tmp_path):
     prefix = checkpoints.save(trainer.checkpoint, str(tmp_path), 0)
     images = np.random.default_rng(0).normal(0, 60, [3, 32, 32, 3]).astype(np.float32)
     expected = trainer.model(images).numpy()
-    np.testing.assert_array_equal(checkpoints.load_model(prefix)(images).numpy(), expected)
+    np.testing.assert_array_equal(
+        checkpoints.load(checkpoints.read(prefix))(images).numpy(), expected
+    )
 
 
 def test_the_run_and_its_step_are_read_without_building_anything(saved):
     for step in STEPS:
-        assert checkpoints.read_run(prefix_of(saved, step)) == (RUN, step)
+        assert checkpoints.read(prefix_of(saved, step)).step == step
 
 
 def test_another_network_than_the_saved_one_is_not_restored(saved):

@@ -252,12 +252,13 @@ def test_a_checkpoint_with_todays_keys_alone_is_restored(kind, tmp_path):
         "training": OLDEST["training"] | training,
     }
     values = write_checkpoint(tmp_path / "model.ckpt-3", expected_keys(kind), description)
-    prefix = checkpoints.find(str(tmp_path))
+    prefix = checkpoints.find(str(tmp_path)).prefix
 
-    assert checkpoints.read_run(prefix) == (trainer.run, 3)
+    saved = checkpoints.read(prefix)
+    assert (saved.run, saved.step) == (trainer.run, 3)
     trainer.restore(prefix)
     assert trainer.steps_done == 3
-    for restored in (trainer.model, checkpoints.load_model(prefix)):
+    for restored in (trainer.model, checkpoints.load(checkpoints.read(prefix))):
         found = {v.name: v.numpy() for v in restored.variables}
         for key, name, _ in variables_of(network):
             np.testing.assert_array_equal(found[f"{name}:0"], values[f"model/{key}"], name)
@@ -338,10 +339,11 @@ def test_a_shipped_network_has_these_keys_and_is_restored():
     alone = {key: shape for key, shape in keys.items() if not key.startswith("momentum/")}
     assert saved_in(prefix)[0] == alone
 
-    run, step = checkpoints.read_run(str(prefix))
+    saved = checkpoints.read(str(prefix))
+    run, step = saved.run, saved.step
     assert (run.model, step) == (ModelConfig(num_layers=20), 16000)
     assert (run.training.recipe, run.training.optimizer) == ("fast", "muon")
-    model = checkpoints.load_model(str(prefix))
+    model = checkpoints.load(checkpoints.read(str(prefix)))
     reader = tf.train.load_checkpoint(str(prefix))
     saved_mean = reader.get_tensor("model/image_mean/.ATTRIBUTES/VARIABLE_VALUE")
     assert 100 < saved_mean.mean() < 140

@@ -113,9 +113,9 @@ def test_a_recipe_has_its_values(data, tmp_path, flags, settings, rates):
     assert_settings(shown, settings)
     assert f" lr {rates[0]:.4g} " in shown
 
-    saved, step = checkpoints.read_run(str(tmp_path / "model.ckpt-1"))
-    assert step == 1
-    found = learning_rates(saved.training)
+    saved = checkpoints.read(str(tmp_path / "model.ckpt-1"))
+    assert saved.step == 1
+    found = learning_rates(saved.run.training)
     assert len(found) == int(settings["num_iterations"])
     for done, rate in rates.items():
         np.testing.assert_allclose(found[done], rate, rtol=1e-6, err_msg=f"after {done} steps")

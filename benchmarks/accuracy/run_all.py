@@ -237,11 +237,11 @@ def ship(runs: Sequence[Run], runs_dir: str) -> None:
     trained = os.path.join(runs_dir, middle.name)
     if not os.path.isdir(trained):  # its CSV came with the project
         return
-    prefix = checkpoints.find(trained)
+    saved = checkpoints.find(trained)
     folder = PRETRAINED / middle.network
     for _, old in checkpoints.list_checkpoints(str(folder)):
         checkpoints.delete(old)
-    checkpoints.save_network(prefix, str(folder))
+    checkpoints.save_network(saved, str(folder))
 
 
 def parse_flags() -> argparse.Namespace:

@@ -53,11 +53,11 @@ def main(flags: "Flags") -> int:
     from cifar10_resnet import checkpoints
     from cifar10_resnet.serving import export
 
-    prefix = checkpoints.find(flags.ckpt_path)
+    saved = checkpoints.find(flags.ckpt_path)
     if flags.format == "tflite":
-        export.export_tflite(prefix, flags.export_dir)
+        export.export_tflite(saved, flags.export_dir)
     else:
-        export.export_saved_model(prefix, flags.export_dir, flags.data_format, flags.dtype)
+        export.export_saved_model(saved, flags.export_dir, flags.data_format, flags.dtype)
     return 0
 
 

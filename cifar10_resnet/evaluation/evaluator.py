@@ -8,8 +8,8 @@ import numpy as np
 import tensorflow as tf
 
 from cifar10_input import ImageSet
-from cifar10_resnet import checkpoints
-from cifar10_resnet.config import RunConfig, refuse_contradictions
+from cifar10_resnet.checkpoints import SavedRun, find, restore_model
+from cifar10_resnet.config import refuse_contradictions
 from cifar10_resnet.data import dataset, splits
 from cifar10_resnet.data.dataset import Dataset
 from cifar10_resnet.errors import UserError
@@ -64,7 +64,7 @@ class Evaluator:
 
 
 def score_checkpoints(
-    prefixes: Sequence[str],
+    checkpoints_of_run: Sequence[SavedRun],
     data: Dataset | None = None,
     split: str = "test",
     data_format: str = "channels_last",
@@ -80,40 +80,39 @@ def score_checkpoints(
     given = given or {}
     network = reading = None
     with ThreadPoolExecutor(1) as reader:
-        for prefix in prefixes:
-            run, step = checkpoints.read_run(prefix)
-            refuse_contradictions(run, given, prefix)
+        for saved in checkpoints_of_run:
+            refuse_contradictions(saved.run, given, saved.prefix)
             # The images are read while the network is built and traced.
-            reading = reading or reader.submit(_images_for, run, prefix, data, split)
-            if run.model != network:
-                network = run.model
+            reading = reading or reader.submit(_images_for, saved, data, split)
+            if saved.run.model != network:
+                network = saved.run.model
                 model = ResNet(**network.arguments(), data_format=data_format, dtype=dtype)
                 evaluator = Evaluator(model, batch_size)
-            checkpoints.restore_model(model, prefix)
+            restore_model(model, saved.prefix)
             examples = reading.result()
-            yield Scored(prefix, step, run, split, evaluator(examples), examples.images)
+            metrics = evaluator(examples)
+            yield Scored(saved.prefix, saved.step, saved.run, split, metrics, examples.images)
 
 
 def score_newest(
     directory: str, data: Dataset | None, data_format: str, dtype: str, given: dict[str, Any]
 ) -> Scored:
     """Scores a run's newest checkpoint: on its holdout, or on the test images where it has none."""
-    prefix = checkpoints.find(directory)
-    run, _ = checkpoints.read_run(prefix)
-    (scored,) = score_checkpoints(
-        [prefix], data, run.data.scored_split, data_format, dtype, given=given
-    )
+    saved = find(directory)
+    split = saved.run.data.scored_split
+    (scored,) = score_checkpoints([saved], data, split, data_format, dtype, given=given)
     return scored
 
 
-def _images_for(run: RunConfig, prefix: str, data: Dataset | None, split: str) -> ImageSet:
+def _images_for(saved: SavedRun, data: Dataset | None, split: str) -> ImageSet:
+    run = saved.run
     if data is None:
         return splits.load_split(dataset.find(None, run.data.dataset), run.data, split)
     # Another data set will do, if its classes are those that the network knows.
     found = data.describe(run.data.coarse_labels)
     if found.class_names != run.data.class_names:
         raise UserError(
-            f"{prefix} tells apart {_listed(run.data.class_names)}, but the images in "
+            f"{saved.prefix} tells apart {_listed(run.data.class_names)}, but the images in "
             f"{data.folder or data.name} are of {_listed(found.class_names)}: name the data it was "
             "trained on with --path."
         )

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from cifar10_resnet import checkpoints, storage
+from cifar10_resnet import storage
+from cifar10_resnet.checkpoints import SavedRun, load
 from cifar10_resnet.errors import UserError, reason_of
 from cifar10_resnet.serving.saved_network import SavedNetwork
 from resnet_model import IMAGE_SHAPE, ResNet
@@ -87,26 +88,25 @@ def _decode(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def load_classifier(
-    prefix: str, data_format: str = "channels_last", dtype: str = "fp32"
+    saved: SavedRun, data_format: str = "channels_last", dtype: str = "fp32"
 ) -> Classifier:
     """Builds from a checkpoint what is exported."""
-    run, _ = checkpoints.read_run(prefix)
-    return Classifier(checkpoints.load_model(prefix, data_format, dtype), run.data.class_names)
+    return Classifier(load(saved, data_format, dtype), saved.run.data.class_names)
 
 
 def export_saved_model(
-    prefix: str, export_dir: str, data_format: str = "channels_last", dtype: str = "fp32"
+    saved: SavedRun, export_dir: str, data_format: str = "channels_last", dtype: str = "fp32"
 ) -> None:
     """Writes the network of a checkpoint as a SavedModel, the new folder `export_dir`."""
-    classifier = load_classifier(prefix, data_format, dtype)
+    classifier = load_classifier(saved, data_format, dtype)
     with storage.new_folder(export_dir) as folder:
         _save(classifier, folder, (PIXELS, FLOATS, PICTURES))
-    print(f"Exported {prefix} to {export_dir}: a SavedModel, {dtype}, {data_format}.")
+    print(f"Exported {saved.prefix} to {export_dir}: a SavedModel, {dtype}, {data_format}.")
 
 
-def export_tflite(prefix: str, export_dir: str) -> None:
+def export_tflite(saved: SavedRun, export_dir: str) -> None:
     """Writes the network for LiteRT into the new folder `export_dir`, if it computes the same."""
-    classifier = load_classifier(prefix)
+    classifier = load_classifier(saved)
     classifier.takes_empty_batches = False  # LiteRT lacks what that takes
     with storage.new_folder(export_dir) as folder, tempfile.TemporaryDirectory() as saved_model:
         signatures = (PIXELS, FLOATS)
@@ -115,16 +115,17 @@ def export_tflite(prefix: str, export_dir: str) -> None:
         difference = _difference(lite, saved_model)
         if not difference <= TFLITE_TOLERANCE:
             raise UserError(
-                f"the LiteRT model of {prefix} is refused: its logits differ from the SavedModel's "
-                f"by {difference:.1e} of the largest, where {TFLITE_TOLERANCE:.0e} is allowed."
+                f"the LiteRT model of {saved.prefix} is refused: its logits differ from the "
+                f"SavedModel's by {difference:.1e} of the largest, where "
+                f"{TFLITE_TOLERANCE:.0e} is allowed."
             )
         with open(os.path.join(folder, TFLITE_FILE), "wb") as file:
             file.write(lite)
         with open(os.path.join(folder, NAMES_FILE), "wb") as file:
             file.writelines(name + b"\n" for name in classifier.class_names.numpy())
     print(
-        f"Exported {prefix} to {export_dir}: {NAMES_FILE}, and {TFLITE_FILE}, whose logits differ "
-        f"from the SavedModel's by {difference:.1e} of the largest."
+        f"Exported {saved.prefix} to {export_dir}: {NAMES_FILE}, and {TFLITE_FILE}, whose logits "
+        f"differ from the SavedModel's by {difference:.1e} of the largest."
     )
 
 

@@ -45,7 +45,8 @@ def prepare_run(
             print(f"Passed over: {reason}", file=sys.stderr, flush=True)
         if pretrained:
             print(f"The run in {ckpt_path} goes on; {pretrained} is not used.", flush=True)
-        run, _ = checkpoints.read_run(newest)
+        saved = checkpoints.read(newest)
+        run = saved.run
         if given.get("fine_tune") and not run.training.fine_tune:
             raise UserError(
                 f"--fine_tune does not match the run in {ckpt_path}, which trains all layers. To "
@@ -54,7 +55,7 @@ def prepare_run(
                 "--ckpt_path."
             )
         refuse_contradictions(run, given, newest)
-        if checkpoints.is_network_alone(newest):
+        if not saved.is_whole:
             raise UserError(
                 f"{newest} is a network without the rest of its training, which so cannot go on: "
                 f"start a new one from it with --pretrained_model_checkpoint_path={ckpt_path}, and "
@@ -82,8 +83,8 @@ def prepare_run(
 def _new_run(given: dict[str, Any], data: Dataset, pretrained: str | None) -> RunConfig:
     model = ModelConfig()
     if pretrained:
-        pretrained = checkpoints.find(pretrained)
-        origin, _ = checkpoints.read_run(pretrained)
+        found = checkpoints.find(pretrained)
+        origin, pretrained = found.run, found.prefix
         network = {n: given.get(n) for n in dataclasses.asdict(model) if n != "batch_norm_decay"}
         named_by = "--pretrained_model_checkpoint_path"
         refuse_contradictions(origin, network, pretrained, named_by)

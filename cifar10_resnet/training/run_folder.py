@@ -90,7 +90,7 @@ def clean(directory: str, log_path: str, needed: str | None = None) -> None:
     from cifar10_resnet import checkpoints
     from cifar10_resnet.training.summaries import FILE_SUFFIX
 
-    origin = os.path.dirname(checkpoints.find(needed)) if needed else None
+    origin = os.path.dirname(checkpoints.find(needed).prefix) if needed else None
     if needed and os.path.realpath(origin) == os.path.realpath(directory):
         raise UserError(
             f"--clean would delete {needed}, from which the run is to start: name another "

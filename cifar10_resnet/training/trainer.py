@@ -209,7 +209,11 @@ class Trainer:
         else:
             return
         good, _ = checkpoints.newest_intact(ckpt_path)
-        rest = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
+        rest = (
+            f"the last good checkpoint is {good.prefix}"
+            if good
+            else "no checkpoint was written yet"
+        )
         raise UserError(
             f"{what}: training diverged; {rest}. A lower "
             f"--init_lr (it was {self.run.training.init_lr:g}) or --dtype=fp32 usually helps, in "

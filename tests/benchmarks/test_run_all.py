@@ -75,14 +75,16 @@ def test_the_median_seed_is_shipped_once_all_are_done_and_without_its_momentum(
         run_all.ship(run_all.RUNS, str(tmp_path / "runs"))
     shipped = checkpoints.find(str(run_all.PRETRAINED / "resnet8"))
     trained = checkpoints.find(str(tmp_path / "runs" / "tiny2"))
-    assert checkpoints.read_run(shipped) == checkpoints.read_run(trained)
+    assert (shipped.run, shipped.step) == (trained.run, trained.step)
     for ours, theirs in zip(
-        checkpoints.load_model(shipped).variables,
-        checkpoints.load_model(trained).variables,
+        checkpoints.load(shipped).variables,
+        checkpoints.load(trained).variables,
         strict=True,
     ):
         assert (ours.numpy() == theirs.numpy()).all()
-    sizes = [Path(p + ".data-00000-of-00001").stat().st_size for p in (shipped, trained)]
+    sizes = [
+        Path(saved.prefix + ".data-00000-of-00001").stat().st_size for saved in (shipped, trained)
+    ]
     assert sizes[0] < 0.6 * sizes[1]
 
 
@@ -155,14 +157,14 @@ def test_the_shipped_networks_are_whole_and_those_of_the_table(script):
     shipped = sorted(script.PRETRAINED.iterdir())
     assert shipped
     for folder in shipped:
-        prefix = checkpoints.find(str(folder))  # by its digests
-        run, step = checkpoints.read_run(prefix)
+        saved = checkpoints.find(str(folder))  # by its digests
+        run, step = saved.run, saved.step
         (first, *others) = [r for r in script.RUNS if r.network == folder.name and r.is_shipped]
         middle = script._middle([script.read_result(seed) for seed in (first, *others)])
         assert run.model.name == folder.name
         assert (run.training.recipe, run.training.seed) == ("fast", middle.run.seed)
         assert step == run.training.num_iterations == middle.csv.columns["step"][-1]
-        assert checkpoints.is_network_alone(prefix)
+        assert not saved.is_whole
     assert sum(f.stat().st_size for f in script.PRETRAINED.rglob("*")) < 30 * 2**20
 
 

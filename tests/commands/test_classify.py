@@ -50,7 +50,7 @@ def pictures(tmp_path_factory) -> Path:
 
 def answers_for(prefix: str, files: list[Path]) -> list[list[tuple[str, float]]]:
     """The classes of each file, likeliest first, with their probabilities."""
-    model = checkpoints.load_model(prefix)
+    model = checkpoints.load(checkpoints.read(prefix))
     images = tf.constant(np.stack([read_photo_file(str(file)) for file in files]), tf.float32)
     shares = tf.nn.softmax(model(images - model.image_mean)).numpy()
     return [
@@ -89,7 +89,7 @@ def test_good_pictures_are_classified_and_bad_ones_told_of(prefix, pictures):
 
 
 def test_a_saved_model_answers_in_json_as_the_checkpoint_does(prefix, pictures, tmp_path):
-    export.export_saved_model(prefix, str(tmp_path / "exported"))
+    export.export_saved_model(checkpoints.read(prefix), str(tmp_path / "exported"))
     files = [pictures / "small.png", pictures / "big.jpg"]
     done = run(
         *("classify", "--json", f"--saved_model={tmp_path / 'exported'}", *files),
@@ -122,7 +122,9 @@ def test_a_layout_that_has_no_kernels_here_is_told_of_in_a_sentence(prefix, pict
     with contextlib.suppress(UserError):
         resolve_data_format("channels_first", "fp16", "cpu")
         pytest.skip("this CPU has them")
-    export.export_saved_model(prefix, str(tmp_path / "x"), "channels_first", "fp16")
+    export.export_saved_model(
+        checkpoints.read(prefix), str(tmp_path / "x"), "channels_first", "fp16"
+    )
     done = run(
         *("classify", f"--saved_model={tmp_path / 'x'}", pictures / "big.jpg"),
         status=1,

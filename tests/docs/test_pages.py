@@ -110,5 +110,5 @@ def test_the_marked_code_runs(checkout, write_cifar10):
             assert re.match(r"\[b'cat'\] \[0\.97\d*\]\n$", done.stdout), done.stdout
     assert done.stdout.startswith("(1, 10)\n")
     assert re.search(r"^loss \d\.\d{3}, accuracy [01]\.\d{3}$", done.stdout, flags=re.M)
-    _, step = checkpoints.read_run(checkpoints.find(str(checkout / "runs" / "ten-steps")))
+    step = checkpoints.find(str(checkout / "runs" / "ten-steps")).step
     assert step == 10

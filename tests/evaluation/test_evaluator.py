@@ -207,13 +207,17 @@ def folder(write_cifar10) -> Path:
     return write_cifar10(train=train, test=test, names="\n".join(CIFAR10_NAMES))
 
 
+def read_all(prefixes: list[str]) -> list[checkpoints.SavedRun]:
+    return [checkpoints.read(prefix) for prefix in prefixes]
+
+
 def figures_of(prefix: str, images: np.ndarray, labels: np.ndarray) -> dict:
-    model = checkpoints.load_model(prefix)
+    model = checkpoints.load(checkpoints.read(prefix))
     return numpy_figures(model, model.image_mean.numpy(), ImageSet(images, labels))
 
 
 def test_checkpoints_are_scored_in_turn_on_the_test_images(saved, folder):
-    scores = list(score_checkpoints(saved, find(str(folder)), batch_size=8))
+    scores = list(score_checkpoints(read_all(saved), find(str(folder)), batch_size=8))
     assert [scored.checkpoint for scored in scores] == saved
     assert [scored.step for scored in scores] == [10, 20]
     for scored, prefix in zip(scores, saved, strict=True):
@@ -228,14 +232,14 @@ def test_checkpoints_are_scored_in_turn_on_the_test_images(saved, folder):
     ("split", "part"), [("train", slice(0, 16)), ("holdout", slice(16, 20))], ids=str
 )
 def test_holdout_and_the_images_trained_on_are_scored_apart(saved, folder, split, part):
-    (scored,) = score_checkpoints(saved[:1], find(str(folder)), split=split)
+    (scored,) = score_checkpoints(read_all(saved[:1]), find(str(folder)), split=split)
     assert scored.split == split
     expected = figures_of(saved[0], varied_images(20)[part], np.arange(20)[part] % 10)
     assert_figures(scored.metrics, expected)
 
 
 def test_what_a_score_tells_people_and_programs_is_the_same(saved, folder):
-    (scored,) = score_checkpoints(saved[1:], find(str(folder.parent)))
+    (scored,) = score_checkpoints(read_all(saved[1:]), find(str(folder.parent)))
     report = scored.report()
     head, *figures = report.splitlines()
     assert saved[1] in head
@@ -264,7 +268,7 @@ def test_what_a_score_tells_people_and_programs_is_the_same(saved, folder):
 )
 def test_a_given_value_that_contradicts_the_checkpoint_is_refused(saved, folder, name, given, held):
     with pytest.raises(UserError) as refused:
-        list(score_checkpoints(saved, find(str(folder)), given={name: given}))
+        list(score_checkpoints(read_all(saved), find(str(folder)), given={name: given}))
     assert f"{name}={given}" in str(refused.value)
     assert f"{name}={held}" in str(refused.value)
     assert saved[0] in str(refused.value)
@@ -272,7 +276,7 @@ def test_a_given_value_that_contradicts_the_checkpoint_is_refused(saved, folder,
 
 def test_given_values_that_agree_or_are_left_out_are_accepted(saved, folder):
     given = {"num_layers": 8, "shortcut_connections": True, "bottleneck": None}
-    (scored,) = score_checkpoints(saved[:1], find(str(folder)), given=given)
+    (scored,) = score_checkpoints(read_all(saved[:1]), find(str(folder)), given=given)
     assert scored.metrics.num_images == 30
 
 
@@ -280,7 +284,7 @@ def test_images_of_other_classes_than_the_run_knows_are_refused(saved, write_cif
     names = synthetic.CLASS_NAMES
     other = write_cifar10(names="\n".join(names), parent=tmp_path / "other")
     with pytest.raises(UserError) as refused:
-        list(score_checkpoints(saved[:1], find(str(other))))
+        list(score_checkpoints(read_all(saved[:1]), find(str(other))))
     for told in (saved[0], str(other), *names, *CIFAR10_NAMES):
         assert told in str(refused.value)
 
@@ -288,7 +292,7 @@ def test_images_of_other_classes_than_the_run_knows_are_refused(saved, write_cif
 def test_other_images_will_do_if_their_classes_are_those_that_the_run_knows(saved, tmp_path):
     folder = write_pictures(tmp_path, 10, test=30)
     (folder / "class_names.txt").write_text("\n".join(CIFAR10_NAMES))
-    (scored,) = score_checkpoints(saved[:1], find(str(folder)))
+    (scored,) = score_checkpoints(read_all(saved[:1]), find(str(folder)))
     images, _ = random_images(30, seed=2)
     assert_figures(scored.metrics, figures_of(saved[0], images, np.arange(30) % 10))
 
@@ -302,30 +306,34 @@ def test_the_labels_scored_are_those_that_the_run_learns(tmp_path, coarse, class
         data.describe(coarse_labels=coarse),
     )
     prefix = checkpoints.save(Trainer(run).checkpoint, str(tmp_path), 0)
-    (scored,) = score_checkpoints([prefix], data)
+    (scored,) = score_checkpoints([checkpoints.read(prefix)], data)
     learned = labels[:, 0 if coarse else 1].astype(np.int32)
     assert_figures(scored.metrics, figures_of(prefix, images, learned))
     with pytest.raises(UserError, match=f"coarse_labels={not coarse} "):
-        list(score_checkpoints([prefix], data, given={"coarse_labels": not coarse}))
+        list(
+            score_checkpoints([checkpoints.read(prefix)], data, given={"coarse_labels": not coarse})
+        )
 
 
 def test_labels_that_the_network_has_no_class_for_are_refused(saved, write_cifar10):
     images, labels = random_images(6)
     labels[3] = 10
     with pytest.raises(UserError, match="label 10 "):
-        list(score_checkpoints(saved[:1], find(str(write_cifar10(test=(images, labels))))))
+        list(
+            score_checkpoints(read_all(saved[:1]), find(str(write_cifar10(test=(images, labels)))))
+        )
 
 
 def test_a_run_on_generated_pictures_is_scored_without_a_path(tmp_path, monkeypatch):
     monkeypatch.setitem(SYNTHETIC_IMAGES, "test", 30)
     run = RunConfig(ModelConfig(num_layers=8), DataConfig("synthetic", synthetic.CLASS_NAMES))
     prefix = checkpoints.save(Trainer(run).checkpoint, str(tmp_path), 0)
-    (scored,) = score_checkpoints([prefix])
+    (scored,) = score_checkpoints([checkpoints.read(prefix)])
     images, labels = synthetic.make_split("test", 30)
     assert_figures(scored.metrics, figures_of(prefix, images, labels.astype(np.int32)))
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, folder):
     prefix = tf.train.Checkpoint(v=tf.Variable(1.0)).write(str(tmp_path / "other"))
-    with pytest.raises(UserError, match="not one that this project wrote"):
-        list(score_checkpoints([prefix], find(str(folder))))
+    with pytest.raises(UserError, match="another program wrote this checkpoint"):
+        list(score_checkpoints([checkpoints.read(prefix)], find(str(folder))))

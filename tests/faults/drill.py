@@ -89,7 +89,7 @@ def live(process: subprocess.Popen, run: Path, kind: str, rng: random.Random) ->
 def complete(run: Path) -> int:
     """The step of the newest checkpoint that restores; 0 where none has been written."""
     prefix, _ = checkpoints.newest_intact(str(run))
-    return checkpoints.read_run(prefix)[1] if prefix else 0
+    return checkpoints.read(prefix).step if prefix else 0
 
 
 def drill(data: Path, folder: Path, steps: int, kills: int, seed: int) -> Counter:

@@ -71,7 +71,7 @@ def test_a_damaged_file_is_told_of_and_the_checkpoint_before_it_taken(folder, pa
     DAMAGES[damage](*(folder / f"model.ckpt-{step}{part}" for step in (30, 20)))
     if (part, damage) in ((".sha256", "missing"), (".sha256", "a byte short")):
         # the values themselves are whole, and are known to be
-        assert checkpoints.find(str(folder)) == str(folder / "model.ckpt-30")
+        assert checkpoints.find(str(folder)).prefix == str(folder / "model.ckpt-30")
     else:
         assert_is_passed_over(folder, capsys)
 
@@ -131,9 +131,9 @@ def test_a_copy_under_way_is_never_taken_for_whole(saved, tmp_path):
                 if (copy / checkpoints.STATE).exists() and share == 1:
                     assert newest or reasons, "a training would begin anew amid the copies"
                 if newest:
-                    step = checkpoints.read_run(newest)[1]
-                    model = checkpoints.load_model(newest)
+                    found = checkpoints.read(newest)
+                    step, model = found.step, checkpoints.load(found)
                     assert {float(v) for v in model.trainable_variables[0].numpy().flat} == {
                         float(tf.constant(step / 7))
                     }
-        assert checkpoints.find(str(copy)) == str(copy / "model.ckpt-30")
+        assert checkpoints.find(str(copy)).prefix == str(copy / "model.ckpt-30")

@@ -100,8 +100,8 @@ def test_a_training_that_fills_the_disk_goes_on_once_there_is_room(make_disk, wr
     disk.remount("rw,size=64m")
     assert contents(folder) == before
     again = run(*command)
-    assert f"Going on from {saved}, step {checkpoints.read_run(saved)[1]}." in again.stdout
-    assert checkpoints.find(str(folder)) == str(folder / "model.ckpt-60")
+    assert f"Going on from {saved}, step {checkpoints.read(saved).step}." in again.stdout
+    assert checkpoints.find(str(folder)).prefix == str(folder / "model.ckpt-60")
 
     disk.remount("ro")
     before = contents(folder)
@@ -197,7 +197,7 @@ def test_an_export_that_does_not_fit_leaves_nothing(make_disk, prefix, form, cap
     disk = make_disk()
     disk.fill(100_000)
     with pytest.raises(UserError, match=rf"cannot write .*{FULL}") as refused:
-        form(prefix, str(disk.path / "exported"))
+        form(checkpoints.read(prefix), str(disk.path / "exported"))
     assert "{{" not in str(refused.value)
     assert os.listdir(disk.path) == ["ballast"]
 

@@ -111,7 +111,9 @@ def exported(prefix, tmp_path_factory) -> Path:
     for form, made in MADE.items():
         shutil.move(project / "savedmodels" / f"tiny-{made}", folder / form)
     shutil.rmtree(project)
-    export.export_saved_model(prefix, str(folder / "nhwc-bf16"), *FORMS["nhwc-bf16"])
+    export.export_saved_model(
+        checkpoints.read(prefix), str(folder / "nhwc-bf16"), *FORMS["nhwc-bf16"]
+    )
     return folder
 
 
@@ -152,7 +154,7 @@ def expected(prefix, forms) -> dict[str, np.ndarray]:
     """The logits that the evaluator computes in each form."""
     logits = {}
     for form in forms:
-        model = checkpoints.load_model(prefix, *FORMS[form])
+        model = checkpoints.load(checkpoints.read(prefix), *FORMS[form])
         compute = tf.function(
             lambda images, model=model: model(
                 tf.cast(images, tf.float32) - model.image_mean, training=False
@@ -193,7 +195,7 @@ def test_a_saved_model_names_its_classes(answers, form):
 
 def test_pictures_as_bytes_are_answered_as_the_pixels_that_they_hold(answers, forms, prefix):
     pixels = np.stack([read_photo(picture, "a picture") for picture in PICTURES])
-    classifier = export.load_classifier(prefix)
+    classifier = export.load_classifier(checkpoints.read(prefix))
     wanted = classifier.from_pixels(tf.constant(pixels))["logits"].numpy()
     for form in {"nhwc", "nchw"}.intersection(forms):
         logits = answers[f"{form} serving_image_bytes 3 logits"]
@@ -299,7 +301,7 @@ def test_a_lite_model_that_computes_something_else_is_not_kept(prefix, tmp_path,
 
     monkeypatch.setattr(tf.lite.TFLiteConverter, "from_saved_model", quantise)
     with pytest.raises(UserError, match=r"refused: its logits differ .* where 1e-04 is allowed"):
-        export.export_tflite(prefix, str(tmp_path / "lite"))
+        export.export_tflite(checkpoints.read(prefix), str(tmp_path / "lite"))
     assert not os.listdir(tmp_path)
 
 
@@ -308,7 +310,7 @@ def test_a_lite_model_of_what_is_not_numbers_is_not_kept(tmp_path):
     trainer.model.logits_bias.assign([np.nan] * 10)
     prefix = checkpoints.save(trainer.checkpoint, str(tmp_path / "run"), 1)
     with pytest.raises(UserError, match="not made of finite numbers"):
-        export.export_tflite(prefix, str(tmp_path / "lite"))
+        export.export_tflite(checkpoints.read(prefix), str(tmp_path / "lite"))
     assert os.listdir(tmp_path) == ["run"]
 
 
@@ -318,7 +320,7 @@ def test_an_export_that_does_not_fit_leaves_nothing(prefix, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(UserError, match=r"cannot write .*File too large"):
-            export.export_saved_model(prefix, str(tmp_path / "new"))
+            export.export_saved_model(checkpoints.read(prefix), str(tmp_path / "new"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not os.listdir(tmp_path)
@@ -354,7 +356,7 @@ def test_the_trainer_exports_its_last_checkpoint(write_cifar10, tmp_path):
     )
     assert f"Exported {tmp_path}/run/model.ckpt-3 to {folder}" in run(*command).stdout
     network = tf.saved_model.load(folder)
-    model = checkpoints.load_model(str(tmp_path / "run" / "model.ckpt-3"), dtype="bf16")
+    model = checkpoints.load(checkpoints.read(str(tmp_path / "run" / "model.ckpt-3")), dtype="bf16")
     np.testing.assert_allclose(
         network.signatures["serving_default"](images=tf.constant(IMAGES))["logits"],
         model(tf.constant(IMAGES, tf.float32) - model.image_mean),

@@ -273,7 +273,7 @@ def test_an_evaluation_that_reaches_the_threshold_ends_the_run_with_a_checkpoint
     run = make_run(num_iterations=50)
     outcome = loop.train(run, options(tmp_path, epochs_between_evals=1, stop_threshold=0.01))
     assert outcome.step == 10
-    assert outcome.checkpoint == checkpoints.find(str(tmp_path))
+    assert outcome.checkpoint == checkpoints.find(str(tmp_path)).prefix
 
 
 def test_a_holdout_is_what_is_evaluated_while_training(tmp_path, small_synthetic, capsys):

@@ -81,7 +81,7 @@ def start(folder: Path, pretrained: str | None, stop: int | None = None, **given
 
 
 def variables_in(prefix: str) -> dict[str, np.ndarray]:
-    return {v.name: v.numpy() for v in checkpoints.load_model(prefix).variables}
+    return {v.name: v.numpy() for v in checkpoints.load(checkpoints.read(prefix)).variables}
 
 
 def refusal(function, *args, **keywords) -> str:
@@ -100,7 +100,7 @@ def test_the_network_is_the_pretrained_one_but_for_its_classes(pretrained, tmp_p
     assert run.model == dataclasses.replace(ORIGIN.model, num_classes=10, batch_norm_decay=0.99)
     assert run.data.class_names[0] == "disc"
     assert run.training == TrainingConfig(
-        batch_size=8, num_iterations=12, init_lr=1.0, pretrained=checkpoints.find(pretrained)
+        batch_size=8, num_iterations=12, init_lr=1.0, pretrained=checkpoints.find(pretrained).prefix
     )
 
 
@@ -110,7 +110,7 @@ def test_a_networks_flags_may_be_repeated_and_the_batch_norms_decay_given_anew(
     given = {"num_layers": 11, "bottleneck": True, "shortcut_connections": False}
     given |= {"resnet_version": 1, "batch_norm_decay": 0.95}
     run, _ = resume.prepare_run(
-        PLAIN_WORDS | given, str(tmp_path), pretrained=checkpoints.find(pretrained)
+        PLAIN_WORDS | given, str(tmp_path), pretrained=checkpoints.find(pretrained).prefix
     )
     assert run.model == dataclasses.replace(ORIGIN.model, num_classes=10, batch_norm_decay=0.95)
 
@@ -130,7 +130,7 @@ def test_another_network_than_the_pretrained_one_is_refused_with_both_named(
     told = refusal(start, tmp_path, pretrained, **{name: asked})
     assert f"{name}={asked} " in told
     assert f"{name}={found}" in told
-    assert checkpoints.find(pretrained) in told
+    assert checkpoints.find(pretrained).prefix in told
     assert "--pretrained_model_checkpoint_path" in told
 
 
@@ -178,7 +178,7 @@ def test_all_is_restored_exactly_but_the_final_layer_which_is_the_seeds(config, 
 def test_the_run_says_in_one_line_what_it_restored_and_what_not(pretrained, tmp_path, capsys):
     start(tmp_path, pretrained, 1)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "restored" in line]
-    assert checkpoints.find(pretrained) in line
+    assert checkpoints.find(pretrained).prefix in line
     assert "final layer, which starts at random with 10 classes" in line
     assert "mean image is restored too" in line
 
@@ -188,7 +188,7 @@ def test_the_run_says_in_one_line_what_it_restored_and_what_not(pretrained, tmp_
 
 @pytest.mark.parametrize("recipe", ["paper", "fast"])
 def test_fine_tuning_changes_the_final_layer_alone_to_the_bit(pretrained, tmp_path, capsys, recipe):
-    saved = variables_in(checkpoints.find(pretrained))
+    saved = variables_in(checkpoints.find(pretrained).prefix)
     tuned = variables_in(start(tmp_path, pretrained, fine_tune=True, recipe=recipe))
     fresh = ResNet(**ORIGIN.model.arguments() | {"num_classes": 10})
     assert tuned.keys() == saved.keys()
@@ -204,7 +204,7 @@ def test_fine_tuning_changes_the_final_layer_alone_to_the_bit(pretrained, tmp_pa
 
 
 def test_without_fine_tuning_everything_is_trained_from_there_on(pretrained, tmp_path):
-    saved = variables_in(checkpoints.find(pretrained))
+    saved = variables_in(checkpoints.find(pretrained).prefix)
     trained = variables_in(start(tmp_path, pretrained, init_lr=0.1))
     for name, value in trained.items():
         if name == "image_mean:0":
@@ -304,7 +304,7 @@ def own_mean() -> np.ndarray:
 
 
 def test_the_pretrained_mean_stays_with_the_network(pretrained, tmp_path, means_subtracted):
-    theirs = variables_in(checkpoints.find(pretrained))["image_mean:0"]
+    theirs = variables_in(checkpoints.find(pretrained).prefix)["image_mean:0"]
     for stop in (3, 6):
         saved = start(tmp_path, pretrained, stop)
         np.testing.assert_array_equal(variables_in(saved)["image_mean:0"], theirs)
@@ -342,7 +342,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_never_interrupted(pretrained, t
     assert {"data_mean/.ATTRIBUTES/VARIABLE_VALUE"} < ours.keys()
     for name, value in ours.items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
-    assert checkpoints.read_run(resumed)[0].training.fine_tune == fine_tune
+    assert checkpoints.read(resumed).run.training.fine_tune == fine_tune
 
 
 @pytest.mark.parametrize("name", ["fine_tune", "recompute_mean"])
@@ -375,7 +375,7 @@ def test_a_run_that_is_there_goes_on_and_says_that_the_pretrained_network_is_not
 
 def test_a_run_of_a_version_that_knew_no_pretrained_networks_goes_on(tmp_path):
     prefix = start(tmp_path / "now", None, 5, num_layers=8)
-    run, _ = checkpoints.read_run(prefix)
+    run = checkpoints.read(prefix).run
     parts = json.loads(run.to_json())
     for name in ("pretrained", "fine_tune", "recompute_mean"):
         del parts["training"][name]
@@ -390,7 +390,9 @@ def test_a_run_of_a_version_that_knew_no_pretrained_networks_goes_on(tmp_path):
 
 def test_a_fine_tuned_network_is_scored_like_any_other(pretrained, tmp_path):
     prefix = start(tmp_path, pretrained, 2, fine_tune=True)
-    (scored,) = score_checkpoints([prefix], given={"num_layers": 11, "bottleneck": True})
+    (scored,) = score_checkpoints(
+        [checkpoints.read(prefix)], given={"num_layers": 11, "bottleneck": True}
+    )
     assert scored.metrics.num_images == 40
     assert len(scored.metrics.per_class_accuracy) == 10
     assert scored.as_json()["description"]["training"]["fine_tune"] is True
