@@ -75,20 +75,20 @@ define make_environment
 	exit 1
 endef
 
-# $(call install,FOLDER,REQUIREMENTS)
+# $(call install,FOLDER,WHAT)
 define install
 	@echo "Installing $(2) into $(1). The first time, this downloads several hundred megabytes."
-	@$(1)/bin/python -m pip install --disable-pip-version-check -r $(2)
+	@$(1)/bin/python -m pip install --disable-pip-version-check $(2)
 	@touch $@
 endef
 
 $(VENV)/ready: requirements.txt
 	$(call make_environment,$(VENV))
-	$(call install,$(VENV),requirements.txt)
+	$(call install,$(VENV),-r requirements.txt)
 
-$(VENV)/ready-for-tests: requirements-test.txt $(VENV)/ready
-	$(call install,$(VENV),requirements-test.txt)
+$(VENV)/ready-for-tests: pyproject.toml $(VENV)/ready
+	$(call install,$(VENV),'.[test]')
 
 $(BENCH_VENV)/ready: requirements.txt benchmarks/requirements.txt
 	$(call make_environment,$(BENCH_VENV))
-	$(call install,$(BENCH_VENV),benchmarks/requirements.txt)
+	$(call install,$(BENCH_VENV),-r benchmarks/requirements.txt)

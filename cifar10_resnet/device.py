@@ -36,9 +36,8 @@ def start_tensorflow(device: str, verbose: bool = False, num_gpus: int | None = 
         raise UserError(f"--num_gpus={num_gpus} was asked for, but TensorFlow sees {found} GPUs.")
     if device == "gpu" and not has_gpu:
         raise UserError(
-            "--device=gpu was asked for, but TensorFlow sees no GPU: `pip install -r "
-            "requirements-gpu.txt` brings the libraries it needs beside NVIDIA's driver, or use "
-            "--device=cpu."
+            "--device=gpu is not possible: TensorFlow finds no GPU. Run `pip install '.[gpu]'` in "
+            "the project's folder, or use --device=cpu."
         )
     return "gpu" if has_gpu else "cpu"
 

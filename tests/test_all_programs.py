@@ -75,7 +75,7 @@ def test_a_gpu_that_is_not_there_is_refused_by_name_of_what_to_install(tmp_path)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
     for program in ("run_trainer.py", "run_evaluator.py"):
         arguments = (program, "--device=gpu", f"--ckpt_path={tmp_path}")
-        assert "requirements-gpu.txt" in error_of(*arguments, env=environment)
+        assert "pip install '.[gpu]'" in error_of(*arguments, env=environment)
 
 
 def test_generated_pictures_need_no_files(tmp_path):
