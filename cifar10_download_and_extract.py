@@ -101,7 +101,8 @@ def provide_data(flags: "Flags") -> None:
         wanted = synthetic.source(*sizes)
     if not folder.holds(wanted):
         data_dir.mkdir(parents=True, exist_ok=True)
-        refusal = f"--data_dir={data_dir} is in use by another run. Wait, or use another folder."
+        why = "is in use by another run. Wait, or use another folder."
+        refusal = UserError(why, "data_dir", data_dir)
         with storage.lock(data_dir, refusal):
             if flags.synthetic:
                 with folder.replacing(wanted) as part:

@@ -129,28 +129,29 @@ def refuse_foreign(directory: str) -> None:
     names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
     if foreign := [name for name in names if name.endswith(".index")]:
         raise UserError(
-            f"--ckpt_path={directory} contains checkpoints of another program ({foreign[0]}). Use "
-            "another folder."
+            f"contains checkpoints of another program ({foreign[0]}). Use another folder.",
+            "ckpt_path",
+            directory,
         )
 
 
-def find(path: str) -> SavedRun:
+def find(path: str, argument: str = "ckpt_path") -> SavedRun:
     """Returns the checkpoint at `path`, or the newest one of that folder, verified."""
     storage.refuse_patterns(path)
     if os.path.isdir(path):
         found = list_checkpoints(path)
         if not found:
-            raise UserError(
-                f"there is no checkpoint in {path}: name a folder that run_trainer.py wrote "
-                f"({NAME}-STEP.index and so on), or one checkpoint in it."
-            )
+            why = "contains no checkpoint. Pass a run folder, such as runs/resnet20."
+            raise UserError(why, argument, path)
         prefix = found[-1][1]
     else:
         prefix = re.sub(r"\.(index|sha256|data-\d+-of-\d+)$", "", path)
         if not any(os.path.exists(prefix + suffix) for suffix in SUFFIXES):
             raise UserError(
-                f"no checkpoint is at {path}: give a prefix such as runs/plain20/{NAME}-1000 "
-                "or the folder that holds it."
+                "does not exist. Pass a run folder or a checkpoint, such as "
+                f"runs/resnet20/{NAME}-1000.",
+                argument,
+                path,
             )
     verify(prefix)
     return read(prefix)

@@ -33,11 +33,13 @@ def start_tensorflow(device: str, verbose: bool = False, num_gpus: int | None = 
         if not has_gpu:
             tf.config.optimizer.set_experimental_options(dict.fromkeys(IDLE_PASSES, False))
     if num_gpus is not None and num_gpus > found:
-        raise UserError(f"--num_gpus={num_gpus} was asked for, but TensorFlow sees {found} GPUs.")
+        raise UserError(f"is not possible: TensorFlow finds {found} GPUs.", "num_gpus", num_gpus)
     if device == "gpu" and not has_gpu:
         raise UserError(
-            "--device=gpu is not possible: TensorFlow finds no GPU. Run `pip install '.[gpu]'` in "
-            "the project's folder, or use --device=cpu."
+            "is not possible: TensorFlow finds no GPU. Run `pip install '.[gpu]'` in the project's "
+            "folder, or use --device=cpu.",
+            "device",
+            device,
         )
     return "gpu" if has_gpu else "cpu"
 
@@ -52,8 +54,9 @@ def resolve_data_format(data_format: str, dtype: str, device: str = "auto") -> s
         return "channels_first" if device == "gpu" else "channels_last"
     if data_format == "channels_first" and device == "cpu" and not _cpu_trains(data_format, dtype):
         raise UserError(
-            f"--data_format=channels_first is not possible in {dtype} on this CPU. "
-            "Use --data_format=channels_last."
+            f"is not possible in {dtype} on this CPU. Use --data_format=channels_last.",
+            "data_format",
+            data_format,
         )
     return data_format
 

@@ -82,9 +82,8 @@ class Format:
     def label_column(self, coarse: bool) -> int:
         """Which of a record's label bytes to learn."""
         if coarse and len(self.labels) == 1:
-            raise UserError(
-                "--coarse_labels is for CIFAR-100, whose images have two labels each: leave it out."
-            )
+            why = "is for CIFAR-100, whose images have two labels each. Remove it."
+            raise UserError(why, "coarse_labels", coarse)
         return 0 if coarse else len(self.labels) - 1
 
     def class_names(self, folder: str, coarse: bool = False) -> tuple[str, ...]:

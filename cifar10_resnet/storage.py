@@ -182,8 +182,8 @@ def _beside(path: StrPath) -> str:
 
 
 @contextlib.contextmanager
-def lock(folder: StrPath, refusal: str) -> Iterator[None]:
-    """Holds a folder against all others who lock it. They are told the refusal.
+def lock(folder: StrPath, refusal: UserError) -> Iterator[None]:
+    """Holds a folder against all others who lock it. They get the refusal.
 
     The system drops the lock when its process ends, however that ends.
     """
@@ -191,7 +191,7 @@ def lock(folder: StrPath, refusal: str) -> Iterator[None]:
     try:
         handle = _take(path)
     except BlockingIOError as error:
-        raise UserError(refusal) from error
+        raise refusal from error
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}.") from error
     try:

@@ -655,7 +655,7 @@ def test_a_second_trainer_is_refused_until_the_first_was_killed(holder, tmp_path
     assert answer == "held"
     with pytest.raises(UserError) as refused, run_folder.lock(directory):
         pass
-    assert f"--ckpt_path={directory} is in use by another trainer" in str(refused.value)
+    assert f"ckpt_path={directory} is in use by another trainer" in str(refused.value)
     process.kill()
     process.wait()
     with run_folder.lock(directory):

@@ -106,4 +106,4 @@ def test_class_names_that_would_mar_a_terminal_are_refused(tmp_path, name):
 
 @pytest.mark.parametrize("dataset", ["cifar10", "pictures"])
 def test_coarse_labels_are_refused_where_there_is_one_label(tmp_path, dataset):
-    assert "--coarse_labels is for CIFAR-100" in names_refusal(dataset, tmp_path, coarse=True)
+    assert "coarse_labels=True is for CIFAR-100" in names_refusal(dataset, tmp_path, coarse=True)

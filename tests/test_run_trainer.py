@@ -261,7 +261,7 @@ def test_eval_only_needs_the_test_file_alone_and_disturbs_no_trainer(data, unint
     with run_folder.lock(str(uninterrupted)):
         shown = run(*command, f"--ckpt_path={uninterrupted}").stdout
     assert shown.startswith(f"{uninterrupted}/model.ckpt-60 on test images: accuracy ")
-    assert "no checkpoint is at" in error_of(*command, f"--ckpt_path={tmp_path / 'typo'}")
+    assert "typo does not exist" in error_of(*command, f"--ckpt_path={tmp_path / 'typo'}")
     assert not (tmp_path / "typo").exists()
 
 
@@ -294,7 +294,7 @@ def test_what_cannot_be_transferred_ends_in_one_sentence(data, uninterrupted, tm
     assert "num_layers=8" in error
     # in a folder apart from that of a run from scratch
     nothing = error_of(*command, "--eval_only", cwd=tmp_path)
-    assert f"no checkpoint is at runs/{uninterrupted.name}-transfer: " in nothing
+    assert f"the default --ckpt_path=runs/{uninterrupted.name}-transfer does not exist. " in nothing
     spared = error_of(*command, f"--ckpt_path={uninterrupted}", "--clean")
     assert f"--clean would delete {uninterrupted}" in spared
     assert (uninterrupted / "model.ckpt-60.index").exists()

@@ -147,11 +147,11 @@ class Flags:
         """Returns an error's sentence, with each flag under the name that was typed."""
         sentence, item = str(error), self._items.get(error.argument)
         if item:
-            sentence = f"--{sentence}"
-            for other in item.metadata.get("implied_by", ()):
-                if self._typed(other) and not self._typed(item.name):
-                    sentence = f"--{other}={getattr(self, other)} {error.why}"
-                    break
+            others = [name for name in item.metadata.get("implied_by", ()) if self._typed(name)]
+            if self._typed(item.name) or not others:
+                sentence = f"{'' if self._typed(item.name) else 'the default '}--{sentence}"
+            else:
+                sentence = f"--{others[0]}={getattr(self, others[0])} {error.why}"
         return re.sub(
             r"--(\w+)", lambda found: "--" + (self._typed(found[1]) or found[1]), sentence
         )

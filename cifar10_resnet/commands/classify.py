@@ -20,7 +20,7 @@ from cifar10_resnet.data.photos import EXTENSIONS, read_photo_file
 from cifar10_resnet.device import start_tensorflow
 from cifar10_resnet.errors import UserError, printable
 from cifar10_resnet.settings import Checked, same, setting
-from cifar10_resnet.terminal import table
+from cifar10_resnet.terminal import command, table
 
 BATCH_SIZE = 500
 
@@ -45,7 +45,8 @@ def main(flags: "Flags") -> int:
         raise UserError("No photos given. Pass photo files, or folders of photos.")
     folder = flags.saved_model
     if folder is not None and not os.path.isfile(os.path.join(folder, "saved_model.pb")):
-        raise UserError(f"{folder} is not a SavedModel: name the folder that holds saved_model.pb.")
+        why = f"contains no SavedModel. Run `{command('export')}` first."
+        raise UserError(why, "saved_model", folder)
     answer, classes = _load(flags)
     names, images, all_read = [], [], True
     for name, picture in itertools.chain.from_iterable(map(_read, flags.arguments)):

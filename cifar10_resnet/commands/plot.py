@@ -69,14 +69,12 @@ def _names(runs: Sequence[str]) -> list[str]:
 
 def _history(run: str) -> list[dict[str, float]]:
     if not os.path.isdir(run):
-        raise UserError(f"there is no folder {run}: name one that run_trainer.py wrote with --run.")
+        raise UserError("does not exist. Pass a run folder, such as runs/resnet20.", "run", run)
     for log_path in (os.path.join(run, "log"), run):
         if history := read_history(log_path):
             return history
-    raise UserError(
-        f"there are no curves in {run}: name a run's --ckpt_path or its --train_log_path, which "
-        "holds the folders train and eval with TensorBoard's event files."
-    )
+    why = "contains no learning curves. Pass a run folder, such as runs/resnet20."
+    raise UserError(why, "run", run)
 
 
 if __name__ == "__main__":

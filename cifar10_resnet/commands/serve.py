@@ -39,10 +39,8 @@ class Settings(Checked):
 def main(flags: "Flags") -> int:
     """Serves the network until it is stopped."""
     if not os.path.isfile(os.path.join(flags.saved_model, "saved_model.pb")):
-        raise UserError(
-            f"there is no SavedModel in {flags.saved_model}: `{command('export')}` makes one of a "
-            "checkpoint."
-        )
+        why = f"contains no SavedModel. Run `{command('export')}` first."
+        raise UserError(why, "saved_model", flags.saved_model)
     sockets = _listen(flags.host, flags.port)
 
     start_tensorflow(flags.device)

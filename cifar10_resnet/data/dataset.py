@@ -57,8 +57,9 @@ class Dataset:
         count = self.count("train")
         if holdout >= count:
             raise UserError(
-                f"--holdout={holdout} is invalid: there are only {count:,} training images. Use "
-                "fewer."
+                f"is invalid: there are only {count:,} training images. Use fewer.",
+                "holdout",
+                holdout,
             )
         return count - holdout
 
@@ -71,15 +72,13 @@ def find(path: str | None = None, name: str | None = None) -> Dataset:
     """
     if name == "synthetic":
         return Dataset(name)
-    where = f"--path={path}"
     if path is None:
         path = FORMATS[name or "cifar10"].folder
-        where = f"the default --path={path}"
         if not path:
             raise UserError(f"{FORMATS[name].title} has no default folder. Pass its own as --path.")
     found: dict[str, str] = {}
     for folder in (path, *_folders_inside(path)):
-        files = _list(folder, where, name)
+        files = _list(folder, path, name)
         for file_format in FORMATS.values():
             if files.intersection((*file_format.train_files, *file_format.test_files)):
                 found.setdefault(file_format.dataset, folder)
@@ -90,15 +89,19 @@ def find(path: str | None = None, name: str | None = None) -> Dataset:
     if not found:
         download, own = command("cifar10_download_and_extract.py"), command("import")
         raise UserError(
-            f"{where} is invalid: the folder contains no data set. Download one with "
-            f"`{download}`, or import your photos with `{own}`."
+            f"is invalid: the folder contains no data set. Download one with `{download}`, or "
+            f"import your photos with `{own}`.",
+            "path",
+            path,
         )
     titles = " and ".join(FORMATS[each].title for each in found)
     if name is None:
-        raise UserError(f"{where} contains {titles}. Choose one with --dataset.")
+        raise UserError(f"contains {titles}. Choose one with --dataset.", "path", path)
     raise UserError(
-        f"{where} is invalid: the folder contains {titles}, not {FORMATS[name].title}. Use another "
-        "--path or --dataset."
+        f"is invalid: the folder contains {titles}, not {FORMATS[name].title}. Use another --path "
+        "or --dataset.",
+        "path",
+        path,
     )
 
 
@@ -116,20 +119,24 @@ def _folders_inside(path: str) -> list[str]:
     return [folder for folder in inside if os.path.isdir(folder)]
 
 
-def _list(folder: str, where: str, name: str | None) -> set[str]:
+def _list(folder: str, path: str, name: str | None) -> set[str]:
     try:
         return set(os.listdir(folder))
     except FileNotFoundError as error:
         flags = ["--dataset=cifar100"] if name == "cifar100" else []
         download = command("cifar10_download_and_extract.py", *flags)
         raise UserError(
-            f"{where} is invalid: the folder does not exist. Run `{download}`, or train on "
-            "synthetic images with --use_synthetic_data."
+            f"is invalid: the folder does not exist. Run `{download}`, or train on synthetic "
+            "images with --use_synthetic_data.",
+            "path",
+            path,
         ) from error
     except NotADirectoryError as error:
         raise UserError(
-            f"{where} is invalid: it is a file. Pass the folder that contains "
-            f"{FORMATS['cifar10'].train_files[0]}."
+            "is invalid: it is a file. Pass the folder that contains "
+            f"{FORMATS['cifar10'].train_files[0]}.",
+            "path",
+            path,
         ) from error
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error.strerror}.") from error

@@ -51,7 +51,7 @@ def load_split(data: Dataset, config: DataConfig, split: str) -> ImageSet:
     if split == "test":
         return load(data, "test", config.coarse_labels)
     if split == "holdout" and not config.holdout:
-        raise UserError("--split=holdout is invalid: this run has no holdout. Use --split=test.")
+        raise UserError("is invalid: this run has no holdout. Use --split=test.", "split", split)
     train, holdout = load_training(data, config)
     return train if split == "train" else holdout
 

@@ -59,9 +59,13 @@ class Replicas:
     def refuse_uneven(self, batch_size: int) -> None:
         """Refuses a batch that does not divide: each replica takes as many images as the others."""
         if batch_size % self.count:
+            below = batch_size - batch_size % self.count
+            uses = " or ".join(str(size) for size in (below, below + self.count) if size)
             raise UserError(
-                f"--batch_size={batch_size} does not divide into {self.count} replicas: give a "
-                f"multiple of {self.count}, or use fewer devices (--num_gpus)."
+                f"is invalid: it must be a multiple of {self.count}, the number of replicas. Use "
+                f"{uses}.",
+                "batch_size",
+                batch_size,
             )
 
     def own_share(self, values: tf.Tensor) -> tf.Tensor:
@@ -127,10 +131,10 @@ class Replicas:
             except UserError as error:
                 if self.num_workers == 1:
                     raise
-                said = {"error": str(error)}
+                said = {"error": [error.why, error.argument, str(error.value)]}
         said = json.loads(self.exchange(json.dumps(said))[0])
         if "error" in said:
-            raise UserError(said["error"])
+            raise UserError(*said["error"])
         return said["text"]
 
     def refuse_differences(self, values: dict[str, object]) -> None:

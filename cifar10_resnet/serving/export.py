@@ -33,7 +33,6 @@ class Classifier(tf.Module):
     def __init__(self, model: ResNet, class_names: Sequence[str]):
         super().__init__()
         self.model = model
-        self.takes_empty_batches = True
         with tf.device("cpu"):
             self.class_names = tf.Variable(list(class_names), trainable=False)
 
@@ -48,7 +47,7 @@ class Classifier(tf.Module):
 
     def from_floats(self, images: tf.Tensor) -> Answers:
         """Answers for float32 images [N, 32, 32, 3] from 0 to 255."""
-        logits = self._logits(images)
+        logits = self.model.logits_of_raw(images)
         return {
             "logits": logits,
             "probabilities": tf.nn.softmax(logits),
@@ -63,16 +62,6 @@ class Classifier(tf.Module):
         """Answers for encoded JPEG and PNG pictures of any size, strings [N]."""
         pixels = tf.TensorSpec(IMAGE_SHAPE, tf.uint8)
         return self.from_pixels(tf.map_fn(_decode, image_bytes, fn_output_signature=pixels))
-
-    def _logits(self, images: tf.Tensor) -> tf.Tensor:
-        if not self.takes_empty_batches:
-            return self.model.logits_of_raw(images)
-        # oneDNN's kernels fail on a batch of none: it is given one, whose answer is dropped.
-        count = tf.shape(images)[0]
-        images = tf.pad(images, [[0, tf.cast(count == 0, tf.int32)], [0, 0], [0, 0], [0, 0]])
-        logits = self.model.logits_of_raw(tf.ensure_shape(images, [None, *IMAGE_SHAPE]))
-        # said again, for TensorFlow 2.20 loses it on the way and complains
-        return tf.ensure_shape(logits[:count], logits.shape)
 
 
 def _decode(encoded: tf.Tensor) -> tf.Tensor:
@@ -107,7 +96,6 @@ def export_saved_model(
 def export_tflite(saved: SavedRun, export_dir: str) -> None:
     """Writes the network for LiteRT into the new folder `export_dir`, if it computes the same."""
     classifier = load_classifier(saved)
-    classifier.takes_empty_batches = False  # LiteRT lacks what that takes
     with storage.new_folder(export_dir) as folder, tempfile.TemporaryDirectory() as saved_model:
         signatures = (PIXELS, FLOATS)
         _save(classifier, saved_model, signatures)

@@ -83,7 +83,7 @@ def prepare_run(
 def _new_run(given: dict[str, Any], data: Dataset, pretrained: str | None) -> RunConfig:
     model = ModelConfig()
     if pretrained:
-        found = checkpoints.find(pretrained)
+        found = checkpoints.find(pretrained, "pretrained_model_checkpoint_path")
         origin, pretrained = found.run, found.prefix
         network = {n: given.get(n) for n in dataclasses.asdict(model) if n != "batch_norm_decay"}
         named_by = "--pretrained_model_checkpoint_path"
@@ -92,8 +92,7 @@ def _new_run(given: dict[str, Any], data: Dataset, pretrained: str | None) -> Ru
     for name in ("fine_tune", "recompute_mean"):
         if given.get(name) and not pretrained:
             raise UserError(
-                f"--{name} is for a network that was trained before: name its checkpoint with "
-                "--pretrained_model_checkpoint_path."
+                f"--{name} needs a pretrained network. Add --pretrained_model_checkpoint_path."
             )
     described = data.describe(given.get("coarse_labels") or False)
     return RunConfig(
@@ -138,7 +137,8 @@ def ready(
         trainer.data_mean.assign(images.mean)
     elif not np.array_equal(images.mean, trainer.data_mean.numpy()):
         raise UserError(
-            f"{data.folder or data.name} has other training images than {resume_from}: their mean "
-            "differs. Use the run's data, or another --ckpt_path."
+            "has other training images than this run. Use the run's data, or another --ckpt_path.",
+            "path",
+            data.folder or data.name,
         )
     return trainer, images

@@ -59,9 +59,10 @@ def lock(directory: str) -> Iterator[None]:
 
     storage.refuse_patterns(directory)
     is_new = not os.path.isdir(directory)
-    refusal = (
-        f"--ckpt_path={directory} is in use by another trainer. Wait, stop it, or use another "
-        "folder."
+    refusal = UserError(
+        "is in use by another trainer. Wait, stop it, or use another folder.",
+        "ckpt_path",
+        directory,
     )
     try:
         with contextlib.ExitStack() as held:
@@ -93,8 +94,7 @@ def clean(directory: str, log_path: str, needed: str | None = None) -> None:
     origin = os.path.dirname(checkpoints.find(needed).prefix) if needed else None
     if needed and os.path.realpath(origin) == os.path.realpath(directory):
         raise UserError(
-            f"--clean would delete {needed}, from which the run is to start: name another "
-            "--ckpt_path."
+            f"--clean would delete the pretrained checkpoint {needed}. Use another --ckpt_path."
         )
     for _, prefix in checkpoints.list_checkpoints(directory):
         if not os.path.exists(prefix + ".sha256"):

@@ -20,8 +20,7 @@ from cifar10_resnet.evaluation.metrics import Metrics
 GRID, GAP = 8, 2  # pictures a side, and pixels around each
 FILE_SUFFIX = ".cifar10-resnet.v2"  # by which --clean knows these event files from others
 DPI = 100  # half of what files get
-# what TensorBoard's table of hyperparameters shows of each run: these settings, until others are
-# chosen, and of `results` those of these names
+# The columns of TensorBoard's table of runs. The text "run" has all settings.
 SETTINGS = ("init_lr", "num_layers", "recipe", "seed", "shortcut_connections")
 RESULTS = ("accuracy", "best_accuracy", "loss", "train_accuracy", "train_loss")
 
@@ -71,27 +70,17 @@ class Summaries:
         if not self.are_written:
             return
         # not its `api`, which wants Keras, and not before the first step, which need not wait
-        from tensorboard.plugins.hparams import plugin_data_pb2
         from tensorboard.plugins.hparams import summary_v2 as hp
 
         settings = run.settings()
         rows = "\n".join(f"| {name} | {_shown(value)} |" for name, value in settings.items())
-        single = {k: v for k, v in settings.items() if isinstance(v, bool | int | float | str)}
-        config = hp.hparams_config_pb(
-            [hp.HParam(name) for name in single],
-            [hp.Metric(f"result/{name}", display_name=name) for name in RESULTS],
-        )
-        plugin = config.value[0].metadata.plugin_data
-        table = plugin_data_pb2.HParamsPluginData.FromString(plugin.content)
-        for column in table.experiment.hparam_infos:
-            # of all columns five are shown, and these come first
-            column.differs = column.name in SETTINGS
-        plugin.content = table.SerializeToString()
+        columns = [hp.HParam(name) for name in SETTINGS]
+        metrics = [hp.Metric(f"result/{name}", display_name=name) for name in RESULTS]
         with self._writing("train", step):
             tf.summary.text("run", f"| setting | value |\n| --- | --- |\n{rows}")
             tf.summary.graph(graph)
-            tf.summary.experimental.write_raw_pb(config.SerializeToString())
-            hp.hparams(single, trial_id=self._log_path)
+            hp.hparams_config(columns, metrics)
+            hp.hparams({name: settings[name] for name in SETTINGS}, trial_id=self._log_path)
         text = "Training images as the network sees them: cropped and flipped at random."
         self._pixels("train", step, "augmented_images", picture_grid(images), text)
 

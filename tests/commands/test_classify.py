@@ -107,7 +107,7 @@ def test_a_saved_model_answers_in_json_as_the_checkpoint_does(prefix, pictures, 
 
 def test_the_network_is_looked_for_before_any_picture_is_read(pictures):
     done = run("classify", "text.png", "--ckpt_path=typo", status=1, cwd=pictures)
-    assert "no checkpoint is at typo" in done.stderr
+    assert "--ckpt_path=typo does not exist" in done.stderr
     assert "text.png" not in done.stderr
 
 

@@ -54,9 +54,9 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     ("flags", "told"),
     [
         ([], "--run is missing: folder of a run, or of its event files; repeatable."),
-        (["--run=none"], "there is no folder none"),
-        (["--run=empty"], "there are no curves in empty"),
-        (["--run=a", "--run=empty"], "there are no curves in empty"),
+        (["--run=none"], "--run=none does not exist"),
+        (["--run=empty"], "--run=empty contains no learning curves"),
+        (["--run=a", "--run=empty"], "--run=empty contains no learning curves"),
         (["--run=a", "--run=./a/log"], "the same run twice"),
         (["--run=a", "--output=c.pdf"], "must end in .png or .svg"),
         (["--run=a", "--output=none/c.png"], "its folder does not exist"),

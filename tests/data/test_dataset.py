@@ -106,7 +106,7 @@ def test_a_path_that_is_missing_is_named_with_the_command_that_gets_the_data(tmp
     assert "/cifar10_download_and_extract.py --dataset=cifar100`" in refusal(None, "cifar100")
     for name, folder in FOLDERS.items():
         text = refusal(None, name)
-        assert f"the default --path={folder} is invalid: the folder does not exist." in text
+        assert f"path={folder} is invalid: the folder does not exist." in text
     assert refusal(None) == refusal(None, "cifar10")
 
 

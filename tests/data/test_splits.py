@@ -39,7 +39,7 @@ def test_without_a_holdout_every_training_image_is_trained_on(write_cifar10):
 def test_a_holdout_that_leaves_nothing_to_train_on_is_refused(write_cifar10, holdout):
     with pytest.raises(UserError) as refused:
         splits.load_training(find(str(write_cifar10())), DataConfig(holdout=holdout))
-    assert f"--holdout={holdout}" in str(refused.value)
+    assert f"holdout={holdout}" in str(refused.value)
     assert "15" in str(refused.value)
 
 

