@@ -42,7 +42,9 @@ def test_the_commands_work_from_any_folder_and_say_how_to_start_the_next(tmp_pat
         "python -m cifar10_resnet", f"python {package}"
     )
     refused = answer(package, "serve", "--saved_model=none", status=1, cwd=tmp_path)
-    assert refused.startswith("cifar10_resnet serve: error: --saved_model=none contains no SavedModel. ")
+    assert refused.startswith(
+        "cifar10_resnet serve: error: --saved_model=none contains no SavedModel. "
+    )
     assert f"{package} export`" in refused
     here = answer("-m", "cifar10_resnet", "serve", "--saved_model=none", status=1, cwd=PROJECT)
     assert " -m cifar10_resnet export`" in here

@@ -147,4 +147,4 @@ def test_what_needs_no_network_is_told_without_importing_tensorflow(prefix, pict
     assert "Pass a network: either" in stopped("big.jpg", checkpoint, "--saved_model=x")
     assert "--top" in stopped("big.jpg", checkpoint, "--top=0")
     assert "No photos given" in stopped(checkpoint)
-    assert "holds saved_model.pb" in stopped("big.jpg", "--saved_model=more")
+    assert "--saved_model=more contains no SavedModel." in stopped("big.jpg", "--saved_model=more")

@@ -135,7 +135,7 @@ def test_a_network_is_drawn_in_the_same_bytes_each_time(tmp_path):
         files = [folder / "plain8.png", folder / "plain8.pdf"]
         draw(
             *("draw", "--resnet_size=8", "--noshortcut_connections"),
-            f"--output={files[0]},{files[1]}",
+            *(f"--output={file}" for file in files),
         )
     for file in files:
         assert file.read_bytes() == (tmp_path / "once" / file.name).read_bytes()
@@ -143,5 +143,8 @@ def test_a_network_is_drawn_in_the_same_bytes_each_time(tmp_path):
 
 def test_the_scripts_refuse_in_a_sentence():
     refused = draw("draw", "--num_layers=18", status=1).stderr
-    assert "--num_layers=18 is not a depth" in refused
-    assert "must end in .png or .pdf" in draw("draw", "--output=a.jpg", status=1).stderr
+    assert "--num_layers=18 is invalid: it must be 6n + 2." in refused
+    assert (
+        "it must be a file that ends in .png or .pdf."
+        in draw("draw", "--output=a.jpg", status=1).stderr
+    )

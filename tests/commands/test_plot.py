@@ -53,12 +53,12 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ([], "--run is missing: folder of a run, or of its event files; repeatable."),
+        ([], "--run is missing. Pass a run folder (repeat the flag to compare runs)."),
         (["--run=none"], "--run=none does not exist"),
         (["--run=empty"], "--run=empty contains no learning curves"),
         (["--run=a", "--run=empty"], "--run=empty contains no learning curves"),
         (["--run=a", "--run=./a/log"], "the same run twice"),
-        (["--run=a", "--output=c.pdf"], "must end in .png or .svg"),
+        (["--run=a", "--output=c.pdf"], "it must be a file that ends in .png or .svg."),
         (["--run=a", "--output=none/c.png"], "its folder does not exist"),
         (["--run=a", "--tag=learning_rate"], "say nothing of learning_rate"),
     ],

@@ -85,7 +85,7 @@ def test_where_two_data_sets_lie_together_the_flag_chooses(tmp_path, apart):
 def test_another_data_set_than_the_one_asked_for_is_refused_by_both_names(tmp_path):
     (tmp_path / "train.bin").touch()
     text = refusal(tmp_path, "cifar10")
-    assert f"--path={tmp_path} is invalid: the folder contains CIFAR-100, not CIFAR-10." in text
+    assert f"path={tmp_path} is invalid: the folder contains CIFAR-100, not CIFAR-10." in text
     assert "--dataset" in text
 
 
@@ -118,7 +118,7 @@ def test_a_path_that_is_a_file_is_told_so(tmp_path):
     file = tmp_path / "cifar-10-binary.tar.gz"
     file.write_bytes(b"x")
     text = refusal(file)
-    assert f"--path={file} is invalid: it is a file." in text
+    assert f"path={file} is invalid: it is a file." in text
     assert "folder" in text
 
 

@@ -325,7 +325,7 @@ def test_a_run_knows_its_images_again_whatever_mean_it_subtracts(
     start(tmp_path, pretrained, 3, recompute_mean=recompute_mean)
     with monkeypatch.context() as patches:
         patches.setattr("cifar10_resnet.data.dataset.SYNTHETIC_IMAGES", {"train": 88, "test": 40})
-        assert "their mean differs" in refusal(start, tmp_path, None)
+        assert "other training images than this run" in refusal(start, tmp_path, None)
     start(tmp_path, None, 6)
 
 
@@ -412,7 +412,7 @@ def test_cleaning_spares_the_pretrained_checkpoint(pretrained, tmp_path, monkeyp
     monkeypatch.chdir(folder)
     before = sorted(os.listdir(folder))
     for named in (str(folder), "model.ckpt-50", str(tmp_path / "link")):
-        assert "name another --ckpt_path" in refusal(run_folder.clean, str(folder), "log", named)
+        assert "Use another --ckpt_path" in refusal(run_folder.clean, str(folder), "log", named)
     assert "no checkpoint" in refusal(run_folder.clean, str(folder), "log", str(tmp_path))
     assert sorted(os.listdir(folder)) == before
     run_folder.clean(str(folder), "log", pretrained)
