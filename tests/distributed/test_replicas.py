@@ -90,7 +90,7 @@ def test_a_batch_that_does_not_divide_is_refused():
     replicas = distributed.Replicas()
     replicas.count = 3
     with pytest.raises(
-        UserError, match="batch_size=128 is invalid: .* multiple of 3, .* Use 126 or 129"
+        UserError, match=r"batch_size=128 is invalid: .* multiple of 3, .* Use 126 or 129"
     ):
         Trainer(RunConfig(), replicas=replicas)
 
