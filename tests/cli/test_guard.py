@@ -79,3 +79,31 @@ def test_a_program_that_is_stopped_tidies_up_and_ends_in_one_sentence(tmp_path, 
     assert process.returncode == 128 + number
     assert error == "-c: interrupted before any work was lost. Run the same command again.\n"
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    ("absl", "status", "sentence"),
+    [
+        (
+            "raise ModuleNotFoundError(name='absl')",
+            1,
+            "error: absl is not installed. Enter the environment: . .venv/bin/activate",
+        ),
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGINT)",
+            130,
+            "interrupted before any work was lost. Run the same command again.",
+        ),
+    ],
+    ids=["missing", "interrupted"],
+)
+def test_a_start_that_cannot_import_its_libraries_ends_in_a_sentence(
+    tmp_path, program, absl, status, sentence
+):
+    (tmp_path / "absl.py").write_text(absl)
+    process = start(program, "--help", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    shown, error = process.communicate(timeout=60)
+    assert (process.returncode, shown) == (status, "")
+    assert sentence in error
+    assert error.count("\n") == 1
