@@ -43,10 +43,7 @@ class Settings(Checked):
         meaning="an http, https or file address",
     )
     sha256: str | None = of_download(
-        None,
-        "Expected SHA-256 of the archive",
-        pattern="(?i)[0-9a-f]{64}",
-        meaning="64 hex digits",
+        None, "Expected SHA-256 of the archive", pattern="(?i)[0-9a-f]{64}", meaning="64 hex digits"
     )
     keep_archive: bool = of_download(False, "Keep the archive after unpacking")
     timeout: float = of_download(30.0, "Seconds to wait for a silent server", above=0, most=3600)

@@ -53,10 +53,7 @@ class ModelConfig(Checked):
     """The shape of a network: all that is needed to build it again."""
 
     num_layers: int = of_network(
-        20,
-        "Number of layers: 6n + 2, or 9n + 2 with --bottleneck",
-        also=("resnet_size",),
-        least=1,
+        20, "Number of layers: 6n + 2, or 9n + 2 with --bottleneck", also=("resnet_size",), least=1
     )
     shortcut_connections: bool = of_network(
         True,
@@ -65,9 +62,7 @@ class ModelConfig(Checked):
     )
     bottleneck: bool = of_network(False, "Use bottleneck units: 1x1, 3x3 and 1x1 convolutions")
     resnet_version: int = of_network(
-        2,
-        "1: ReLU after each addition. 2: ReLU before each convolution",
-        choices=(1, 2),
+        2, "1: ReLU after each addition. 2: ReLU before each convolution", choices=(1, 2)
     )
     num_classes: int = setting(10, least=2)
     batch_norm_decay: float = of_network(
@@ -154,16 +149,10 @@ class TrainingConfig(Checked):
     """The hyperparameters. The defaults are those of the paper's recipe."""
 
     recipe: str = of_recipe(
-        "paper",
-        "Schedule and hyperparameters (other flags override them)",
-        choices=tuple(RECIPES),
+        "paper", "Schedule and hyperparameters (other flags override them)", choices=tuple(RECIPES)
     )
     num_iterations: int = of_recipe(
-        64_000,
-        "Length in steps",
-        least=1,
-        most=MAX_ITERATIONS,
-        implied_by=("train_epochs",),
+        64_000, "Length in steps", least=1, most=MAX_ITERATIONS, implied_by=("train_epochs",)
     )
     batch_size: int = of_recipe(128, "Images per step, over all replicas", least=1)
     optimizer: str = of_recipe("momentum", "Optimizer", choices=("momentum", "muon"))
@@ -318,10 +307,7 @@ class Options(Checked):
         0, "Evaluate every N epochs, on the holdout if there is one", least=0
     )
     stop_threshold: float | None = of_evaluation(
-        None,
-        "Stop when an evaluation reaches this accuracy (0 to 1)",
-        least=0,
-        most=1,
+        None, "Stop when an evaluation reaches this accuracy (0 to 1)", least=0, most=1
     )
     eval_only: bool = of_evaluation(False, "Evaluate the newest checkpoint without training")
     device: str = of_device(
@@ -351,8 +337,7 @@ class Options(Checked):
     )
     num_gpus: int | None = of_several(None, "Number of local GPUs to use", least=0, shown="all")
     sync_batch_norm: bool = of_several(
-        False,
-        "Compute batch-norm statistics over the whole batch, not per replica",
+        False, "Compute batch-norm statistics over the whole batch, not per replica"
     )
     worker_timeout: float = of_several(
         60.0, "Seconds of silence before a worker counts as lost", least=1
