@@ -10,11 +10,11 @@ from cifar10_resnet.errors import UserError
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 BOUNDS = {
-    "least": ("at least", lambda value, bound: value >= bound),
-    "most": ("at most", lambda value, bound: value <= bound),
-    "above": ("above", lambda value, bound: value > bound),
-    "below": ("below", lambda value, bound: value < bound),
-    "multiple": ("a multiple of", lambda value, bound: value % bound == 0),
+    "least": ("{:,} or more", lambda value, bound: value >= bound),
+    "most": ("up to {:,}", lambda value, bound: value <= bound),
+    "above": ("above {:,}", lambda value, bound: value > bound),
+    "below": ("and below {:,}", lambda value, bound: value < bound),
+    "multiple": ("and a multiple of {:,}", lambda value, bound: value % bound == 0),
 }
 MAX_INTEGER = 2**63 - 1
 
@@ -54,8 +54,10 @@ def wanted(item: Field) -> str:
         return " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
     if meaning := more.get("meaning"):
         return meaning
-    bounds = [f"{word} {more[name]:,}" for name, (word, _) in BOUNDS.items() if name in more]
-    return ", ".join(filter(None, (WORDS.get(kind, "text"), " and ".join(bounds))))
+    bounds = [word.format(more[name]) for name, (word, _) in BOUNDS.items() if name in more]
+    if "least" in more and "most" in more:
+        bounds[:2] = [f"{more['least']:,} to {more['most']:,}"]
+    return ", ".join(filter(None, (WORDS.get(kind, "text"), " ".join(bounds))))
 
 
 def check(item: Field, value: Any) -> None:

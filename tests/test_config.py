@@ -14,6 +14,7 @@ from cifar10_resnet.config import (
     RECIPES,
     DataConfig,
     ModelConfig,
+    Options,
     RunConfig,
     TrainingConfig,
     refuse_contradictions,
@@ -147,6 +148,36 @@ def test_networks_that_do_not_exist_cannot_be_described(given, named):
 )
 def test_names_of_networks(config, name):
     assert config.name == name
+
+
+# --- Values that a setting can have ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "wanted"),
+    [
+        (lambda: TrainingConfig(batch_size=0), "a whole number, 1 or more"),
+        (lambda: TrainingConfig(batch_size=1.5), "a whole number, 1 or more"),
+        (lambda: TrainingConfig(batch_size=True), "a whole number, 1 or more"),
+        (lambda: TrainingConfig(seed=2**63), "a whole number, 0 or more"),
+        (lambda: TrainingConfig(num_iterations=10_000_001), "a whole number, 1 to 10,000,000"),
+        (lambda: TrainingConfig(momentum=float("nan")), "a number, 0 to 1"),
+        (lambda: TrainingConfig(init_lr=float("inf")), "a number, 0 or more"),
+        (lambda: TrainingConfig(optimizer="adam"), "momentum or muon"),
+        (lambda: TrainingConfig(recipe=None), "paper, one_cycle or fast"),
+        (lambda: Options(train_epochs=0), "a number, above 0"),
+        (lambda: Options(profile_steps=(3, 2)), "a first and a last step, as in 100,110"),
+        (lambda: Options(clean=1), "true or false"),
+    ],
+)
+def test_a_value_that_a_setting_cannot_have_is_refused_with_those_that_it_can(make, wanted):
+    with pytest.raises(UserError, match=f"is invalid: it must be {re.escape(wanted)}\\.$"):
+        make()
+
+
+def test_values_at_the_bounds_are_good():
+    TrainingConfig(batch_size=1, momentum=1, label_smoothing=0, seed=2**63 - 1, init_lr=1e308)
+    Options(profile_steps=(5, 5), stop_threshold=1, epochs_between_evals=1, num_gpus=None)
 
 
 # --- JSON -----------------------------------------------------------------------------------------
