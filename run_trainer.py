@@ -22,6 +22,7 @@ from cifar10_resnet.training import run_folder
 
 if TYPE_CHECKING:
     from cifar10_resnet.cli.flags import Flags
+    from cifar10_resnet.distributed.replicas import Replicas
     from cifar10_resnet.training.loop import Outcome
 
 
@@ -47,7 +48,6 @@ def main(flags: "Flags") -> int:
     from cifar10_resnet import checkpoints
     from cifar10_resnet.distributed import replicas as distributed
     from cifar10_resnet.serving import export
-    from cifar10_resnet.training import loop
 
     if workers and not options.quiet:
         print(f"Joining the others as {workers.name(workers.index)}.", flush=True)
@@ -71,7 +71,7 @@ def main(flags: "Flags") -> int:
         if options.verbose and replicas.is_chief:
             print(table((run.settings() | dataclasses.asdict(options)).items()))
         with quietly(options.quiet):
-            outcome = loop.train(run, options, data, resume_from, replicas)
+            outcome = train(run, options, data, resume_from, replicas)
             if options.export_dir and replicas.is_chief and not outcome.stopped_by:
                 # Not the layout that "auto" trained in: what is exported on a GPU runs anywhere.
                 layout = "channels_last" if flags.data_format == "auto" else layout
@@ -81,6 +81,60 @@ def main(flags: "Flags") -> int:
     if replicas.is_chief:
         _show(run, outcome, options, flags.dataset)
     return 128 + outcome.stopped_by if outcome.stopped_by else 0
+
+
+def train(
+    run: RunConfig,
+    options: Options,
+    data: Dataset | None = None,
+    resume_from: str | None = None,
+    replicas: "Replicas | None" = None,
+) -> "Outcome":
+    """Trains a run to its end, from its beginning or from a checkpoint of its own.
+
+    Without `data`, it uses its own data set in its default folder. If several workers train
+    together, the chief alone reads and writes checkpoints.
+    """
+    from cifar10_input import training_batches
+    from cifar10_resnet.distributed.replicas import Replicas
+    from cifar10_resnet.training import loop, progress, resume, signals
+
+    options = run_folder.settle(options, run.settings())
+    layout = resolve_data_format(options.data_format, options.dtype)
+    options = dataclasses.replace(options, data_format=layout)
+    data, replicas = data or dataset.find(None, run.data.dataset), replicas or Replicas()
+    trainer, images = resume.ready(run, options, data, resume_from, replicas)
+    num_images, step = len(images.train.labels), trainer.steps_done
+    agenda = loop.Agenda(run, options, num_images, replicas.num_workers)
+    evaluations = loop.Evaluations(trainer.model, options, images, replicas)
+    say = print if replicas.is_chief else lambda line: None
+    if over := loop.reason_to_end(trainer, agenda, evaluations, resume_from):
+        say(over)
+        return loop.Outcome(step, resume_from, evaluations.metrics)
+    say(progress.opening(run, options, trainer, num_images, agenda.last, resume_from))
+
+    batches = training_batches(
+        images.train,
+        trainer.model.image_mean.numpy(),
+        run.training.batch_size,
+        run.training.seed,
+        first_step=step,
+        num_steps=agenda.last - step,
+        alternate_flips=run.training.alternate_flips,
+        cutout=run.training.cutout,
+        share=(replicas.worker, replicas.num_workers),
+    )
+    kind = progress.Progress if replicas.is_chief else progress.Silent
+    saving = loop.Saving(trainer, options)
+    with (
+        signals.StopSignals() as stop,
+        kind(
+            *(run, step, agenda.last, num_images / run.training.batch_size),
+            *(options.train_log_path, options.profile_steps),
+        ) as shown,
+        signals.saving_unheard(saving.check, saving.save),
+    ):
+        return loop.train(trainer, batches, agenda, evaluations, saving, shown, stop)
 
 
 def _evaluate(options: Options, data: Dataset | None, given: dict[str, Any]) -> str:

@@ -172,8 +172,8 @@ def test_a_network_without_its_training_is_refused_as_a_run_to_go_on_with(
 def test_steps_to_profile_that_do_not_come_are_told_of(data, tmp_path):
     command = ("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL)
     command += ("--num_iterations=4", "--profile_steps=2,3")
-    assert "Nothing is profiled" not in run(*command, "--max_train_steps=3").stdout
-    assert "--profile_steps begins outside of 4 to 4." in run(*command).stdout
+    assert "is ignored" not in run(*command, "--max_train_steps=3").stdout
+    assert "--profile_steps is ignored: this start runs steps 4 to 4." in run(*command).stdout
 
 
 def test_a_second_trainer_in_the_same_folder_is_refused(data, tmp_path):

@@ -1,24 +1,18 @@
 """The training loop: what is due after which step, until the run ends."""
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import tensorflow as tf
 
-from cifar10_input import training_batches
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import Options, RunConfig
-from cifar10_resnet.data import dataset
-from cifar10_resnet.data.dataset import Dataset
 from cifar10_resnet.data.splits import RunImages
-from cifar10_resnet.device import resolve_data_format
 from cifar10_resnet.distributed.replicas import Replicas
 from cifar10_resnet.evaluation.evaluator import Evaluator
 from cifar10_resnet.evaluation.metrics import Metrics
-from cifar10_resnet.training import resume, run_folder
-from cifar10_resnet.training.progress import NoProgress, Progress, beginning, opening
-from cifar10_resnet.training.signals import StopSignals, saving_unheard
+from cifar10_resnet.training.progress import Silent
+from cifar10_resnet.training.signals import StopSignals
 from cifar10_resnet.training.trainer import Trainer
 
 # Several workers ask each other this often whether one was told to stop.
@@ -93,64 +87,17 @@ class Agenda:
 # --- The loop -------------------------------------------------------------------------------------
 
 
-def train(
-    run: RunConfig,
-    options: Options,
-    data: Dataset | None = None,
-    resume_from: str | None = None,
-    replicas: Replicas | None = None,
-) -> Outcome:
-    """Trains a run to its end, from its beginning or from a checkpoint of its own.
-
-    Without `data`, it uses its own data set in its default folder. Where several workers train
-    together, the chief alone reads and writes checkpoints.
-    """
-    options = run_folder.settle(options, run.settings())
-    layout = resolve_data_format(options.data_format, options.dtype)
-    options = dataclasses.replace(options, data_format=layout)
-    replicas = replicas or Replicas()
-    data = data or dataset.find(None, run.data.dataset)
-    trainer, images = resume.ready(run, options, data, resume_from, replicas)
-    agenda = Agenda(run, options, len(images.train.labels), replicas.num_workers)
-    evaluations = Evaluations(trainer.model, options, images, replicas)
-    step = trainer.steps_done
-    say = print if replicas.is_chief else lambda line: None
+def reason_to_end(
+    trainer: Trainer, agenda: Agenda, evaluations: "Evaluations", resume_from: str | None
+) -> str | None:
+    """Returns why there is no step to take, if there is none."""
+    step, length = trainer.steps_done, trainer.run.training.num_iterations
     if step >= agenda.last:
-        reason = "finished" if step >= run.training.num_iterations else "past --max_train_steps"
-        say(f"This run is {reason}: {resume_from} is step {step} of {run.training.num_iterations}.")
-        return Outcome(step, resume_from)
+        reason = "finished" if step >= length else "past --max_train_steps"
+        return f"This run is {reason}: step {step:,} of {length:,} ({resume_from})."
     if resume_from and evaluations.have_threshold and evaluations.reach_threshold():
-        say(f"This run has reached --stop_threshold: {resume_from} is step {step}.")
-        return Outcome(step, resume_from, evaluations.metrics)
-    say(opening(run, options, trainer, len(images.train.labels)))
-    say(f"Going on from {resume_from}, step {step}." if resume_from else beginning(run))
-    if options.profile_steps and not step < options.profile_steps[0] <= agenda.last:
-        say(f"Nothing is profiled: --profile_steps begins outside of {step + 1} to {agenda.last}.")
-
-    pipeline = training_batches(
-        images.train,
-        trainer.model.image_mean.numpy(),
-        run.training.batch_size,
-        run.training.seed,
-        step,
-        agenda.last - step,
-        run.training.alternate_flips,
-        run.training.cutout,
-        (replicas.worker, replicas.num_workers),
-    )
-    kind = Progress if replicas.is_chief else NoProgress
-    steps_per_epoch = len(images.train.labels) / run.training.batch_size
-    saving = Saving(trainer, options)
-    with (
-        StopSignals() as stop,
-        kind(
-            *(run, step, agenda.last, steps_per_epoch),
-            log_path=options.train_log_path,
-            profile_steps=options.profile_steps,
-        ) as progress,
-        saving_unheard(saving.check, saving.save),
-    ):
-        return take_steps(trainer, pipeline, agenda, evaluations, saving, progress, stop)
+        return f"This run has reached --stop_threshold: step {step:,} ({resume_from})."
+    return None
 
 
 class Evaluations:
@@ -195,16 +142,16 @@ class Saving:
         )
 
 
-def take_steps(
+def train(
     trainer: Trainer,
     pipeline: tf.data.Dataset,
     agenda: Agenda,
     evaluations: Evaluations,
     saving: Saving,
-    progress: Progress,
+    progress: Silent,
     stop: StopSignals,
 ) -> Outcome:
-    """Takes steps until one is due to be the last."""
+    """Takes steps, and does what is due after each, until one is due to be the last."""
     replicas, batches = trainer.replicas, iter(pipeline)
     step, stopped_by, saved = trainer.steps_done, 0, ""
     due = agenda.due(step)

@@ -20,7 +20,47 @@ from cifar10_resnet.training.trainer import Trainer
 IMAGENET_DEPTHS = (50, 152, 200)
 
 
-class Progress:
+class Silent:
+    """Prints and records nothing. Used by every worker except the chief."""
+
+    def __init__(self, *told: object):
+        pass
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def taking(self, step: int) -> contextlib.AbstractContextManager:
+        """Returns the context for the steps that follow this one."""
+        return contextlib.nullcontext()
+
+    def wants_update(self) -> bool:
+        """Returns whether the live line is due. Asked every step, so no step waits for it."""
+        return False
+
+    def update(self, step: int, loss: float, accuracy: float, learning_rate: float) -> None:
+        """Moves the live line."""
+
+    def log_training(self, step: int, *told: object) -> None:
+        """Records the training's mean loss and accuracy since the last time."""
+
+    def show_once(self, step: int, *told: object) -> None:
+        """Records what there is to show once of a run."""
+
+    def log_evaluation(self, step: int, *told: object) -> None:
+        """Records what an evaluation found."""
+
+    def write(self, line: str) -> None:
+        """Prints a line."""
+
+    def finish(self, step: int, *told: object) -> dict[str, str]:
+        """Returns the rows of the table that ends a training."""
+        return {}
+
+
+class Progress(Silent):
     """Shows a training from `first_step` on. A context manager: it leaves the terminal tidy."""
 
     def __init__(
@@ -53,11 +93,6 @@ class Progress:
         self._line.close()
         self._stop_profiling()
         self._summaries.close()
-
-    @property
-    def stations(self) -> list[int]:
-        """Steps that must not lie in the middle of several taken at once."""
-        return [self._profile_steps[0] - 1, self._profile_steps[1]] if self._profile_steps else []
 
     def taking(self, step: int) -> contextlib.AbstractContextManager:
         """Around the steps that follow this one: profiles them, if they are to be profiled."""
@@ -196,65 +231,43 @@ class Progress:
         return duration((self._last_step - step) * self._batch_size / rate)
 
 
-class NoProgress(Progress):
-    """Shows nothing: where several workers train together, one of them tells of all."""
-
-    def __init__(
-        self, *told: object, profile_steps: tuple[int, int] | None, **more: object
-    ) -> None:
-        self._profile_steps = profile_steps
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def taking(self, step: int) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()
-
-    def wants_update(self) -> bool:
-        return False
-
-    def log_training(self, *told: object) -> None:
-        pass
-
-    def show_once(self, *told: object) -> None:
-        pass
-
-    def log_evaluation(self, *told: object) -> None:
-        pass
-
-    def finish(self, *told: object) -> dict[str, str]:
-        return {}
-
-    def write(self, line: str) -> None:
-        pass
-
-
-def opening(run: RunConfig, options: Options, trainer: Trainer, num_images: int) -> str:
-    """Returns what is printed before the first step."""
+def opening(
+    run: RunConfig,
+    options: Options,
+    trainer: Trainer,
+    num_images: int,
+    last_step: int,
+    resume_from: str | None,
+) -> str:
+    """Returns the lines that are printed before the first step."""
     parameters = f"{_count(trainer.model.trainable_variables):,} parameters"
     what = f"Training {run.model.name} ({parameters})"
     if run.training.fine_tune:
         trained = f"{_count(trainer.optimizer.variables):,} of its {parameters}"
         what = f"Fine-tuning the final layer of {run.model.name} ({trained})"
-    note = ""
-    if run.model.num_layers in IMAGENET_DEPTHS:
-        note = (
-            f"This network is for 32x32 images. ImageNet's ResNet-{run.model.num_layers} is "
-            "another.\n"
-        )
-    return (
-        f"{note}{what} on {num_images:,} images ({run.data.dataset}):\n"
+    lines = [
+        f"{what} on {num_images:,} images ({run.data.dataset}):",
         f"{run.training.num_iterations} steps of {run.training.batch_size} images"
         f"{trainer.replicas.describe()}, recipe {run.training.recipe}, {options.dtype}, "
-        f"{options.data_format}.\nCheckpoints go to {options.ckpt_path}."
-    )
+        f"{options.data_format}.",
+        f"Checkpoints go to {options.ckpt_path}.",
+    ]
+    if run.model.num_layers in IMAGENET_DEPTHS:
+        depth = run.model.num_layers
+        lines.insert(0, f"This network is for 32x32 images. ImageNet's ResNet-{depth} is another.")
+    step = trainer.steps_done
+    lines.append(f"Going on from {resume_from}, step {step}." if resume_from else _beginning(run))
+    if options.profile_steps and not step < options.profile_steps[0] <= last_step:
+        steps = f"{step + 1:,} to {last_step:,}"
+        lines.append(f"--profile_steps is ignored: this start runs steps {steps}.")
+    return "\n".join(lines)
 
 
 def _count(variables: Sequence[tf.Variable]) -> int:
     return sum(np.prod(v.shape) for v in variables)
 
 
-def beginning(run: RunConfig) -> str:
+def _beginning(run: RunConfig) -> str:
     """Returns what a new run starts from."""
     if not run.training.pretrained:
         return "Starting at step 0."

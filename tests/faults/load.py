@@ -18,12 +18,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np  # noqa: E402
 
+import run_trainer  # noqa: E402
 from cifar10_resnet import checkpoints  # noqa: E402
 from cifar10_resnet.config import Options  # noqa: E402
 from cifar10_resnet.data import dataset  # noqa: E402
 from cifar10_resnet.evaluation.evaluator import score_checkpoints  # noqa: E402
 from cifar10_resnet.figures.style import BLUE, VERMILLION, picture  # noqa: E402
-from cifar10_resnet.training import loop, resume  # noqa: E402
+from cifar10_resnet.training import resume  # noqa: E402
 
 STEPS, EVERY, EVALUATIONS = 2_000, 20, 200
 BATCH = 16
@@ -61,7 +62,7 @@ def train(folder: str) -> list[Sample]:
     run, _ = resume.prepare_run(given, folder)
     checkpoints.save = watched
     try:
-        loop.train(run, options)
+        run_trainer.train(run, options)
     finally:
         checkpoints.save = save
     return samples

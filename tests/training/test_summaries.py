@@ -19,10 +19,11 @@ from PIL import Image
 from test_trainer import gradients_of, make_batch, make_run, options
 
 import cifar10_input
+import run_trainer
 from cifar10_resnet.data import splits
 from cifar10_resnet.data.dataset import find
 from cifar10_resnet.data.synthetic import CLASS_NAMES
-from cifar10_resnet.training import loop, summaries
+from cifar10_resnet.training import summaries
 from cifar10_resnet.training.trainer import Trainer
 
 # TensorBoard reads event files without TensorFlow, and starts in half the time, where it is hidden.
@@ -75,8 +76,8 @@ def tensorboard(folder: str) -> Iterator[Callable[..., bytes]]:
 def test_tensorboard_shows_a_run_with_all_its_curves_pictures_and_settings(tmp_path):
     run = make_run(num_iterations=20, init_lr=0.05)
     settings = options(tmp_path / "run", epochs_between_evals=1, log_per_iterations=4)
-    first = loop.train(run, dataclasses.replace(settings, max_train_steps=12))
-    last = loop.train(run, settings, resume_from=first.checkpoint)
+    first = run_trainer.train(run, dataclasses.replace(settings, max_train_steps=12))
+    last = run_trainer.train(run, settings, resume_from=first.checkpoint)
 
     with tensorboard(str(tmp_path)) as ask:
         assert b"<title>TensorBoard" in ask("")
@@ -145,7 +146,7 @@ def test_tensorboard_shows_a_run_with_all_its_curves_pictures_and_settings(tmp_p
 
 def test_the_grid_shows_the_very_batch_that_is_learned_from(tmp_path):
     run = make_run(num_iterations=2)
-    loop.train(run, options(tmp_path))
+    run_trainer.train(run, options(tmp_path))
     (file,) = glob.glob(str(tmp_path / "log/train/events*"))
     shown = [
         value.tensor.string_val[2]
@@ -227,7 +228,9 @@ def test_a_profile_holds_the_steps_that_were_asked_for(tmp_path, capsys, steps_p
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
     settings = {"steps_per_call": steps_per_call, "log_per_iterations": 100}
-    loop.train(make_run(num_iterations=12), options(tmp_path, profile_steps=(4, 6), **settings))
+    run_trainer.train(
+        make_run(num_iterations=12), options(tmp_path, profile_steps=(4, 6), **settings)
+    )
     assert str(tmp_path / "log") in capsys.readouterr().out
     (file,) = glob.glob(str(tmp_path / "log/plugins/profile/*/*.xplane.pb"))
     with open(file, "rb") as opened:
@@ -242,5 +245,5 @@ def test_a_profile_holds_the_steps_that_were_asked_for(tmp_path, capsys, steps_p
 
 
 def test_a_profile_that_outlasts_its_run_is_written_all_the_same(tmp_path):
-    loop.train(make_run(num_iterations=3), options(tmp_path, profile_steps=(2, 100)))
+    run_trainer.train(make_run(num_iterations=3), options(tmp_path, profile_steps=(2, 100)))
     assert glob.glob(str(tmp_path / "log/plugins/profile/*/*.xplane.pb"))

@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 from conftest import skip_without_channels_first, write_cifar100, write_pictures
 
+import run_trainer
 from cifar10_input import ImageSet, mean_image, training_batches
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import (
@@ -21,7 +22,8 @@ from cifar10_resnet.data.dataset import find
 from cifar10_resnet.data.synthetic import CLASS_NAMES, make_split
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.evaluator import Evaluator
-from cifar10_resnet.training import loop, resume
+from cifar10_resnet.training import resume
+from cifar10_resnet.training.loop import next_end
 from cifar10_resnet.training.trainer import Trainer
 
 SMALL = ModelConfig(num_layers=8)
@@ -110,10 +112,10 @@ def test_label_smoothing_trains_towards_smoothed_labels():
 def test_epochs_end_in_the_steps_that_see_their_last_images(images, batch_size, ends):
     step, found = 0, []
     while len(found) < len(ends):
-        step = loop.next_end(step, images, batch_size)
+        step = next_end(step, images, batch_size)
         found.append(step)
     assert found == ends
-    assert loop.next_end(ends[0] - 1, images, batch_size) == ends[0]
+    assert next_end(ends[0] - 1, images, batch_size) == ends[0]
 
 
 def test_means_are_over_the_steps_since_the_last_reset():
@@ -161,7 +163,7 @@ def test_what_is_logged_evaluated_or_saved_is_looked_at_once_before(
 
     monkeypatch.setattr(Trainer, "check_finite", spy)
     run = make_run(num_iterations=22)
-    loop.train(run, options(tmp_path, save_per_iterations=7, epochs_between_evals=1))
+    run_trainer.train(run, options(tmp_path, save_per_iterations=7, epochs_between_evals=1))
     assert looked_at == [2, 4, 6, 7, 8, 10, 12, 14, 16, 18, 20, 21, 22]
 
 
@@ -224,7 +226,7 @@ def test_several_steps_in_a_call_are_those_taken_one_by_one(tmp_path, small_synt
     ends = []
     for steps_per_call in (1, 4):
         folder = tmp_path / str(steps_per_call)
-        outcome = loop.train(
+        outcome = run_trainer.train(
             run, options(folder, steps_per_call=steps_per_call, save_per_iterations=5, max_ckpts=-1)
         )
         assert [step for step, _ in checkpoints.list_checkpoints(str(folder))] == [5, 10, 13]
@@ -244,7 +246,7 @@ def test_a_run_with_all_of_the_fast_recipe_resumes_bit_for_bit_wherever_it_stopp
         folder, checkpoint = tmp_path / str(len(ends)), None
         for stop in stops:
             settings = options(folder, max_train_steps=stop, steps_per_call=4)
-            checkpoint = loop.train(run, settings, resume_from=checkpoint).checkpoint
+            checkpoint = run_trainer.train(run, settings, resume_from=checkpoint).checkpoint
         trainer = Trainer(run)
         trainer.restore(checkpoint)
         ends.append(
@@ -271,7 +273,7 @@ def test_an_evaluation_that_reaches_the_threshold_ends_the_run_with_a_checkpoint
     tmp_path, small_synthetic
 ):
     run = make_run(num_iterations=50)
-    outcome = loop.train(run, options(tmp_path, epochs_between_evals=1, stop_threshold=0.01))
+    outcome = run_trainer.train(run, options(tmp_path, epochs_between_evals=1, stop_threshold=0.01))
     assert outcome.step == 10
     assert outcome.checkpoint == checkpoints.find(str(tmp_path)).prefix
 
@@ -279,7 +281,7 @@ def test_an_evaluation_that_reaches_the_threshold_ends_the_run_with_a_checkpoint
 def test_a_holdout_is_what_is_evaluated_while_training(tmp_path, small_synthetic, capsys):
     run = make_run(num_iterations=8)
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, holdout=16))
-    outcome = loop.train(run, options(tmp_path, epochs_between_evals=1))
+    outcome = run_trainer.train(run, options(tmp_path, epochs_between_evals=1))
     assert outcome.metrics.num_images == 16
     assert "evaluated on holdout" in capsys.readouterr().out
 
@@ -287,7 +289,7 @@ def test_a_holdout_is_what_is_evaluated_while_training(tmp_path, small_synthetic
 def test_evaluating_every_epoch_works_where_a_batch_holds_several_epochs(tmp_path, small_synthetic):
     run = make_run(num_iterations=2)
     run = dataclasses.replace(run, training=dataclasses.replace(run.training, batch_size=200))
-    outcome = loop.train(run, options(tmp_path, epochs_between_evals=1))
+    outcome = run_trainer.train(run, options(tmp_path, epochs_between_evals=1))
     assert outcome.step == 2
     assert outcome.metrics.num_images == 40
 
@@ -296,17 +298,17 @@ def test_other_training_images_than_the_runs_own_are_refused(
     tmp_path, small_synthetic, monkeypatch
 ):
     run = make_run(num_iterations=20)
-    outcome = loop.train(run, options(tmp_path, max_train_steps=4))
+    outcome = run_trainer.train(run, options(tmp_path, max_train_steps=4))
     monkeypatch.setattr("cifar10_resnet.data.dataset.SYNTHETIC_IMAGES", {"train": 88, "test": 40})
     with pytest.raises(UserError, match="has other training images"):
-        loop.train(run, options(tmp_path), resume_from=outcome.checkpoint)
+        run_trainer.train(run, options(tmp_path), resume_from=outcome.checkpoint)
 
 
 def test_only_the_newest_checkpoints_are_kept_and_the_last_step_is_among_them(
     tmp_path, small_synthetic
 ):
     run = make_run(num_iterations=11)
-    loop.train(run, options(tmp_path, save_per_iterations=2, max_ckpts=3))
+    run_trainer.train(run, options(tmp_path, save_per_iterations=2, max_ckpts=3))
     assert [step for step, _ in checkpoints.list_checkpoints(str(tmp_path))] == [8, 10, 11]
 
 
@@ -358,6 +360,6 @@ def test_a_batch_larger_than_a_small_set_of_two_classes_is_trained_on_and_evalua
     data = find(str(write_pictures(tmp_path / "pictures", 2, train=9, test=5)))
     given = {"batch_size": 32, "num_iterations": 4, "num_layers": 8, "holdout": 3}
     run, _ = resume.prepare_run(given, str(tmp_path), data)
-    outcome = loop.train(run, options(tmp_path, epochs_between_evals=1), data)
+    outcome = run_trainer.train(run, options(tmp_path, epochs_between_evals=1), data)
     assert (outcome.step, outcome.metrics.num_images) == (4, 3)
     assert outcome.metrics.confusion_matrix.shape == (2, 2)

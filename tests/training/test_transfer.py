@@ -12,6 +12,8 @@ import tensorflow as tf
 from conftest import values_in
 from numpy_resnet import NumpyResNet
 
+import cifar10_input
+import run_trainer
 from cifar10_input import mean_image, training_batches
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import DataConfig, ModelConfig, Options, RunConfig, TrainingConfig
@@ -19,7 +21,7 @@ from cifar10_resnet.data import splits
 from cifar10_resnet.data.dataset import find
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.evaluator import score_checkpoints
-from cifar10_resnet.training import loop, resume, run_folder
+from cifar10_resnet.training import resume, run_folder
 from cifar10_resnet.training.trainer import Trainer
 from resnet_model import ResNet
 
@@ -77,7 +79,9 @@ def start(folder: Path, pretrained: str | None, stop: int | None = None, **given
     """What the command does with these flags; returns the prefix of what it saved."""
     given = {**PLAIN_WORDS, **given}
     run, resume_from = resume.prepare_run(given, str(folder), pretrained=pretrained)
-    return loop.train(run, options(folder, max_train_steps=stop), None, resume_from).checkpoint
+    return run_trainer.train(
+        run, options(folder, max_train_steps=stop), None, resume_from
+    ).checkpoint
 
 
 def variables_in(prefix: str) -> dict[str, np.ndarray]:
@@ -290,11 +294,11 @@ def means_subtracted(monkeypatch) -> list[np.ndarray]:
     means = []
     make_batches = training_batches
 
-    def spy(examples, mean, *args):
+    def spy(examples, mean, *args, **keywords):
         means.append(mean)
-        return make_batches(examples, mean, *args)
+        return make_batches(examples, mean, *args, **keywords)
 
-    monkeypatch.setattr(loop, "training_batches", spy)
+    monkeypatch.setattr(cifar10_input, "training_batches", spy)
     return means
 
 
