@@ -42,7 +42,7 @@ def test_help_and_wrong_flags_answer_without_importing_tensorflow(program, tmp_p
     wrong = run(program, "--num_layer=20", "--ckpt_path=x", status=1, env=environment)
     assert "num_layers" in wrong.stderr
     if program == "run_trainer.py":
-        assert "20 or 26" in error_of(program, "--num_layers=21", env=environment)
+        assert "20 and 26" in error_of(program, "--num_layers=21", env=environment)
         wrong = (program, "--dataset=cifar10", f"--path={write_cifar100(tmp_path / 'data')}")
         assert "contains CIFAR-100, not CIFAR-10" in error_of(*wrong, env=environment)
 

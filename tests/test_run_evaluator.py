@@ -87,7 +87,7 @@ def test_what_the_evaluator_cannot_score_ends_in_one_sentence(data, uninterrupte
     def refused(ckpt_path, *flags):
         return error_of("run_evaluator.py", f"--path={data}", f"--ckpt_path={ckpt_path}", *flags)
 
-    assert "no checkpoint" in refused(tmp_path / "nowhere")
+    assert "does not exist" in refused(tmp_path / "nowhere")
     assert "no checkpoint" in refused(tmp_path)
     assert "no checkpoint" in refused(data)
     names = refused(uninterrupted, "--num_layers=20")

@@ -104,7 +104,7 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(data, uninterr
         ("--shortcut_connections=False", "shortcut_connections=False", "connections=True"),
         ("--num_iterations=70", "num_iterations=70", "num_iterations=60"),
         ("--seed=1", "seed=1", "seed=0"),
-        ("--use_synthetic_data", "dataset=synthetic", "dataset=cifar10"),
+        ("--use_synthetic_data", "--use_synthetic_data=True does not", "dataset=cifar10"),
     ],
 )
 def test_resuming_with_another_value_names_both(data, uninterrupted, flag, asked, found):
@@ -141,7 +141,9 @@ def test_clean_deletes_nothing_before_the_new_run_is_known_to_be_possible(
     command = ("run_trainer.py", f"--ckpt_path={uninterrupted}", "--clean")
     assert "does not exist" in error_of(*command, cwd=tmp_path)
     assert "only 400 training images" in error_of(*command, f"--path={data}", "--holdout=400")
-    assert "was trained before" in error_of(*command, f"--path={data}", "--fine_tune")
+    assert "--fine_tune needs a pretrained network" in error_of(
+        *command, f"--path={data}", "--fine_tune"
+    )
     assert "--eval_only" in error_of(*command, f"--path={data}", "--eval_only")
     assert (uninterrupted / "model.ckpt-60.index").exists()
 
@@ -160,8 +162,8 @@ def test_who_stops_a_run_begun_with_clean_is_told_to_go_on_without_it(data, tmp_
 def test_a_network_without_its_training_is_refused_as_a_run_to_go_on_with(
     data, uninterrupted, tmp_path
 ):
-    code = "import sys; from cifar10_resnet.checkpoints import save_network; "
-    code += "save_network(*sys.argv[1:])"
+    code = "import sys; from cifar10_resnet.checkpoints import read, save_network; "
+    code += "save_network(read(sys.argv[1]), sys.argv[2])"
     run_code(code, uninterrupted / "model.ckpt-60", tmp_path)
     error = error_of("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}")
     assert f"--pretrained_model_checkpoint_path={tmp_path}" in error
@@ -199,11 +201,11 @@ def test_a_diverging_run_stops_and_leaves_its_last_good_checkpoint(data, tmp_pat
         values = values_in(tmp_path / name.removesuffix(".index"))
         numbers = [v for v in values.values() if getattr(v, "dtype", None) == np.float32]
         assert all(np.isfinite(v).all() for v in numbers)
-    good = re.search(r"last good checkpoint is (\S+);? ", error)
+    good = re.search(r"last good checkpoint is (\S+)\. ", error)
     if saved:
         assert os.path.basename(good[1].rstrip(".")) + ".index" in saved
     else:
-        assert "no checkpoint was written" in error
+        assert "No checkpoint was written" in error
 
 
 @pytest.mark.parametrize("where", ["missing", "file", "empty", "truncated"])
@@ -296,7 +298,7 @@ def test_what_cannot_be_transferred_ends_in_one_sentence(data, uninterrupted, tm
     nothing = error_of(*command, "--eval_only", cwd=tmp_path)
     assert f"the default --ckpt_path=runs/{uninterrupted.name}-transfer does not exist. " in nothing
     spared = error_of(*command, f"--ckpt_path={uninterrupted}", "--clean")
-    assert f"--clean would delete {uninterrupted}" in spared
+    assert f"--clean would delete the pretrained checkpoint {uninterrupted}" in spared
     assert (uninterrupted / "model.ckpt-60.index").exists()
 
 

@@ -254,7 +254,8 @@ def test_removing_what_is_not_there_is_no_mistake(tmp_path):
 HOLDER = """
 import sys, time
 from cifar10_resnet import storage
-with storage.lock(sys.argv[1], "taken"):
+from cifar10_resnet.errors import UserError
+with storage.lock(sys.argv[1], UserError("taken")):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -262,16 +263,16 @@ with storage.lock(sys.argv[1], "taken"):
 
 def is_locked(folder) -> bool:
     try:
-        with storage.lock(folder, "taken"):
+        with storage.lock(folder, UserError("taken")):
             return False
     except UserError as error:
         return str(error) == "taken"
 
 
 def test_a_locked_folder_is_refused_until_its_holder_leaves_and_nothing_stays(tmp_path):
-    with storage.lock(tmp_path, "the first"):
+    with storage.lock(tmp_path, UserError("the first")):
         assert is_locked(tmp_path)
-    with pytest.raises(ZeroDivisionError), storage.lock(tmp_path, "the second"):
+    with pytest.raises(ZeroDivisionError), storage.lock(tmp_path, UserError("the second")):
         raise ZeroDivisionError
     assert not is_locked(tmp_path)
     assert os.listdir(tmp_path) == []
@@ -296,7 +297,7 @@ def test_a_lock_that_its_holder_removes_while_another_opens_it_is_no_lock(tmp_pa
         flock(handle, operation)
 
     monkeypatch.setattr(fcntl, "flock", remove_then_lock)
-    with storage.lock(tmp_path, "taken"):
+    with storage.lock(tmp_path, UserError("taken")):
         assert is_locked(tmp_path)
 
 

@@ -209,15 +209,10 @@ class Trainer:
         else:
             return
         good, _ = checkpoints.newest_intact(ckpt_path)
-        rest = (
-            f"the last good checkpoint is {good.prefix}"
-            if good
-            else "no checkpoint was written yet"
-        )
+        rest = f"The last good checkpoint is {good}" if good else "No checkpoint was written yet"
         raise UserError(
-            f"{what}: training diverged; {rest}. A lower "
-            f"--init_lr (it was {self.run.training.init_lr:g}) or --dtype=fp32 usually helps, in "
-            "another --ckpt_path or with --clean."
+            f"Training diverged: {what}. {rest}. Use a lower --init_lr than "
+            f"{self.run.training.init_lr:g}, or --dtype=fp32, in a new --ckpt_path."
         )
 
 

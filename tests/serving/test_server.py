@@ -869,7 +869,7 @@ def test_what_cannot_be_served_is_refused_before_tensorflow_is_imported(saved_mo
     def start(*arguments: object) -> str:
         return refusal(*arguments, env=environment)
 
-    assert "no SavedModel in " + str(tmp_path) in start(f"--saved_model={tmp_path}")
+    assert f"--saved_model={tmp_path} contains no SavedModel." in start(f"--saved_model={tmp_path}")
     assert "saved_model" in start()
     assert "num_layers" in start(f"--saved_model={saved_model}", "--num_layers=20")
     with socket.create_server(("127.0.0.1", 0)) as taken:
