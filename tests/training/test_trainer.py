@@ -140,7 +140,7 @@ def test_a_loss_that_is_not_finite_is_reported_with_its_own_step(tmp_path):
     trainer.model.logits_bias.assign(np.full([10], np.nan))
     trainer.train_step(images, labels)
     trainer.train_step(images, labels)
-    with pytest.raises(UserError, match=r"not finite at step 2.*no checkpoint"):
+    with pytest.raises(UserError, match=r"not finite at step 2.*No checkpoint"):
         trainer.check_finite(str(tmp_path))
 
 
