@@ -3,20 +3,16 @@
 python -m cifar10_resnet classify --ckpt_path=runs/resnet20 cat.jpg dog.png
 """
 
-import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from cifar10_resnet.cli import app
 from cifar10_resnet.cli.guard import tell
 from cifar10_resnet.config import Options, checkpoint
-from cifar10_resnet.data.photos import EXTENSIONS, read_photo_file
 from cifar10_resnet.device import start_tensorflow
 from cifar10_resnet.errors import UserError, printable
 from cifar10_resnet.settings import Checked, same, setting
@@ -25,7 +21,11 @@ from cifar10_resnet.terminal import command, table
 BATCH_SIZE = 500
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from cifar10_resnet.cli.flags import Flags
+
+    Answer = Callable[[np.ndarray], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,16 @@ def main(flags: "Flags") -> int:
         why = f"contains no SavedModel. Run `{command('export')}` first."
         raise UserError(why, "saved_model", folder)
     answer, classes = _load(flags)
+    from cifar10_resnet.data.photos import read_photos  # It imports Pillow and NumPy.
+
     names, images, all_read = [], [], True
-    for name, picture in itertools.chain.from_iterable(map(_read, flags.arguments)):
-        if isinstance(picture, UserError):
-            tell(picture)
+    for name, photo in read_photos(flags.arguments):
+        if isinstance(photo, UserError):
+            tell(photo)
             all_read = False
         else:
             names.append(name)
-            images.append(picture)
+            images.append(photo)
     results = _classify(answer, classes, names, images, flags.top)
     # a file's name may hold characters that the terminal's encoding lacks
     sys.stdout.reconfigure(errors="backslashreplace")
@@ -66,30 +68,8 @@ def main(flags: "Flags") -> int:
     return 0 if all_read else 1
 
 
-def _read(path: str) -> Iterator[tuple[str, np.ndarray | UserError]]:
-    """The picture or the folder of pictures at `path`: pixels, or why there are none."""
-    try:
-        if os.path.isdir(path):
-            for name in _pictures_in(path):
-                yield from _read(os.path.join(path, name))
-        else:
-            yield path, read_photo_file(path)
-    except UserError as error:
-        yield path, error
-
-
-def _pictures_in(folder: str) -> list[str]:
-    try:
-        names = [name for name in os.listdir(folder) if name.lower().endswith(EXTENSIONS)]
-    except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror}.") from error
-    if not names:
-        raise UserError(f"there is no picture in {folder} ({', '.join(EXTENSIONS)}).")
-    return sorted(names)
-
-
-def _load(flags: "Flags") -> tuple[Callable[[np.ndarray], dict[str, Any]], list[str]]:
-    """The network as a function of pixels, and its classes."""
+def _load(flags: "Flags") -> "tuple[Answer, list[str]]":
+    """Returns the network as a function of pixels, and its classes."""
     start_tensorflow(flags.device)
     from cifar10_resnet import checkpoints
     from cifar10_resnet.serving import export
@@ -103,13 +83,15 @@ def _load(flags: "Flags") -> tuple[Callable[[np.ndarray], dict[str, Any]], list[
 
 
 def _classify(
-    answer: Callable[[np.ndarray], dict[str, Any]],
+    answer: "Answer",
     classes: list[str],
     names: list[str],
-    images: list[np.ndarray],
+    images: "list[np.ndarray]",
     top: int,
 ) -> list[dict[str, Any]]:
-    """The likeliest classes of each picture."""
+    """Returns the likeliest classes of each photo."""
+    import numpy as np
+
     probabilities: list[np.ndarray] = []
     for start in range(0, len(images), BATCH_SIZE):
         batch = np.stack(images[start : start + BATCH_SIZE])
@@ -127,7 +109,7 @@ def _classify(
 
 
 def _table(results: list[dict[str, Any]]) -> str:
-    """A line for each class; the picture's name stands on the first of its lines."""
+    """Returns a line for each class. The photo's name stands on the first of its lines."""
     rows = [
         (
             printable(result["picture"]) if i == 0 else "",

@@ -3,40 +3,16 @@
 python -m cifar10_resnet draw --num_layers=56 --shortcut_connections=False
 """
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cifar10_resnet.cli import app
 from cifar10_resnet.config import ModelConfig, with_given
 from cifar10_resnet.device import start_tensorflow
-from cifar10_resnet.figures.diagram import (
-    GAP,
-    STRIP,
-    WIDTHS,
-    Diagram,
-    Layer,
-    Network,
-    Point,
-    Unit,
-    elements,
-    example_image,
-    shape_text,
-)
-from cifar10_resnet.figures.style import MARGIN, WIDTH, picture
 from cifar10_resnet.settings import Checked, same, setting
 
 if TYPE_CHECKING:
     from cifar10_resnet.cli.flags import Flags
-
-LEFT, RIGHT = 154, WIDTH - MARGIN  # of the layers in a row
-FIRST = 124  # how far down the first row is
-TURN = 20  # how far right of a row the way to the next one turns
-NARROWEST, WIDEST = 60, 104  # a convolution
-
-Row = list[tuple[Unit, int]]  # each with how often it stands there, one after the other
 
 
 @dataclass(frozen=True)
@@ -60,106 +36,12 @@ def main(flags: "Flags") -> int:
     config = with_given(ModelConfig(), flags.given(ModelConfig))
     stem = config.name.replace("resnet", "ResNet").replace("plain", "Plain") + "_CIFAR10"
     start_tensorflow("cpu")
+    from cifar10_resnet.figures import network
     from cifar10_resnet.figures.trace import trace
 
-    draw(
-        trace(config),
-        flags.output or [f"{stem}.{kind}" for kind in ("pdf", "png")],
-    )
+    files = flags.output or [f"{stem}.{kind}" for kind in ("pdf", "png")]
+    network.draw(trace(config), files)
     return 0
-
-
-def title(network: Network) -> str:
-    """The network's name."""
-    config = network.config
-    name = "ResNet" if config.shortcut_connections else "Plain"
-    version = ", version 1" if config.resnet_version == 1 else ""
-    return f"{name}-{config.num_layers}{version}"
-
-
-def subtitle(network: Network) -> str:
-    """How the depth adds up, and the parameters."""
-    blocks, units = len(network.blocks), len(network.blocks[0])
-    convolutions = sum(layer.kind == "convolution" for layer in network.blocks[0][0].layers)
-    return (
-        f"1 convolution + {blocks} blocks × {units} unit{'s' if units > 1 else ''} × "
-        f"{convolutions} convolutions + 1 projection = {1 + blocks * units * convolutions + 1} "
-        f"layers, {network.num_parameters:,} parameters"
-    )
-
-
-def rows_of(network: Network) -> list[Row]:
-    """The units of each block: every one if there is room, else equal ones together."""
-    every = [[(unit, 1) for unit in block] for block in network.blocks]
-    if room_for_convolutions(every) >= NARROWEST:
-        return every
-    return [
-        [(unit, len(list(equal))) for unit, equal in itertools.groupby(block)]
-        for block in network.blocks
-    ]
-
-
-def entry(rows: Sequence[Row]) -> float:
-    """How far apart units are: further where one may have a frame around it."""
-    return 40 if any(count > 1 for row in rows for _, count in row) else 20
-
-
-def room_for_convolutions(rows: Sequence[Row]) -> float:
-    """The width that a convolution can have for the longest row to fit."""
-    widths = [WIDEST]
-    for row in rows:
-        kinds = [element.kind for unit, _ in row for element in elements(unit.layers)]
-        taken = sum(WIDTHS.get(kind, STRIP) for kind in kinds if kind != "convolution")
-        taken += entry(rows) * (len(row) - 1) + GAP * (len(kinds) - len(row)) + TURN
-        widths.append((RIGHT - LEFT - taken) / kinds.count("convolution"))
-    return min(widths)
-
-
-def draw(network: Network, files: Sequence[str | Path]) -> None:
-    """Draws the network to files."""
-    rows = rows_of(network)
-    wide = room_for_convolutions(rows)
-    pitch = 148 if network.config.shortcut_connections else 126
-    y = FIRST
-    height = FIRST + 4 * pitch + 62
-    with picture(*files, height=height, title=title(network), subtitle=subtitle(network)) as figure:
-        diagram = Diagram(figure)
-        diagram.note(
-            RIGHT,
-            y,
-            "Below each layer: height × width × depth of its output\nBN: batch normalisation",
-            ha="right",
-        )
-        diagram.text(MARGIN, y - 36, "Picture", weight="bold", ha="left")
-        diagram.image(MARGIN + 22, y, 44, example_image())
-        diagram.note(MARGIN, y + 35, shape_text(network.input_shape), ha="left")
-        x = diagram.layers([(MARGIN + 44, y), (LEFT, y)], network.begin, wide)[-1][1]
-
-        deepest = network.blocks[-1][-1].layers[-1].shape[-1]
-        for number, row in enumerate(rows, 1):
-            way = way_to_next_row(x, y, pitch)
-            y += pitch
-            side, _, depth = shape = row[-1][0].layers[-1].shape
-            side_note(diagram, y, f"Block {number}", shape_text(shape))
-            diagram.maps(MARGIN, y + 46, side, 40 * depth / deepest)
-            for unit, count in row:
-                x = diagram.unit(way, unit, wide, count)
-                way = [(x, y), (x + entry(rows), y)]
-
-        way = way_to_next_row(x, y, pitch)
-        side_note(diagram, y + pitch, "Output", f"{network.config.num_classes} classes")
-        diagram.layers(way, [*network.end, Layer("softmax", network.end[-1].shape)], wide)
-
-
-def way_to_next_row(x: float, y: float, pitch: float) -> list[Point]:
-    """From the end of a row of layers to the beginning of the next."""
-    right, left, between, below = x + TURN, LEFT - TURN - 8, y + 60, y + pitch
-    return [(x, y), (right, y), (right, between), (left, between), (left, below), (LEFT, below)]
-
-
-def side_note(diagram: Diagram, y: float, heading: str, text: str) -> None:
-    diagram.text(MARGIN, y - 20, heading, weight="bold", ha="left")
-    diagram.note(MARGIN, y - 2, text, ha="left")
 
 
 if __name__ == "__main__":

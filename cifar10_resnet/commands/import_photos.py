@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cifar10_resnet.cli import app
-from cifar10_resnet.data.photo_folder import import_photos
 from cifar10_resnet.settings import Checked, setting
 from cifar10_resnet.terminal import command, in_project
 
@@ -37,6 +36,9 @@ class Settings(Checked):
 
 def main(flags: "Flags") -> int:
     """Imports the photos, and prints the command that trains on them."""
+    # Imported late, because it imports Pillow and NumPy.
+    from cifar10_resnet.data.photo_folder import import_photos
+
     count = import_photos(flags.image_dir, flags.data_dir, flags.test_share, flags.seed)
     pretrained = in_project("files", "pretrained", "resnet20")
     train = command(

@@ -13,7 +13,6 @@ from cifar10_resnet import storage
 from cifar10_resnet.cli import app
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.settings import Checked, setting
-from cifar10_resnet.training.history import read_history
 
 if TYPE_CHECKING:
     from cifar10_resnet.cli.flags import Flags
@@ -70,6 +69,8 @@ def _names(runs: Sequence[str]) -> list[str]:
 def _history(run: str) -> list[dict[str, float]]:
     if not os.path.isdir(run):
         raise UserError("does not exist. Pass a run folder, such as runs/resnet20.", "run", run)
+    from cifar10_resnet.training.history import read_history  # It imports TensorBoard.
+
     for log_path in (os.path.join(run, "log"), run):
         if history := read_history(log_path):
             return history

@@ -6,10 +6,11 @@ pixels are unpacked, so that memory and time stay bounded whatever it claims.
 
 import contextlib
 import io
+import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -42,6 +43,28 @@ TURNS = {
 
 # Of harmless oddities: here a picture is read, or refused in a sentence.
 warnings.filterwarnings("ignore", module="PIL")
+
+
+def read_photos(paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray | UserError]]:
+    """Returns the photos at the paths, which may be folders: pixels, or why there are none."""
+    for path in paths:
+        try:
+            if os.path.isdir(path):
+                yield from read_photos(os.path.join(path, name) for name in _photos_in(path))
+            else:
+                yield path, read_photo_file(path)
+        except UserError as error:
+            yield path, error
+
+
+def _photos_in(folder: str) -> list[str]:
+    try:
+        names = [name for name in os.listdir(folder) if name.lower().endswith(EXTENSIONS)]
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}.") from error
+    if not names:
+        raise UserError(f"there is no photo in {folder} ({', '.join(EXTENSIONS)}).")
+    return sorted(names)
 
 
 def read_photo_file(path: str) -> np.ndarray:

@@ -80,7 +80,7 @@ def test_good_pictures_are_classified_and_bad_ones_told_of(prefix, pictures):
         (
             "text.png is not a JPEG, PNG or BMP picture",
             "cannot read nowhere.png: No such file or directory",
-            "there is no picture in empty",
+            "there is no photo in empty",
             "cut.jpg is a damaged picture",
         ),
         strict=True,

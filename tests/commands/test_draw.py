@@ -20,7 +20,7 @@ FILES = PROJECT / "files"
 # Every kind of row: all units, or equal ones together; short, long and with more layers in a unit.
 DRAW_NETWORKS = """
 import sys
-from cifar10_resnet.commands import draw
+from cifar10_resnet.figures import network as drawing
 from cifar10_resnet.figures.trace import trace
 from cifar10_resnet.config import ModelConfig
 
@@ -31,9 +31,9 @@ for config in (
     ModelConfig(20, resnet_version=1),
 ):
     network = trace(config)
-    rows = draw.rows_of(network)
-    assert draw.room_for_convolutions(rows) >= draw.NARROWEST, config.name
-    draw.draw(network, [f"{sys.argv[1]}/{config.name}.png"])
+    rows = drawing.rows_of(network)
+    assert drawing.room_for_convolutions(rows) >= drawing.NARROWEST, config.name
+    drawing.draw(network, [f"{sys.argv[1]}/{config.name}.png"])
 """
 
 
