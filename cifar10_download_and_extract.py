@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 of_download = partial(setting, group="Download")
 of_synthetic = partial(setting, group="Synthetic images")
-ADDRESS = r"(?ai)https?://(\[[\da-f:.]+\]|[\w.-]+)(:\d+)?(/[!-~]*)?|file:(//)?/(?!/)[!-~]+"
+ADDRESS = {
+    "pattern": r"(?ai)https?://(\[[\da-f:.]+\]|[\w.-]+)(:\d+)?(/[!-~]*)?|file:(//)?/(?!/)[!-~]+",
+    "meaning": "an http, https or file address",
+}
+DIGITS = {"pattern": "(?i)[0-9a-f]{64}", "meaning": "64 hex digits"}
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,9 @@ class Settings(Checked):
     )
     dataset: str = of_download("cifar10", "Data set to download", choices=("cifar10", "cifar100"))
     url: tuple[str, ...] = of_download(
-        (),
-        "Download address (repeat the flag for mirrors)",
-        pattern=ADDRESS,
-        meaning="an http, https or file address",
+        (), "Download address (repeat the flag for mirrors)", **ADDRESS
     )
-    sha256: str | None = of_download(
-        None, "Expected SHA-256 of the archive", pattern="(?i)[0-9a-f]{64}", meaning="64 hex digits"
-    )
+    sha256: str | None = of_download(None, "Expected SHA-256 of the archive", **DIGITS)
     keep_archive: bool = of_download(False, "Keep the archive after unpacking")
     timeout: float = of_download(30.0, "Seconds to wait for a silent server", above=0, most=3600)
     synthetic: bool = of_synthetic(False, "Write synthetic images instead of downloading")
