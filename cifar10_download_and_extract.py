@@ -37,7 +37,7 @@ DIGITS = {"pattern": "(?i)[0-9a-f]{64}", "meaning": "64 hex digits"}
 @dataclass(frozen=True)
 class Settings(Checked):
     data_dir: str = setting(
-        ".", "Folder that gets cifar-10-batches-bin or cifar-100-binary", "Where to"
+        ".", "Folder that gets cifar-10-batches-bin or cifar-100-binary", "Folder"
     )
     dataset: str = of_download("cifar10", "Data set to download", choices=("cifar10", "cifar100"))
     url: tuple[str, ...] = of_download(

@@ -67,8 +67,8 @@ def _count_records(file: str, record_bytes: int) -> int:
     count, rest = divmod(size, record_bytes)
     if rest:
         raise ValueError(
-            f"{file} has {size:,} bytes, which is no whole number of {record_bytes}-byte records: "
-            f"the last one, at byte {count * record_bytes:,}, is cut off after {rest:,}"
+            f"{file} has {size:,} bytes, not a multiple of {record_bytes}: the last "
+            f"record, at byte {count * record_bytes:,}, is cut off after {rest:,}"
         )
     return count
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cifar10_resnet.cli.flags import Flags
     from cifar10_resnet.evaluation.metrics import Scored
 
-WHAT, IMAGES, OUTPUT = "What to evaluate", "On which images", "Output"
+WHAT, IMAGES, OUTPUT = "Checkpoints", "Images", "Output"
 CHECKED = {"group": "Network, checked against the checkpoint", "shown": "the checkpoint's"}
 
 

@@ -173,7 +173,7 @@ def _show(run: RunConfig, outcome: "Outcome", options: Options, dataset_name: st
     if outcome.stopped_by:
         name = signal.Signals(outcome.stopped_by).name
         again = "the same command without --clean" if options.clean else "the same command"
-        rows["stopped"] = f"by {name}; {again} goes on from there"
+        rows["stopped"] = f"by {name} (run {again} to resume)"
     words = [f"--ckpt_path={outcome.checkpoint}"]
     if run.data.dataset != "synthetic":
         given = {"path": options.path, "dataset": dataset_name}

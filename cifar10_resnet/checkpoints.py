@@ -77,8 +77,8 @@ def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep
             delete(old)
     except (OSError, UserError, tf.errors.OpError) as error:
         raise UserError(
-            f"cannot save {prefix}: {reason_of(error)}. The checkpoints before it are as they "
-            "were; make room or mend the folder and start the same command again."
+            f"{prefix} cannot be saved: {reason_of(error)}. Older checkpoints are unchanged. Free "
+            "some space or fix the folder, and run the same command."
         ) from error
     return prefix
 
@@ -88,8 +88,8 @@ def _refuse_newcomers(directory: str, step: int) -> None:
     for saved_step, prefix in list_checkpoints(directory):
         if saved_step > step and _is_intact(prefix):
             raise UserError(
-                f"{prefix} came into the folder while this run was at step {step}: was another run "
-                "copied there? Nothing was changed; name another --ckpt_path for one of them."
+                f"{prefix} appeared while this run was at step {step}. Nothing was changed. Use a "
+                "separate --ckpt_path for each run."
             )
 
 
@@ -111,8 +111,8 @@ def newest_intact(directory: str) -> tuple[str | None, list[str]]:
         refuse_foreign(directory)
         if names := named_in_state(directory):
             passed_over.append(
-                f"{os.path.join(directory, names[-1])} is not there, of which the file {STATE} "
-                "beside it tells: it is still being copied, or lost."
+                f"{os.path.join(directory, names[-1])} is missing, but the file `{STATE}` lists "
+                "it. Copy it there, or start again with --clean."
             )
         return None, passed_over
     for _, prefix in sorted({*with_index, *with_digests}, reverse=True):
@@ -172,8 +172,8 @@ def verify(prefix: str) -> None:
     for suffix in SUFFIXES[1:]:
         if not os.path.exists(prefix + suffix):
             raise UserError(
-                f"{prefix} is not a whole checkpoint: {os.path.basename(prefix + suffix)} is "
-                "missing, so it was saved or copied in part, or damaged; use another checkpoint."
+                f"{prefix} is incomplete: {os.path.basename(prefix + suffix)} is missing. Use "
+                "another checkpoint."
             )
     try:
         with open(prefix + ".sha256", encoding="utf-8") as digests:
@@ -192,8 +192,8 @@ def verify(prefix: str) -> None:
             raise UserError(f"cannot read {file}: {error.strerror}.") from error
         if not intact:
             raise UserError(
-                f"{prefix} is damaged: {os.path.basename(file)} is not what was written (its "
-                "SHA-256 differs); use another checkpoint."
+                f"{prefix} is damaged: the SHA-256 of {os.path.basename(file)} differs. Use "
+                "another checkpoint."
             )
 
 
@@ -213,7 +213,7 @@ def _verify_tensors(prefix: str) -> None:
             reader.get_tensor(name)
     except UNREADABLE as error:
         raise UserError(
-            f"{prefix} is damaged, or still being copied: {reason_of(error)}; use another "
+            f"{prefix} is damaged, or still being copied: {reason_of(error)}. Use another "
             "checkpoint."
         ) from error
 

@@ -156,8 +156,8 @@ class Format:
         if not rest:
             return None
         return (
-            f"{file} has {size:,} bytes, which is no whole number of {self.record_bytes}-byte "
-            f"records ({self.title}): the last one, at byte {whole * self.record_bytes:,}, is cut "
+            f"{file} has {size:,} bytes, not a multiple of {self.record_bytes} "
+            f"({self.title}): the last record, at byte {whole * self.record_bytes:,}, is cut "
             f"off after {rest:,}"
         )
 
@@ -214,7 +214,7 @@ FORMATS = {
         # tells by its files what it holds
         Format(
             dataset="pictures",
-            title="a set of imported pictures",
+            title="imported photos",
             train_files=("pictures_train.bin",),
             test_files=("pictures_test.bin",),
             labels=(Label("label", "class_names.txt"),),

@@ -40,7 +40,8 @@ def refuse_unwritable_folder(path: StrPath, apart_from: Sequence[str] = ()) -> N
     wanted = os.path.realpath(path)
     for other in apart_from:
         if os.path.commonpath([wanted, os.path.realpath(other)]) == wanted:
-            raise UserError(f"{path} will hold {other}, so name another folder to export to.")
+            why = f"is invalid: it contains {other}. Use another folder."
+            raise UserError(why, "export_dir", path)
     os.rmdir(_beside(path))
 
 

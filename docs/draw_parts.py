@@ -54,7 +54,7 @@ OUTPUTS = {"Plain": "F(x)", "Version 1": "ReLU(x + F(x))"}
 
 @dataclass(frozen=True)
 class Settings(Checked):
-    output_dir: str = setting(str(PROJECT / "files"), "Folder to draw into", "Where to")
+    output_dir: str = setting(str(PROJECT / "files"), "Folder to draw into", "Output")
 
 
 def main(flags: "Flags") -> int:

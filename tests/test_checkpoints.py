@@ -152,7 +152,7 @@ def test_a_damaged_checkpoint_is_replaced_by_saving_its_step_again(folder, train
 def test_an_intact_checkpoint_that_came_in_from_elsewhere_is_not_deleted_by_a_save(folder, tiny):
     before = contents(folder)
     text = refusal(checkpoints.save, tiny, str(folder), 15, 1)
-    assert f"{prefix_of(folder, 20)} came into the folder while this run was at step 15" in text
+    assert f"{prefix_of(folder, 20)} appeared while this run was at step 15" in text
     assert contents(folder) == before
 
 
@@ -269,7 +269,7 @@ def test_a_save_that_fails_half_way_is_a_sentence_and_leaves_a_whole_one(
     assert "No space left on device" in text
     newest, passed_over = checkpoints.newest_intact(str(tmp_path))
     assert newest in (old, prefix_of(tmp_path, 20))
-    assert all("model.ckpt-20 is not a whole checkpoint" in why for why in passed_over)
+    assert all("model.ckpt-20 is incomplete" in why for why in passed_over)
     checkpoints.verify(old)
     assert not (tmp_path / ".saving").exists()
 

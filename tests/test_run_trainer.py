@@ -65,7 +65,7 @@ def test_a_killed_run_ends_bit_for_bit_like_one_never_interrupted(data, tmp_path
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     again = run(*command)
-    assert re.search(r"Going on from \S+model\.ckpt-(20|40), step (20|40)", again.stdout)
+    assert re.search(r"Resuming from \S+model\.ckpt-(20|40) at step (20|40)", again.stdout)
     assert_same_checkpoint(uninterrupted / "model.ckpt-60", tmp_path / "model.ckpt-60")
 
 
@@ -85,7 +85,7 @@ def test_an_interrupted_run_saves_says_where_and_goes_on_from_there(
     saved = re.search(r"saved as +(\S+/model\.ckpt-(\d+))", out)
     assert 10 <= int(saved[2]) < 60
     again = run(*command)
-    assert f"Going on from {saved[1]}" in again.stdout
+    assert f"Resuming from {saved[1]}" in again.stdout
     assert_same_checkpoint(uninterrupted / "model.ckpt-60", tmp_path / "model.ckpt-60")
 
 
@@ -155,7 +155,7 @@ def test_who_stops_a_run_begun_with_clean_is_told_to_go_on_without_it(data, tmp_
     wait_for(process, "step 5/")
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=240)
-    stopped = "by SIGINT; the same command without --clean goes on from there"
+    stopped = "by SIGINT (run the same command without --clean to resume)"
     assert table_in(out)["stopped"] == stopped
 
 
@@ -342,7 +342,7 @@ def test_a_run_whose_terminal_is_closed_saves_and_goes_on_from_there(data, tmp_p
     assert process.wait(timeout=240) != 0
     saved, _ = checkpoints.newest_intact(str(tmp_path))
     again = run(*command)
-    assert f"Going on from {saved}, step " in again.stdout
+    assert f"Resuming from {saved} at step " in again.stdout
     assert_same_checkpoint(uninterrupted / "model.ckpt-60", tmp_path / "model.ckpt-60")
 
 
@@ -376,7 +376,7 @@ def test_a_run_whose_output_nobody_reads_any_more_saves_and_goes_on_from_there(
     assert process.wait(timeout=240) == 128 + signal.SIGPIPE
     (saved,) = re.findall(r"^Nobody reads the output any more; saved as (\S+)\.\n$", err)
     again = run(*command)
-    assert f"Going on from {saved}, step " in again.stdout
+    assert f"Resuming from {saved} at step " in again.stdout
     assert_same_checkpoint(uninterrupted / "model.ckpt-60", tmp_path / "model.ckpt-60")
 
 

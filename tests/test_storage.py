@@ -145,7 +145,7 @@ def test_a_folder_without_permission_is_refused_early(tmp_path, monkeypatch, as_
 def test_a_folder_that_something_else_will_fill_is_refused(tmp_path):
     run = str(tmp_path / "run")
     for path in (run, str(tmp_path), os.path.join(run, "log", "..")):
-        with pytest.raises(UserError, match="will hold"):
+        with pytest.raises(UserError, match="is invalid: it contains"):
             storage.refuse_unwritable_folder(path, apart_from=[run, os.path.join(run, "log")])
     storage.refuse_unwritable_folder(os.path.join(run, "exported"), apart_from=[run])
 

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings(Checked):
-    ckpt_path: str | None = checkpoint(None, group="The network")
-    saved_model: str | None = setting(None, "Folder that the export command wrote", "The network")
-    device: str = same(Options, "device", group="The network")
+    ckpt_path: str | None = checkpoint(None, group="Network")
+    saved_model: str | None = setting(None, "Folder that the export command wrote", "Network")
+    device: str = same(Options, "device", group="Network")
     top: int = setting(5, "Number of classes to print per photo", "Output", least=1)
     json: bool = setting(False, "Print JSON instead of a table", "Output")
 

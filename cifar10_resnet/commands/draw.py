@@ -24,7 +24,7 @@ class Settings(Checked):
     output: tuple[str, ...] = setting(
         (),
         "File to write: .png or .pdf (repeatable)",
-        "Where to",
+        "Output",
         pattern=r"(?s)[^,]*\.(png|pdf)",
         meaning="a file that ends in .png or .pdf",
         shown="ResNet20_CIFAR10.pdf, .png and so on",

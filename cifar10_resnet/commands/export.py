@@ -16,15 +16,13 @@ from cifar10_resnet.settings import Checked, same, setting
 if TYPE_CHECKING:
     from cifar10_resnet.cli.flags import Flags
 
-HOW = "How to export it"
+HOW = "Format"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Checked):
-    ckpt_path: str = checkpoint(group="What to export, and where to")
-    export_dir: str = setting(
-        help="New folder for the exported network", group="What to export, and where to"
-    )
+    ckpt_path: str = checkpoint(group="Network")
+    export_dir: str = setting(help="New folder for the exported network", group="Network")
     format: str = setting(
         "saved_model",
         "saved_model for TensorFlow, tflite for LiteRT",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BATCH_SIZE = 128  # The trainer's default.
 LEAST_STEPS = 100
 
-FOLDERS = "Where from and where to"
+FOLDERS = "Folders"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,9 @@ class Settings(Checked):
     image_dir: str = setting(help="Folder with one sub-folder of photos per class", group=FOLDERS)
     data_dir: str = setting(help="New folder for the data set", group=FOLDERS)
     test_share: float = setting(
-        0.2, "Fraction of each class used as test images", "How", above=0, below=1
+        0.2, "Fraction of each class used as test images", "Split", above=0, below=1
     )
-    seed: int = setting(0, "Random seed for the split and the order", "How", least=0)
+    seed: int = setting(0, "Random seed for the split and the order", "Split", least=0)
 
 
 def main(flags: "Flags") -> int:

@@ -23,16 +23,16 @@ TAGS = ("loss", "error", "accuracy", "learning_rate", "images_per_second")
 @dataclass(frozen=True, kw_only=True)
 class Settings(Checked):
     run: tuple[str, ...] = setting(
-        help="Run folder (repeat the flag to compare runs)", group="What to draw"
+        help="Run folder (repeat the flag to compare runs)", group="Curves"
     )
     tag: tuple[str, ...] = setting(
-        ("loss", "error"), "Quantity to plot (repeatable)", "What to draw", choices=TAGS
+        ("loss", "error"), "Quantity to plot (repeatable)", "Curves", choices=TAGS
     )
-    x: str = setting("step", "Horizontal axis", "What to draw", choices=("step", "epoch"))
+    x: str = setting("step", "Horizontal axis", "Curves", choices=("step", "epoch"))
     output: str = setting(
         "curves.png",
         "File to write: .png or .svg",
-        "Where to",
+        "Output",
         pattern=r"(?is).*\.(png|svg)",
         meaning="a file that ends in .png or .svg",
     )

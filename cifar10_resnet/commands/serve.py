@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Checked):
-    saved_model: str = setting(help="Folder that the export command wrote", group="The network")
-    device: str = same(Options, "device", group="The network")
+    saved_model: str = setting(help="Folder that the export command wrote", group="Network")
+    device: str = same(Options, "device", group="Network")
     host: str = setting(
-        "127.0.0.1", "Address to listen on (0.0.0.0: accept other machines)", "Its address"
+        "127.0.0.1", "Address to listen on (0.0.0.0: accept other machines)", "Address"
     )
     port: int = setting(
-        8501, "Port to listen on (0: any free port)", "Its address", least=0, most=65535
+        8501, "Port to listen on (0: any free port)", "Address", least=0, most=65535
     )
     timeout: float = setting(
-        30.0, "Seconds a client may take to send a request", "Its address", least=0.1
+        30.0, "Seconds a client may take to send a request", "Address", least=0.1
     )
 
 

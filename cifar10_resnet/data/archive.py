@@ -58,15 +58,15 @@ class Unpacker:
             if rest.strip(b"\0"):
                 raise BadData("something follows the end of its tar")
         if missing := [name for name in self.file_format.files if name not in unpacked]:
-            raise BadData(f"it holds no {self.file_format.folder}/{missing[0]}")
+            raise BadData(f"it contains no {self.file_format.folder}/{missing[0]}")
 
     def _check(self, member: tarfile.TarInfo) -> None:
         name = ascii(member.name)
         if member.name.startswith("/") or ".." in member.name.split("/"):
-            raise BadData(f"it holds {name}, a path that leads out of the folder")
+            raise BadData(f"it contains {name}, a path that leads out of the folder")
         if member.type not in (*FILES, *NOTES, FOLDER):
             kind = OTHERS.get(member.type, "not a regular file")
-            raise BadData(f"it holds {name}, which is {kind}")
+            raise BadData(f"it contains {name}, which is {kind}")
         if member.size < 0 or (member.type in NOTES and member.size > MAX_TEXT_BYTES):
             raise BadData(f"it gives {name} a size of {member.size} bytes")
 
@@ -80,7 +80,7 @@ class Unpacker:
         if member.size > limit:
             raise BadData(f"{name} has {member.size} bytes, where up to {limit} are expected")
         if (self.folder / name).exists():
-            raise BadData(f"it holds {name} twice")
+            raise BadData(f"it contains {name} twice")
         with open(self.folder / name, "xb") as file:
             self._copy(member.size, file)
         return name

@@ -100,11 +100,11 @@ class DataFolder:
         """Raises UserError where replacing the folder would delete something of the user's."""
         advice = "Move it away, or use another --data_dir."
         if self.path.is_symlink() or not self.path.is_dir():
-            raise UserError(f"{self.path} is in the way: it is not a plain folder. {advice}")
+            raise UserError(f"{self.path} cannot be replaced: it is not a plain folder. {advice}")
         for entry in self.path.iterdir():
             is_folder = entry.is_dir() and not entry.is_symlink()
             if is_folder or entry.name not in self._own_files():
-                raise UserError(f"{entry} is in the way: this program did not write it. {advice}")
+                raise UserError(f"{entry} would be lost: this program did not write it. {advice}")
 
     def _own_files(self) -> tuple[str, ...]:
         # The list of digests comes last: a folder being emptied never seems to have none.

@@ -64,8 +64,9 @@ def files_below(folder: Path) -> list[str]:
 def refuse_no_classes(image_dir: Path, names: Sequence[str]) -> None:
     if len(names) < 2:
         raise UserError(
-            f"{image_dir} holds too few classes ({len(names)}): each sub-folder is one, with its "
-            "pictures in it, and two at least are needed."
+            f"has {len(names)} sub-folders with photos. Use at least two: one per class.",
+            "image_dir",
+            image_dir,
         )
     if len(names) > MAX_CLASSES:
         raise UserError(
@@ -74,8 +75,10 @@ def refuse_no_classes(image_dir: Path, names: Sequence[str]) -> None:
         )
     if SPLITS.issuperset(name.lower() for name in names):
         raise UserError(
-            f"the sub-folders of {image_dir} ({', '.join(names)}) are no classes: give the folder "
-            "of the classes itself; training and test images are parted here."
+            f"is already split into {' and '.join(names)}. Pass the folder that contains the "
+            "classes.",
+            "image_dir",
+            image_dir,
         )
     for name in names:
         if name != name.strip() or not name.isprintable():
@@ -89,8 +92,8 @@ def refuse_small_classes(counts: Mapping[str, int], what: str) -> None:
     small = [f"{name} ({count})" for name, count in counts.items() if count < 2]
     if small:
         raise UserError(
-            f"too few {what} to be in both the training and the test images: {', '.join(small)}; "
-            "give each class two at least, or move its folder away."
+            f"Too few {what} in {', '.join(small)}. Each class needs at least two. Add photos, or "
+            "move the folder away."
         )
 
 
@@ -127,7 +130,7 @@ def write_records(classes: Mapping[str, Sequence[str]], records: BinaryIO) -> np
                 labels.append(label)
             line.update(done / len(expected), f"read {done} of {len(expected)} files")
     records.flush()
-    print(f"{len(labels)} of {len(expected)} files are pictures that can be read")
+    print(f"{len(labels)} of {len(expected)} files are readable photos")
     return np.frombuffer(labels, np.uint8)
 
 
@@ -151,7 +154,7 @@ def write_files(
     with tempfile.TemporaryFile(dir=folder) as scratch:
         labels = write_records(classes, scratch)
         counts = np.bincount(labels, minlength=len(classes))
-        refuse_small_classes(dict(zip(classes, counts, strict=True)), "pictures that can be read")
+        refuse_small_classes(dict(zip(classes, counts, strict=True)), "readable photos")
         records = np.memmap(scratch, np.uint8, "r", shape=(len(labels), FORMAT.record_bytes))
         train, test = split(labels, test_share, seed)
         for file, places in ((train_file, train), (test_file, test)):
@@ -174,8 +177,9 @@ def import_photos(image_dir: str, data_dir: str, test_share: float = 0.2, seed: 
     """Makes a data folder of the photos in `image_dir`; returns the number of training images."""
     if Path(data_dir).resolve().is_relative_to(Path(image_dir).resolve()):
         raise UserError(
-            f"{data_dir} is inside {image_dir}, whose folders are classes: name a --data_dir "
-            "elsewhere."
+            "is invalid: it is inside --image_dir. Use a folder outside.",
+            "data_dir",
+            data_dir,
         )
     classes = find_classes(Path(image_dir))
     refuse_small_classes({name: len(files) for name, files in classes.items()}, "files")

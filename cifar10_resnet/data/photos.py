@@ -86,7 +86,7 @@ def read_photo(encoded: bytes, name: str) -> np.ndarray:
     if not encoded:
         raise UserError(f"{name} is empty.")
     if len(encoded) > MAX_BYTES:
-        raise UserError(f"{name} is larger than {MAX_BYTES >> 20} MiB, the limit for one picture.")
+        raise UserError(f"{name} is larger than {MAX_BYTES >> 20} MiB, the limit for a photo.")
     with _refusing_damage(name):
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     with image:
@@ -113,12 +113,12 @@ def _refusing_damage(name: str) -> Iterator[None]:
     try:
         yield
     except Image.UnidentifiedImageError as error:
-        raise UserError(f"{name} is not a JPEG, PNG or BMP picture.") from error
+        raise UserError(f"{name} is not a JPEG, PNG or BMP photo.") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{name} has too many pixels; up to {MAX_PIXELS:,} are read.") from error
     except Exception as error:  # Pillow's readers raise whatever damaged bytes lead them to
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name} is a damaged picture: {reason}.") from error
+        raise UserError(f"{name} is a damaged photo: {reason}.") from error
 
 
 def _middle(image: Image.Image) -> Image.Image:

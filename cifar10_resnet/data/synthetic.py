@@ -153,8 +153,7 @@ def _make_block(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 def source(train_images: int, test_images: int, seed: int) -> str:
     """Returns the line about the source of such files, for their data folder."""
     return (
-        f"synthetic stand-in: {train_images} training images, {test_images} test images, "
-        f"seed {seed}"
+        f"synthetic images: {train_images} training images, {test_images} test images, seed {seed}"
     )
 
 

@@ -74,8 +74,8 @@ def _named_by_environment() -> Cluster | None:
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"TF_CONFIG={text} does not name this process among the workers of a cluster: it wants "
-            f"to be like {EXAMPLE}, with this process's own index from 0 on."
+            f"TF_CONFIG={text} is invalid: it does not list this worker. Set it like this, with "
+            f"this worker's index: {EXAMPLE}"
         ) from error
     if len(set(addresses)) < len(addresses):
         raise UserError(f"TF_CONFIG names an address twice among {', '.join(addresses)}.")
@@ -99,8 +99,8 @@ def meet(cluster: Cluster, timeout: float) -> None:
         absent = [] if _call_chief(cluster, end) else [0]
     if absent:
         raise UserError(
-            f"{', '.join(map(cluster.name, absent))} did not answer within {timeout:g} seconds: "
-            "start the same command there too, each worker with its own index in TF_CONFIG."
+            f"{', '.join(map(cluster.name, absent))} did not start within {timeout:g} seconds. Run "
+            "the same command there, with its own index in TF_CONFIG."
         )
 
 
@@ -112,8 +112,8 @@ def _own_port(cluster: Cluster) -> socket.socket:
         return socket.create_server(("", port), family=family, dualstack_ipv6=both)
     except OSError as error:
         raise UserError(
-            f"cannot listen on port {port} as {cluster.name(cluster.index)}: {error.strerror}; "
-            "stop what does, or name another port, everywhere, in TF_CONFIG."
+            f"{cluster.name(cluster.index)} cannot listen on port {port}: {error.strerror}. Use "
+            "another port in every worker's TF_CONFIG."
         ) from error
 
 

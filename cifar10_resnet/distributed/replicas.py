@@ -145,8 +145,8 @@ class Replicas:
             if names:
                 listed = [", ".join(f"{n}={told.get(n)}" for n in names) for told in (theirs, ours)]
                 raise UserError(
-                    f"{self._cluster.name(index)} has {listed[0]}, but {self._cluster.name(0)} has "
-                    f"{listed[1]}: start the same command, on the same data, everywhere."
+                    f"{self._cluster.name(index)} has {listed[0]}, {self._cluster.name(0)} has "
+                    f"{listed[1]}. Run the same command, with the same data, on every worker."
                 )
 
     @contextlib.contextmanager
@@ -192,9 +192,8 @@ def _naming_the_lost(cluster: Cluster | None) -> Iterator[None]:
         if lost is None:
             raise
         raise UserError(
-            f"{cluster.name(lost)} was lost or no longer answers, so {cluster.name(cluster.index)} "
-            "stopped too. Start the same command on all workers again: the run goes on from its "
-            "last checkpoint."
+            f"{cluster.name(lost)} was lost, so {cluster.name(cluster.index)} stopped. Run the "
+            "same command on every worker to resume."
         ) from error
 
 

@@ -112,9 +112,10 @@ def _images_for(saved: SavedRun, data: Dataset | None, split: str) -> ImageSet:
     found = data.describe(run.data.coarse_labels)
     if found.class_names != run.data.class_names:
         raise UserError(
-            f"{saved.prefix} tells apart {_listed(run.data.class_names)}, but the images in "
-            f"{data.folder or data.name} are of {_listed(found.class_names)}: name the data it was "
-            "trained on with --path."
+            f"has images of {_listed(found.class_names)}, but {saved.prefix} was trained on "
+            f"{_listed(run.data.class_names)}. Use the data that it was trained on.",
+            "path",
+            data.folder or data.name,
         )
     return splits.load_split(data, run.data, split)
 

@@ -19,13 +19,16 @@ CLASS_CELLS = (
     ("class", ""),
     ("images", "number"),
     ("accuracy", "number"),
-    ("95 % interval", "number"),
-    ("most often taken for", ""),
+    ("95% interval", "number"),
+    ("most frequent mistake", ""),
 )
 # what those see who cannot see the pictures, and how these look on a dark page
 PICTURES = {
     "confusion_matrix": ("chart", "Confusion matrix; the table of classes has its main points."),
-    "mistakes": ("photographs", "The surest mistakes: images, what they are, and taken for."),
+    "mistakes": (
+        "photographs",
+        "The most confident mistakes, each with its true class and its prediction.",
+    ),
     "reliability": ("chart", "Accuracy and number of images in each bin of confidence."),
     "class_accuracy": ("chart", "Accuracy of each class with its interval, as in the table."),
 }
@@ -36,8 +39,8 @@ def html(scored: Scored, pictures: Mapping[str, bytes], made: Mapping[str, str])
     run, metrics = scored.run, scored.metrics
     low, high = metrics.accuracy_interval
     shown = min(5, metrics.num_classes)
-    figures = [
-        ("Accuracy", _percent(metrics.accuracy), f"95 % interval: {_percents(low, high)}"),
+    numbers = [
+        ("Accuracy", _percent(metrics.accuracy), f"95% interval: {_percents(low, high)}"),
         (f"Top-{shown} accuracy", _percent(metrics.top_5_accuracy), ""),
         ("Loss", f"{metrics.loss:.4f}", "cross-entropy"),
         ("Calibration error", _percent(metrics.calibration.error), "expected"),
@@ -55,7 +58,7 @@ def html(scored: Scored, pictures: Mapping[str, bytes], made: Mapping[str, str])
             f"{scored.checkpoint}, step {scored.step:,} of {run.training.num_iterations:,}, "
             f"on {metrics.num_images:,} {scored.split} images"
         ),
-        figures="\n".join(_figure(*figure) for figure in figures),
+        numbers="\n".join(_figure(*number) for number in numbers),
         num_bins=NUM_BINS,
         classes=_class_table(scored),
         run="\n".join(_table(values, part) for part, values in parts.items()),

@@ -47,8 +47,8 @@ def confusion_matrix_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     classes = len(names)
     width, height = 760 / classes, np.clip(700 / classes, 3, 46)  # of a cell, in pixels
     subtitle = (
-        "A row for each class, a column for what its images were taken for; blue is right; the "
-        "darker, the larger the share of the row"
+        "Rows: true class. Columns: predicted class. Blue: correct. "
+        "Darker: larger share of the row."
     )
     with picture(
         height=200 + classes * height, title="Confusion matrix", subtitle=subtitle
@@ -74,7 +74,7 @@ def confusion_matrix_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
         longest = max(map(len, names)) * 0.62 * SMALL / PIXEL
         _name_ticks(axes, "y", names, height)
         _name_ticks(axes, "x", names, width, rotation=90 if longest > width else 0)
-        axes.set(xlabel="taken for", ylabel="class")
+        axes.set(xlabel="predicted", ylabel="true")
     return figure
 
 
@@ -89,7 +89,7 @@ def class_accuracy_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     with picture(
         height=160 + len(names) * row,
         title="Accuracy of each class",
-        subtitle=f"With 95 % intervals; dashed at {_percent(overall)}, the accuracy on all images",
+        subtitle=f"With 95% intervals. Dashed: {_percent(overall)}, the accuracy on all images",
     ) as figure:
         axes = figure.add_subplot()
         places = np.arange(len(names))
@@ -113,21 +113,21 @@ def reliability_figure(confidences: np.ndarray, correct: np.ndarray) -> Figure:
     middles, width = (edges[1:] + edges[:-1]) / 2, 0.9 / NUM_BINS
     counted = np.where(found.counts, found.counts, np.nan)
     subtitle = (
-        f"Expected calibration error {found.error:.4f}: the mean distance of blue from orange"
+        f"Calibration error {found.error:.4f}: the average gap between confidence and accuracy"
     )
-    with picture(height=460, title="Reliability", subtitle=subtitle) as figure:
+    with picture(height=460, title="Calibration", subtitle=subtitle) as figure:
         left, right = figure.subplots(1, 2)
-        left.set_title("Accuracy where the network is so confident")
+        left.set_title("Accuracy by confidence")
         left.plot([0, 1], [0, 1], color=MUTED, **DASHED)
         left.bar(middles, np.nan_to_num(found.accuracies), width, color=SKY, label="accuracy")
         interval = wilson_interval(found.accuracies * counted, counted)
-        left.vlines(middles, *interval, color=INK, lw=1, label="95 % interval")
+        left.vlines(middles, *interval, color=INK, lw=1, label="95% interval")
         ends = middles - width / 2, middles + width / 2
         left.hlines(found.confidences, *ends, color=VERMILLION, lw=2, label="mean confidence")
         left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, columnspacing=1.2)
         _percent_ticks(left, "y")
 
-        right.set_title(f"How many of {found.counts.sum():,} images")
+        right.set_title(f"Number of images, of {found.counts.sum():,}")
         bars = right.bar(middles, found.counts, width, color=tint(BLUE, 0.5))
         numbers = [f"{count:,}" if count else "" for count in found.counts]
         right.bar_label(bars, numbers, padding=2, fontsize=SMALL - 2)
@@ -151,12 +151,11 @@ def mistakes_figure(
     wrong = np.flatnonzero(labels != predictions)
     shown = wrong[np.argsort(-confidences[wrong], kind="stable")][:MISTAKES_SHOWN]
     rows = -(-len(shown) // MISTAKES_IN_A_ROW)
-    subtitle = f"All {len(labels):,} images were recognised"
+    subtitle = f"All {len(labels):,} predictions are correct"
     if rows:
-        surest = f", the {len(shown)} surest" if len(wrong) > len(shown) else ""
         subtitle = (
-            f"{len(wrong):,} of {len(labels):,} images{surest}: above, what they were taken for "
-            "and how surely; below, what they are"
+            f"The {len(shown)} most confident of {len(wrong):,} mistakes. Above: prediction and "
+            "confidence. Below: true class."
         )
     with picture(height=100 + 154 * rows, title="Mistakes", subtitle=subtitle) as figure:
         for place, i in enumerate(shown, 1):

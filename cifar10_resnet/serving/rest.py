@@ -36,9 +36,9 @@ def predict(network: SavedNetwork, body: bytes) -> dict[str, Any]:
     rowwise = "instances" in request
     values = _rows(request["instances"], name) if rowwise else _column(request["inputs"], name)
     if not isinstance(values, list) or not values:
-        raise UserError("a request needs a list of one picture or more.")
+        raise UserError("a request needs a list of one or more images.")
     if len(values) > MAX_INSTANCES:
-        raise UserError(f"a request has {MAX_INSTANCES} pictures at most; this has {len(values)}.")
+        raise UserError(f"a request has up to {MAX_INSTANCES} images, not {len(values)}.")
     if dtype == "string":
         # The graph would unpack any picture, whatever memory that took: here they are checked
         # first, and come out as the same pixels.
@@ -58,7 +58,7 @@ def predict(network: SavedNetwork, body: bytes) -> dict[str, Any]:
 def _parse(body: bytes) -> dict[str, Any]:
     if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_MARKS:
         raise UserError(
-            f"a request has {MAX_INSTANCES} pictures at most; this holds more values than they do."
+            f"a request has up to {MAX_INSTANCES} images: this one has too many values."
         )
     try:
         request = json.loads(body, parse_constant=_refuse_constant)
@@ -70,7 +70,7 @@ def _parse(body: bytes) -> dict[str, Any]:
 
 
 def _refuse_constant(constant: str) -> NoReturn:
-    raise UserError(f"{constant} is no value of a pixel.")
+    raise UserError(f"{constant} is not a pixel value.")
 
 
 def _rows(instances: Any, name: str) -> Any:
@@ -103,8 +103,8 @@ def _pictures(values: list) -> np.ndarray:
     for i, value in enumerate(values):
         if time.monotonic() > end:
             raise UserError(
-                f"the first {i} pictures alone took {MAX_SECONDS} seconds to read: send fewer or "
-                "smaller ones at once."
+                f"reading the first {i} photos took {MAX_SECONDS} seconds. Send fewer or smaller "
+                "ones."
             )
         if not isinstance(value, dict) or not isinstance(value.get("b64"), str):
             raise UserError(f'instance {i} is not of the form {{"b64": "…"}}.')

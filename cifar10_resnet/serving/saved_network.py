@@ -49,15 +49,15 @@ class SavedNetwork:
                 fits = probabilities.shape == (1, len(self.class_names))
         except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError) as error:
             raise UserError(
-                f"the network in {folder} cannot be computed on this machine, which lacks kernels "
-                "for its layout or precision: export it with --data_format=channels_last."
+                f"the network in {folder} does not run on this machine: TensorFlow has no kernels "
+                "for its data format or precision. Export it with --data_format=channels_last."
             ) from error
         except (AttributeError, KeyError, TypeError, ValueError, tf.errors.OpError):
             fits = False
         if not fits:
             raise UserError(
-                f"the SavedModel in {folder} is not one that `{command('export')}` wrote: such a "
-                "one takes 32x32 pictures and names its classes."
+                f"another program wrote the SavedModel in {folder}. Use one that "
+                f"`{command('export')}` wrote."
             )
 
     def __call__(self, inputs: np.ndarray, signature: str = DEFAULT) -> dict[str, np.ndarray]:
@@ -67,7 +67,7 @@ class SavedNetwork:
         answer = {name: value.numpy() for name, value in outputs.items()}
         if not all(np.isfinite(value).all() for value in answer.values()):
             raise UserError(
-                "the network's answer is not made of finite numbers: these pictures are too bright "
+                "the network's output has values that are not finite: the images are too bright "
                 "for its precision, or its weights are damaged."
             )
         return answer

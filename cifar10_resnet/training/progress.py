@@ -256,7 +256,7 @@ def opening(
         depth = run.model.num_layers
         lines.insert(0, f"This network is for 32x32 images. ImageNet's ResNet-{depth} is another.")
     step = trainer.steps_done
-    lines.append(f"Going on from {resume_from}, step {step}." if resume_from else _beginning(run))
+    lines.append(f"Resuming from {resume_from} at step {step}." if resume_from else _beginning(run))
     if options.profile_steps and not step < options.profile_steps[0] <= last_step:
         steps = f"{step + 1:,} to {last_step:,}"
         lines.append(f"--profile_steps is ignored: this start runs steps {steps}.")

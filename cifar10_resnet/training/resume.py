@@ -42,9 +42,9 @@ def prepare_run(
     newest, passed_over = checkpoints.newest_intact(ckpt_path) if ckpt_path else (None, [])
     if newest:
         for reason in passed_over:
-            print(f"Passed over: {reason}", file=sys.stderr, flush=True)
+            print(f"Skipped a damaged checkpoint: {reason}", file=sys.stderr, flush=True)
         if pretrained:
-            print(f"The run in {ckpt_path} goes on; {pretrained} is not used.", flush=True)
+            print(f"Resuming the run in {ckpt_path}. {pretrained} is ignored.", flush=True)
         saved = checkpoints.read(newest)
         run = saved.run
         if given.get("fine_tune") and not run.training.fine_tune:
@@ -57,14 +57,13 @@ def prepare_run(
         refuse_contradictions(run, given, newest)
         if not saved.is_whole:
             raise UserError(
-                f"{newest} is a network without the rest of its training, which so cannot go on: "
-                f"start a new one from it with --pretrained_model_checkpoint_path={ckpt_path}, and "
-                "name another --ckpt_path."
+                f"{newest} cannot be resumed: it contains only the network. Start a new run with "
+                f"--pretrained_model_checkpoint_path={ckpt_path} and another --ckpt_path."
             )
     elif passed_over:
         raise UserError(
-            f"{ckpt_path} holds no intact checkpoint to go on from: {passed_over[0]} "
-            "(--clean starts over.)"
+            f"{ckpt_path} contains no intact checkpoint: {passed_over[0]} To start again, add "
+            "--clean."
         )
     else:
         run = _new_run(given, data or dataset.find(None, given.get("dataset")), pretrained)

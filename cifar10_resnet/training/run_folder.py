@@ -99,8 +99,8 @@ def clean(directory: str, log_path: str, needed: str | None = None) -> None:
     for _, prefix in checkpoints.list_checkpoints(directory):
         if not os.path.exists(prefix + ".sha256"):
             raise UserError(
-                f"--clean leaves {directory} alone: {os.path.basename(prefix)} there was not "
-                "written by this project."
+                f"--clean deletes only runs of this program, and another one wrote {prefix}. Use "
+                "another --ckpt_path, or remove --clean."
             )
     saved = checkpoints.list_checkpoints(directory, ".sha256")
     events, profiles = (
@@ -117,8 +117,8 @@ def clean(directory: str, log_path: str, needed: str | None = None) -> None:
     state = checkpoints.named_in_state(directory)
     if others and not (saved or events or state):
         raise UserError(
-            f"--clean leaves {directory} alone: nothing in it is of a run of this project; name "
-            "another --ckpt_path, or leave out --clean."
+            f"--clean deletes only runs of this program, and {directory} contains none. Use "
+            "another --ckpt_path, or remove --clean."
         )
     try:
         if state:

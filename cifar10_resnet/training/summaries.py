@@ -92,7 +92,7 @@ class Summaries:
 
         figure = evaluation.confusion_matrix_figure(metrics.confusion_matrix, names)
         png = style.figure_to_png(figure, DPI)
-        text = "What the images of each class were taken for."
+        text = "Rows: true class. Columns: predicted class."
         self._pixels("eval", step, "confusion_matrix", tf.io.decode_png(png), text)
 
     def mistakes(
@@ -107,7 +107,7 @@ class Summaries:
             images, metrics.labels, metrics.predictions, metrics.confidences, names
         )
         png = style.figure_to_png(figure, DPI)
-        text = "The mistakes that the network was surest of."
+        text = "The most confident mistakes."
         self._pixels("eval", step, "mistakes", tf.io.decode_png(png), text)
 
     def results(self, step: int, values: Mapping[str, float]) -> None:
@@ -133,9 +133,9 @@ class Summaries:
             yield
         except tf.errors.OpError as error:
             raise UserError(
-                f"cannot write the summaries in {self._log_path}: {reason_of(error)}; the "
-                "checkpoints are as they were: make room or mend that folder, or name another with "
-                "--train_log_path, and start the same command again."
+                f"cannot write TensorBoard's files in {self._log_path}: {reason_of(error)}. The "
+                "checkpoints are unchanged. Free some space, fix the folder or use another "
+                "--train_log_path, and run the same command."
             ) from error
 
 

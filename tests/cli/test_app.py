@@ -109,6 +109,6 @@ def test_help_fits_the_terminal(columns):
     unset = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     status, shown = in_terminal("serve", "--help", columns=columns, env=unset)
     assert status == 0
-    longest = max(map(len, shown[shown.index("The network") :].splitlines()))
+    longest = max(map(len, shown[shown.index("Network") :].splitlines()))
     assert longest <= columns
     assert longest > 50

@@ -78,10 +78,10 @@ def test_good_pictures_are_classified_and_bad_ones_told_of(prefix, pictures):
     for problem, said in zip(
         problems,
         (
-            "text.png is not a JPEG, PNG or BMP picture",
+            "text.png is not a JPEG, PNG or BMP photo",
             "cannot read nowhere.png: No such file or directory",
             "there is no photo in empty",
-            "cut.jpg is a damaged picture",
+            "cut.jpg is a damaged photo",
         ),
         strict=True,
     ):
@@ -130,7 +130,7 @@ def test_a_layout_that_has_no_kernels_here_is_told_of_in_a_sentence(prefix, pict
         status=1,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
     )
-    assert "lacks kernels for its layout or precision" in done.stderr.splitlines()[-1]
+    assert "no kernels for its data format or precision" in done.stderr.splitlines()[-1]
 
 
 def test_what_needs_no_network_is_told_without_importing_tensorflow(prefix, pictures, tmp_path):

@@ -179,5 +179,5 @@ def test_other_synthetic_data_is_not_taken_for_the_one_asked_for(run, data_dir):
 def test_synthetic_data_is_never_taken_for_cifar10(run, data_dir):
     run(*SMALL)
     before = tree(data_dir)
-    assert "synthetic stand-in" in run("--url=file:///nowhere", status=1)
+    assert "synthetic images" in run("--url=file:///nowhere", status=1)
     assert tree(data_dir) == before

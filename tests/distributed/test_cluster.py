@@ -27,7 +27,7 @@ from cifar10_resnet.errors import UserError
 )
 def test_a_tf_config_that_names_no_place_for_this_process_is_refused(text, monkeypatch):
     monkeypatch.setenv("TF_CONFIG", text)
-    with pytest.raises(UserError, match="does not name this process"):
+    with pytest.raises(UserError, match="does not list this worker"):
         cluster.from_environment()
 
 
@@ -76,7 +76,7 @@ def test_workers_that_do_not_come_are_named():
     chief, *others = clusters(3)
     with ThreadPoolExecutor(2) as pool:
         late = pool.submit(cluster.meet, others[0], 1)
-        with pytest.raises(UserError, match=r"^worker 2 \(\S+\) did not answer within 1 seconds"):
+        with pytest.raises(UserError, match=r"^worker 2 \(\S+\) did not start within 1 seconds"):
             cluster.meet(chief, 1)
         with pytest.raises(UserError, match=r"^worker 0 \(\S+\) did not answer"):
             late.result()

@@ -150,7 +150,7 @@ def test_workers_lost_one_after_the_other_cost_no_more_than_the_way_from_the_las
     assert_lost(workers.ends()[1], 0)
 
     launched = run("launch", "--workers=2", "--", *command(data, tmp_path), cwd=PROJECT)
-    assert f"[0] Going on from {tmp_path}/model.ckpt-40, step 40." in launched.stdout
+    assert f"[0] Resuming from {tmp_path}/model.ckpt-40 at step 40." in launched.stdout
     assert "over 2 replicas in 2 workers" in launched.stdout
     assert_close_checkpoint(tmp_path / "model.ckpt-20", alone / "model.ckpt-20")
     assert_close_checkpoint(tmp_path / "model.ckpt-60", alone / "model.ckpt-60")

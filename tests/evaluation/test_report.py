@@ -70,7 +70,7 @@ def text() -> str:
 def test_the_page_has_the_figures(text):
     cells = Page(text).cells
     assert cells[0] == "resnet56 on cifar10: 98.38 %"
-    for told in ("98.38 %95 % interval: 97.24 to 99.05 %", "0.1235cross-entropy", "8.38 %expected"):
+    for told in ("98.38 %95% interval: 97.24 to 99.05 %", "0.1235cross-entropy", "8.38 %expected"):
         assert told in cells
     row = cells.index("cat")
     assert cells[row : row + 5] == ["cat", "200", "95.00 %", "91.04 to 97.26 %", NAMES[1] + " (10)"]

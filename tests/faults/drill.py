@@ -69,7 +69,7 @@ def live(process: subprocess.Popen, run: Path, kind: str, rng: random.Random) ->
     began, reached = 0, 0
     goal = rng.randrange(1, 12)
     for line in process.stdout:
-        if going_on := re.match(r"Going on from \S+, step (\d+)\.", line):
+        if going_on := re.match(r"Resuming from \S+ at step (\d+)\.", line):
             began = reached = int(going_on[1])
         elif step := re.match(r"step (\d+)/", line):
             reached = int(step[1])

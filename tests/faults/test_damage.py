@@ -45,7 +45,7 @@ def assert_is_passed_over(folder: Path, capsys) -> None:
     assert prefix.endswith("/model.ckpt-20")
     assert run == RUN
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("Passed over: ")
+    assert line.startswith("Skipped a damaged checkpoint: ")
     assert "/model.ckpt-30" in line
     with pytest.raises(UserError, match=r"model\.ckpt-30"):
         checkpoints.find(str(folder / "model.ckpt-30"))

@@ -86,7 +86,7 @@ def test_a_training_that_fills_the_disk_goes_on_once_there_is_room(make_disk, wr
     )
     error = error_of(*command)
     assert FULL in error
-    assert "start the same command again" in error
+    assert "run the same command" in error
     saved, passed_over = checkpoints.newest_intact(str(folder))
     assert saved
     assert passed_over == []
@@ -100,7 +100,7 @@ def test_a_training_that_fills_the_disk_goes_on_once_there_is_room(make_disk, wr
     disk.remount("rw,size=64m")
     assert contents(folder) == before
     again = run(*command)
-    assert f"Going on from {saved}, step {checkpoints.read(saved).step}." in again.stdout
+    assert f"Resuming from {saved} at step {checkpoints.read(saved).step}." in again.stdout
     assert checkpoints.find(str(folder)).prefix == str(folder / "model.ckpt-60")
 
     disk.remount("ro")
@@ -118,7 +118,9 @@ def test_a_save_that_does_not_fit_leaves_the_last_checkpoint_as_it_was(make_disk
     # not a block, half of the values, all of them but not the index
     for spare in (0, size // 2, size - 8192):
         disk.fill(spare)
-        with pytest.raises(UserError, match=rf"cannot save \S+model\.ckpt-20: .*{FULL}") as refused:
+        with pytest.raises(
+            UserError, match=rf"model\.ckpt-20 cannot be saved: .*{FULL}"
+        ) as refused:
             checkpoints.save(trainer.checkpoint, str(disk.path), 20)
         assert "{{" not in str(refused.value)
         os.remove(disk.path / "ballast")
@@ -140,7 +142,7 @@ def test_a_chief_whose_disk_fills_up_says_so_and_its_workers_whom_they_lost(
     )
     (status, error), other = workers.ends()
     assert status == 1
-    assert re.fullmatch(rf"run_trainer.py: error: cannot save .*{FULL}.*\n", error), error
+    assert re.fullmatch(rf"run_trainer.py: error: \S+ cannot be saved: .*{FULL}.*\n", error), error
     assert_lost(other, 0)
     assert checkpoints.newest_intact(str(disk.path / "run"))[0]
 

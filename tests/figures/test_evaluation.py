@@ -114,7 +114,7 @@ def test_the_reliability_shows_each_bin():
     assert any("error 0.0267" in text for text in texts(figure))
 
 
-def test_the_surest_mistakes_are_shown_first_and_no_more_than_fit():
+def test_the_most_confident_mistakes_are_shown_first_and_no_more_than_fit():
     labels = np.arange(60) % 3
     predictions = np.where(np.arange(60) < 30, (labels + 1) % 3, labels)
     confidences = np.linspace(0.4, 0.99, 60)
@@ -126,14 +126,14 @@ def test_the_surest_mistakes_are_shown_first_and_no_more_than_fit():
     first = figure.axes[0]
     assert first.get_title(loc="center") == "cat\n69 %"
     assert first.get_xlabel() == "eel"
-    assert any("30 of 60 images, the 24 surest" in text for text in texts(figure))
+    assert any("The 24 most confident of 30 mistakes" in text for text in texts(figure))
 
 
 def test_without_mistakes_the_picture_says_so():
     labels = np.zeros(5, int)
     images = np.zeros((5, 32, 32, 3), np.uint8)
     figure = evaluation.mistakes_figure(images, labels, labels, np.ones(5), ["cat"])
-    assert "All 5 images were recognised" in texts(figure)
+    assert "All 5 predictions are correct" in texts(figure)
     assert figure_to_png(figure)
 
 

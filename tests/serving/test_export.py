@@ -309,7 +309,7 @@ def test_a_lite_model_of_what_is_not_numbers_is_not_kept(tmp_path):
     trainer = Trainer(RunConfig(ModelConfig(8)))
     trainer.model.logits_bias.assign([np.nan] * 10)
     prefix = checkpoints.save(trainer.checkpoint, str(tmp_path / "run"), 1)
-    with pytest.raises(UserError, match="not made of finite numbers"):
+    with pytest.raises(UserError, match="values that are not finite"):
         export.export_tflite(checkpoints.read(prefix), str(tmp_path / "lite"))
     assert os.listdir(tmp_path) == ["run"]
 
@@ -340,7 +340,7 @@ def test_wrong_flags_and_folders_are_told_before_tensorflow_is_imported(prefix, 
 
     trainer = ("run_trainer.py", f"--ckpt_path={tmp_path / 'run'}")
     assert "TensorFlow cannot use paths with" in error_of(*trainer, pattern, env=environment)
-    for folder, reason in ((tmp_path, "will hold"), (tmp_path / "tensorflow.py", "directory")):
+    for folder, reason in ((tmp_path, "it contains"), (tmp_path / "tensorflow.py", "directory")):
         assert reason in error_of(*trainer, f"--export_dir={folder}", env=environment)
     both = run(*trainer, f"--export_dir={tmp_path}", "--eval_only", status=1, env=environment)
     assert "the export command" in both.stderr

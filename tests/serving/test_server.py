@@ -352,7 +352,7 @@ def with_pixel(value: str) -> bytes:
         (json.dumps({"instances": [PIXELS[0], PIXELS[0][1:]]}).encode(), "shape [2]"),
         (json.dumps({"instances": PIXELS, "signature_name": "no"}).encode(), "serving_float"),
         (json.dumps({"instances": PIXELS, "signature_name": ["x"]}).encode(), "signature"),
-        (json.dumps({"instances": [0] * 257}).encode(), "256 pictures at most; this has 257"),
+        (json.dumps({"instances": [0] * 257}).encode(), "up to 256 images, not 257"),
         (with_pixel("256"), "0 to 255"),
         (with_pixel("-1"), "0 to 255"),
         (with_pixel("1.5"), "0 to 255"),
@@ -377,7 +377,7 @@ def test_only_numbers_that_a_float32_holds_are_pixels(server, value):
 def test_an_answer_that_json_cannot_say_is_refused(server):
     glaring = [[[[3e38] * 3] * 32] * 32]
     body = json.dumps({"signature_name": "serving_float", "instances": glaring}).encode()
-    assert "not made of finite numbers" in server.refusal(PREDICT, body)
+    assert "values that are not finite" in server.refusal(PREDICT, body)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -507,7 +507,7 @@ def test_a_request_that_is_not_http_or_means_two_things_gets_no_page(server, req
 def test_json_that_would_grow_in_memory_is_refused_unread(server):
     for filling in (b"[],", b"{},", b"0,", b"[["):
         body = b'{"instances": [' + filling * (15 * MIB // len(filling)) + b"0]}"
-        assert "256 pictures at most" in server.refusal(PREDICT, body)
+        assert "up to 256 images" in server.refusal(PREDICT, body)
 
 
 def until_closed(client: socket.socket) -> bytes:
@@ -718,7 +718,7 @@ def test_a_picture_chosen_in_the_browser_is_shown_with_its_classes(server, brows
     assert browser.get_log("browser") == []  # the policy forbade nothing that the page needs
 
     page.part("file").send_keys(str(tmp_path / "notes.txt"))
-    assert eventually(lambda: page.said() == "This file is not a JPEG, PNG or BMP picture.")
+    assert eventually(lambda: page.said() == "This file is not a JPEG, PNG or BMP photo.")
     assert not page.part("answer").is_displayed()
 
 

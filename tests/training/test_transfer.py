@@ -371,7 +371,7 @@ def test_a_run_that_is_there_goes_on_and_says_that_the_pretrained_network_is_not
     for named in (pretrained, str(tmp_path / "moved away")):
         both = start(tmp_path / "both", named, num_layers=8)
         out = capsys.readouterr().out
-        assert f"The run in {tmp_path / 'both'} goes on; {named} is not used." in out
+        assert f"Resuming the run in {tmp_path / 'both'}. {named} is ignored." in out
         assert "restored" not in out
     for name, value in values_in(alone).items():
         np.testing.assert_array_equal(value, values_in(both)[name], err_msg=name)
