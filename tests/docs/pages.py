@@ -5,7 +5,7 @@ import re
 from programs import PROJECT
 
 FILES = (
-    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "files/README.md"),
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "files/README.md"),
     *("benchmarks/README.md", "benchmarks/accuracy/README.md"),
     *sorted(str(file.relative_to(PROJECT)) for file in (PROJECT / "docs").glob("*.md")),
 )

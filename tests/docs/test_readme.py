@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pages import PAGES, blocks, sentences
+from pages import PAGES, blocks
 from PIL import Image
 from programs import PROJECT
 
@@ -106,11 +106,6 @@ def test_the_readme_is_short_and_begins_with_the_two_commands_that_do_all():
     makefile = (PROJECT / "Makefile").read_text("utf-8")
     targets = re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split()
     assert set(re.findall(r"`?make (\w+)`?", README)) <= {*targets, "on"}
-
-
-def test_no_sentence_of_the_readme_is_longer_than_25_words():
-    long = [sentence for sentence in sentences(README) if len(sentence.split()) > 25]
-    assert long == []
 
 
 def test_the_readmes_results_are_those_of_the_results_page():
