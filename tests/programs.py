@@ -118,7 +118,7 @@ class Workers:
 def assert_lost(end: tuple[int, str], index: int) -> None:
     status, error = end
     assert status == 1, error
-    assert re.fullmatch(rf"run_trainer.py: error: worker {index} \S+ was lost .*\n", error), error
+    assert re.fullmatch(rf"run_trainer.py: error: worker {index} \S+ was lost, .*\n", error), error
 
 
 def table_in(shown: str) -> dict[str, str]:

@@ -183,8 +183,8 @@ def test_another_archive_of_cifar100_is_refused_by_its_md5_unless_its_sha256_is_
 @pytest.mark.parametrize(
     ("archive", "reason"),
     [
-        (GOOD, "holds no cifar-100-binary/train.bin"),
-        (cifar100_archive(test_bin=bytes(3073)), "no whole number of 3074-byte records"),
+        (GOOD, "contains no cifar-100-binary/train.bin"),
+        (cifar100_archive(test_bin=bytes(3073)), "not a multiple of 3074"),
         (cifar100_archive(test_bin=bytes([20]) + bytes(3073)), "coarse label 20 in record 0"),
         (cifar100_archive(test_bin=bytes([19, 100]) + bytes(3072)), "fine label 100 in record 0"),
     ],

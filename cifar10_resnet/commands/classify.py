@@ -47,9 +47,9 @@ def main(flags: "Flags") -> int:
     if folder is not None and not os.path.isfile(os.path.join(folder, "saved_model.pb")):
         why = f"contains no SavedModel. Run `{command('export')}` first."
         raise UserError(why, "saved_model", folder)
-    answer, classes = _load(flags)
-    from cifar10_resnet.data.photos import read_photos  # It imports Pillow and NumPy.
+    from cifar10_resnet.data.photos import read_photos  # It imports Pillow, which may be missing.
 
+    answer, classes = _load(flags)
     names, images, all_read = [], [], True
     for name, photo in read_photos(flags.arguments):
         if isinstance(photo, UserError):

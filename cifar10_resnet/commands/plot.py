@@ -5,7 +5,7 @@ python -m cifar10_resnet plot --run=runs/resnet20 --run=runs/plain20
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,10 +40,14 @@ class Settings(Checked):
 
 def main(flags: "Flags") -> int:
     """Draws the curves of all runs into one picture."""
+    from cifar10_resnet.training.history import read_history  # It imports TensorBoard.
+
     kind = os.path.splitext(flags.output)[1][1:].lower()
     storage.refuse_unwritable_file(flags.output)
 
-    histories = dict(zip(_names(flags.run), map(_history, flags.run), strict=True))
+    histories = dict(
+        zip(_names(flags.run), (_history(run, read_history) for run in flags.run), strict=True)
+    )
 
     # Matplotlib is slow to import, so mistakes are told before.
     from cifar10_resnet.figures.curves import curves_figure
@@ -66,11 +70,9 @@ def _names(runs: Sequence[str]) -> list[str]:
             return names
 
 
-def _history(run: str) -> list[dict[str, float]]:
+def _history(run: str, read_history: Callable) -> list[dict[str, float]]:
     if not os.path.isdir(run):
         raise UserError("does not exist. Pass a run folder, such as runs/resnet20.", "run", run)
-    from cifar10_resnet.training.history import read_history  # It imports TensorBoard.
-
     for log_path in (os.path.join(run, "log"), run):
         if history := read_history(log_path):
             return history

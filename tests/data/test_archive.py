@@ -46,10 +46,10 @@ HOSTILE = {
     "negative size": (with_member("a", size=-512), "a size of -512"),
     "empty batch": (replacing("test_batch.bin", b""), "is empty"),
     "names of other classes": (replacing("batches.meta.txt", b"cat\ndog\n"), "names 2 classes"),
-    "half a record": (replacing("test_batch.bin", batch(6)[:-1]), "no whole number"),
+    "half a record": (replacing("test_batch.bin", batch(6)[:-1]), "not a multiple of"),
     "label out of range": (replacing("data_batch_2.bin", b"\x0a" + bytes(3072)), "label 10"),
-    "missing batch": (without("data_batch_4.bin"), "holds no"),
-    "missing meta": (without("batches.meta.txt"), "holds no"),
+    "missing batch": (without("data_batch_4.bin"), "contains no"),
+    "missing meta": (without("batches.meta.txt"), "contains no"),
     "gzip bomb": (BOMB, "unpacks to more"),
     "truncated gzip": (GOOD[:-5000], "damaged"),
     "missing gzip checksum": (GOOD[:-4], "damaged"),
@@ -64,7 +64,7 @@ HOSTILE = {
     "header of noise": (zipped(bytes(range(256)) * 4), "damaged"),
     "not a gzip": (tar_of(good_members()), "damaged"),
     "not an archive": (b"<html>not found</html>", "damaged"),
-    "empty": (b"", "holds no"),
+    "empty": (b"", "contains no"),
 }
 
 

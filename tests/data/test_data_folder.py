@@ -98,7 +98,7 @@ def test_a_file_or_a_dangling_link_in_the_folders_place_is_refused(get, data_dir
     place = data_dir / FOLDER
     for make in (place.touch, lambda: place.symlink_to("nowhere")):
         make()
-        assert "would be lost" in get(status=1)
+        assert "cannot be replaced" in get(status=1)
         assert os.listdir(data_dir) == [FOLDER]
         place.unlink()
 

@@ -326,7 +326,7 @@ def test_a_size_that_is_not_whole_records_is_refused_with_the_place(
     places = {"two": 2, "three": 3}
     places = {word: count * record_bytes for word, count in places.items()}
     assert re.search(found.format(all_but_one=record_bytes - 1, **places), text)
-    assert f"{record_bytes}-byte records" in text
+    assert str(record_bytes) in text
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_one_data_set_is_not_read_as_another(write_data, tmp_path):
     disguised = tmp_path / "disguised"
     disguised.mkdir()
     (disguised / "test_batch.bin").write_bytes((folder / "test.bin").read_bytes())
-    assert "3073-byte records (CIFAR-10)" in reading_refusal(disguised, "test")
+    assert "3073 (CIFAR-10)" in reading_refusal(disguised, "test")
 
 
 def test_the_first_of_several_wrong_labels_is_the_one_told(write_cifar10):

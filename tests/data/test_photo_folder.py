@@ -277,7 +277,7 @@ def test_a_class_of_which_one_picture_can_be_read_is_refused_by_name(refusal, tm
             (source / name / f"{i}.png").write_bytes(b"x")
     err = refusal(source=source)
     assert "Too few readable photos" in err
-    assert "b (1), c (0);" in err
+    assert "b (1), c (0)." in err
     assert sorted(os.listdir(tmp_path)) == ["photos", "source"]
 
 

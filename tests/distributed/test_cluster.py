@@ -78,7 +78,7 @@ def test_workers_that_do_not_come_are_named():
         late = pool.submit(cluster.meet, others[0], 1)
         with pytest.raises(UserError, match=r"^worker 2 \(\S+\) did not start within 1 seconds"):
             cluster.meet(chief, 1)
-        with pytest.raises(UserError, match=r"^worker 0 \(\S+\) did not answer"):
+        with pytest.raises(UserError, match=r"^worker 0 \(\S+\) did not start"):
             late.result()
     nowhere = cluster.Cluster(("no.such.host.invalid:4000", others[0].addresses[0]), 1)
     with pytest.raises(UserError, match="worker 0 "):
@@ -90,7 +90,7 @@ def test_a_port_that_is_taken_is_told():
     for each in (chief, other):
         with socket.create_server(each.host_and_port(each.index)) as taken:
             port = taken.getsockname()[1]
-            with pytest.raises(UserError, match=f"port {port} as worker {each.index} .*in use"):
+            with pytest.raises(UserError, match=f"worker {each.index} .* cannot listen on port {port}: .*in use"):
                 cluster.meet(each, 1)
 
 

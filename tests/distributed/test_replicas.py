@@ -168,7 +168,7 @@ def test_sigterm_to_any_worker_saves_once_and_ends_all_and_one_device_goes_on(
     step = max(step for step, _ in checkpoints.list_checkpoints(str(tmp_path)))
     assert 25 < step < 60
     went_on = run(*command(data, tmp_path))
-    assert f"model.ckpt-{step}, step {step}" in went_on.stdout
+    assert f"model.ckpt-{step} at step {step}" in went_on.stdout
     assert_close_checkpoint(tmp_path / "model.ckpt-60", alone / "model.ckpt-60")
 
 
@@ -193,7 +193,7 @@ def test_a_worker_with_other_flags_or_data_than_the_chief_is_refused(data, tmp_p
     for own, reason in (
         (
             ((), ("--init_lr=0.02",)),
-            "worker 1 .* has init_lr=0.02, but worker 0 .* has init_lr=0.001",
+            "worker 1 .* has init_lr=0.02, worker 0 .* has init_lr=0.001",
         ),
         (((), (f"--path={other}",)), "worker 1 .* has SHA-256 of its training images="),
     ):

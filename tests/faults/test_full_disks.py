@@ -150,7 +150,7 @@ def test_a_chief_whose_disk_fills_up_says_so_and_its_workers_whom_they_lost(
 def test_summaries_that_do_not_fit_stop_the_training_in_a_sentence(make_disk):
     disk = make_disk("256k")
     disk.fill()
-    with pytest.raises(UserError, match=rf"cannot write the summaries in .*{FULL}"):
+    with pytest.raises(UserError, match=rf"cannot write TensorBoard's files in .*{FULL}"):
         Progress(RunConfig(), 0, 10, 400, str(disk.path / "log"))
     os.remove(disk.path / "ballast")
 

@@ -281,7 +281,7 @@ def test_clean_goes_on_where_it_was_interrupted(folder, tmp_path):
             path.unlink()
     run_folder.clean(str(folder), str(logs))
     (logs / "train" / "somebody's.txt").touch()
-    assert "alone" in refusal(run_folder.clean, str(folder), str(logs))
+    assert "deletes only runs" in refusal(run_folder.clean, str(folder), str(logs))
 
 
 def test_a_start_that_is_refused_leaves_no_folder_and_no_lock_behind(tmp_path):
