@@ -57,7 +57,7 @@ class Settings(Checked):
 
 
 def main(flags: "Flags") -> int:
-    """Provides the data that the flags ask for, unless it is there."""
+    """Provides the data that the flags ask for, unless it already exists."""
     unused, how = ("Download", "with") if flags.synthetic else ("Synthetic images", "without")
     for item in fields(Settings):
         if item.metadata["group"] == unused and getattr(flags, item.name) != item.default:
@@ -65,7 +65,7 @@ def main(flags: "Flags") -> int:
     try:
         provide_data(flags)
     except BrokenPipeError:
-        raise  # It says nothing of the data.
+        raise  # The output was closed. The data is not the cause.
     except OSError as error:
         raise UserError(
             f"cannot use {error.filename or flags.data_dir}: {error.strerror or error}. Solve "
@@ -80,7 +80,7 @@ def provide_data(flags: "Flags") -> None:
     folder = DataFolder(data_dir / file_format.folder, file_format)
     wanted = f"archive with the SHA-256 {flags.sha256.lower()}" if flags.sha256 else None
     if flags.synthetic:
-        from cifar10_resnet.data import synthetic  # and with it NumPy
+        from cifar10_resnet.data import synthetic  # It imports NumPy.
 
         sizes = flags.synthetic_train_images, flags.synthetic_test_images, flags.seed
         wanted = synthetic.source(*sizes)
@@ -99,12 +99,12 @@ def provide_data(flags: "Flags") -> None:
 
 
 def fetch_and_unpack(folder: DataFolder, flags: "Flags") -> None:
-    """Fills a data folder from its archive, which is downloaded unless the user has it there."""
+    """Fills a data folder from its archive. Downloads the archive if the user does not have it."""
     title, official = folder.file_format.title, folder.file_format.archive
     digest = Digest("sha256", flags.sha256.lower()) if flags.sha256 else official.digest
     kept = Path(flags.data_dir) / official.file
     part = kept.with_name(f"{kept.name}.part")
-    # An archive that was there before this run is the user's: it is read and left alone.
+    # An archive that existed before this start is the user's, so it is read but not changed.
     source = kept if kept.exists() else part
     if source == part:
         download.obtain(part, digest, flags.url or [official.url], flags.timeout, title)

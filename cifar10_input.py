@@ -1,10 +1,10 @@
-"""Binary files of images become training batches: reading them, their mean, the batches.
+"""Turns binary files of images into training batches: reads them, averages them, augments them.
 
-This file needs TensorFlow and NumPy alone: copy it into any project.
+This file needs TensorFlow and NumPy only, and works in any project.
 
-A training batch is a pure function of (seed, step): the order of each epoch, every crop and every
-flip come from stateless random functions, so a resumed run sees what an uninterrupted one would
-have seen, and starting at any step costs nothing.
+A training batch is a pure function of (seed, step). The order of each epoch, every crop and every
+flip come from stateless random functions. So a resumed run sees the same batches as an
+uninterrupted run, and starting at any step costs nothing.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def read_records(
     """Returns the images of binary files, uint8 [N, size, size, 3], and their label bytes.
 
     A record is its label bytes and the red, green and blue planes, each row by row. The label
-    bytes are uint8 [N, label_bytes]. A file that is not whole raises ValueError, which says where.
+    bytes are uint8 [N, label_bytes]. An incomplete file raises ValueError with the place.
     """
     record_bytes = label_bytes + size * size * CHANNELS
     counts = [_count_records(file, record_bytes) for file in files]
@@ -107,7 +107,7 @@ def _as_tensor(array: np.ndarray) -> tf.Tensor:
 
 
 def mean_image(images: np.ndarray) -> np.ndarray:
-    """Returns the mean of each pixel, float32. Sums of whole numbers are the same everywhere."""
+    """Returns the mean of each pixel, float32. Integer sums are the same on every machine."""
     total = np.zeros(images.shape[1:], np.int64)
     for start in range(0, len(images), 10_000):
         total += images[start : start + 10_000].sum(axis=0, dtype=np.uint32)
@@ -127,13 +127,13 @@ def training_batches(
 ) -> tf.data.Dataset:
     """Returns batches of augmented images, float32 [batch_size, size, size, 3], and labels.
 
-    The batches start at `first_step`. A `share` of (i, n) gives the i-th of n equal parts of each.
+    The batches start at `first_step`. A `share` of (i, n) selects part i of n of each batch.
 
     The mean is subtracted. Then the image is padded with 4 zeros on each side, cropped at random
     and flipped at random. With `alternate_flips` only an image's first epoch decides its flip at
-    random. Later epochs take turns, so no two epochs in a row show it the same way. With `cutout`,
-    a square with sides of so many pixels around one of the image's pixels becomes zeros. Epochs
-    follow one another without a gap: a batch may hold the end of one and the start of the next.
+    random. Later epochs alternate, so no two epochs in a row show it the same way. `cutout` is the
+    width in pixels of a square of zeros around a random pixel. Epochs follow one another without a
+    gap: a batch may contain the end of one and the start of the next.
     """
     part = slice(*(batch_size * i // share[1] for i in (share[0], share[0] + 1)))
     with tf.device("cpu"):
@@ -168,8 +168,8 @@ def training_batches(
 
 
 def _epoch_order(place: tf.Tensor, num_examples: int, seed: int) -> tf.Tensor:
-    """Returns the examples at these places of the endless row of epochs."""
-    # With the default of 4 rounds, and keys that differ in their low bits alone, the orders of
+    """Returns the indices of the images at these places of an endless row of epochs."""
+    # With the default of 4 rounds, and keys that differ only in their low bits, the orders of
     # neighbouring epochs resemble one another.
     return tf.raw_ops.RandomIndexShuffle(
         index=place % num_examples,
@@ -224,12 +224,12 @@ def _cut_out(images: tf.Tensor, centres: tf.Tensor, side: int) -> tf.Tensor:
 
 
 class _Augmentation:
-    """Crops and flips whole batches of uint8 images and subtracts the mean.
+    """A function that crops and flips whole batches of uint8 images and subtracts the mean.
 
-    It works on bytes in long runs, which is several times as fast as cutting one image after the
-    other. Rows are gathered for the vertical shift. The batch is then parted into the 18 cases of
-    horizontal shift and flip, each of which is one slice. The mean, cropped in all 162 ways
-    beforehand, is subtracted last. Padding is zero in the image and in the mean alike.
+    It moves long rows of bytes, which is several times as fast as cutting one image after the
+    other. Rows are gathered for the vertical shift. Then the batch is split into the 18 cases of
+    horizontal shift and flip, and each case is one slice. The mean, cropped in all 162 ways
+    beforehand, is subtracted last. Padding is zero in both the image and the mean.
     """
 
     def __init__(self, images: np.ndarray, mean: np.ndarray):

@@ -46,7 +46,7 @@ class Convolution(tf.Module):
 
 
 class BatchNorm(tf.Module):
-    """The parameters and moving averages of a batch norm, in float32, and how it computes."""
+    """A batch norm with its parameters and moving averages in float32."""
 
     def __init__(self, name: str, depth: int, settings: "Settings"):
         super().__init__()
@@ -67,11 +67,11 @@ class BatchNorm(tf.Module):
 def batch_norm_relu(
     norm: BatchNorm, x: tf.Tensor, training: bool, relu: bool = True
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the normalised x, after a ReLU if `relu`; and x as the unit's shortcut takes it.
+    """Returns the normalised x, after a ReLU if `relu`, and the x for the unit's shortcut.
 
-    In training it uses the statistics of the batch, and moves the averages. `ResNet(normalise=…)`
-    takes any function like this one. A kernel can return an x of its own for the shortcut, and add
-    the shortcut's gradient in its own backward pass.
+    In training it uses the statistics of the batch, and updates the averages. `ResNet(normalise=…)`
+    takes any function like this one. A kernel can return a separate x for the shortcut, and add the
+    shortcut's gradient in its own backward pass.
     """
     normalised, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=x,
@@ -80,7 +80,7 @@ def batch_norm_relu(
         mean=norm.moving_mean,
         variance=norm.moving_variance,
         epsilon=norm.epsilon,
-        # The kernel itself moves the averages, by this share of the batch's statistics.
+        # The kernel itself updates the averages by this share of the batch's statistics.
         exponential_avg_factor=1 - norm.decay if training else 1.0,
         data_format=norm.layout,
         is_training=training,
@@ -91,13 +91,13 @@ def batch_norm_relu(
     return tf.nn.relu(normalised) if relu else normalised, x
 
 
-# How a network computes its batch norms: `batch_norm_relu`, or another function like it.
+# A network computes its batch norms by `batch_norm_relu`, or another function like it.
 Normalise = Callable[[BatchNorm, tf.Tensor, bool, bool], tuple[tf.Tensor, tf.Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What all units of a network share. `ResNet` explains each setting."""
+    """The settings that all units of a network share. `ResNet` explains each of them."""
 
     resnet_version: int
     shortcut_connections: bool
@@ -154,7 +154,7 @@ class Unit(tf.Module):
         return x if version == 2 else tf.nn.relu(x)
 
     def _shortcut(self, x: tf.Tensor, layout: str) -> tf.Tensor:
-        """Returns x as it is, or averaged and with maps of zeros if the unit changes its shape."""
+        """Returns x, averaged and with channels of zeros if the unit changes its shape."""
         stride = max(self._strides)
         if stride > 1:
             x = tf.nn.avg_pool2d(x, stride, stride, "VALID", data_format=layout)
@@ -177,7 +177,7 @@ class ResNet(tf.Module):
         bottleneck: units of three convolutions (1x1, 3x3, 1x1) instead of two.
         resnet_version: 2 puts BN and ReLU before each convolution, 1 puts them after it.
         batch_norm_decay: the share of a moving average that a step keeps.
-        batch_norm_epsilon: what a batch norm adds to the variance, before it divides.
+        batch_norm_epsilon: the number that a batch norm adds to the variance.
         data_format: "channels_last" or "channels_first", inside the network.
         dtype: the precision inside the network: "fp32", "bf16" or "fp16".
         seed: the seed of the initial weights.
@@ -216,7 +216,7 @@ class ResNet(tf.Module):
         )
         rng = np.random.default_rng(seed)
 
-        # The network itself does not subtract it. It travels with the weights to `logits_of_raw`.
+        # Only `logits_of_raw` subtracts the mean. Checkpoints contain it with the weights.
         self.image_mean = _variable("image_mean", np.zeros(IMAGE_SHAPE), trainable=False)
         self.init_conv = Convolution("init_conv", 3, 3, BLOCK_DEPTHS[0], rng)
         if resnet_version == 1:
@@ -249,7 +249,7 @@ class ResNet(tf.Module):
         return self(tf.cast(images, tf.float32) - self.image_mean)
 
     def features(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Returns what the final layer takes: globally pooled features, float32 [N, depth]."""
+        """Returns the input of the final layer: globally pooled features, float32 [N, depth]."""
         x = tf.cast(images, self._dtype)
         if self._layout == "NCHW":
             x = tf.transpose(x, [0, 3, 1, 2])
@@ -273,22 +273,22 @@ class ResNet(tf.Module):
 
     @property
     def units(self) -> tuple[Unit, ...]:
-        """All units, from the first to the last."""
+        """Returns all units, from the first to the last."""
         return tuple(unit for units in self.blocks for unit in units)
 
     @property
     def final_layer(self) -> tuple[tf.Variable, ...]:
-        """The variables of the final layer, the only ones that depend on the classes."""
+        """Returns the variables of the final layer, the only ones that depend on the classes."""
         return self.logits_kernel, self.logits_bias
 
     @property
     def norms(self) -> tuple[BatchNorm, ...]:
-        """All batch norms."""
+        """Returns all batch norms."""
         return tuple(module for module in self.submodules if isinstance(module, BatchNorm))
 
     @property
     def kernels(self) -> tuple[tf.Variable, ...]:
-        """The variables that weight decay acts on: convolution and logits kernels, nothing else."""
+        """Returns the variables that weight decay acts on: convolution and logits kernels only."""
         return tuple(v for v in self.trainable_variables if v.name.endswith("/kernel:0"))
 
 
@@ -313,5 +313,5 @@ def _variable(name: str, value: np.ndarray, trainable: bool = True) -> tf.Variab
 
 
 def assign(variable: tf.Variable, value: tf.Tensor) -> None:
-    """Assigns to this replica's own copy alone, within a replica. `variable.assign` refuses to."""
+    """Assigns only to this replica's own copy, which `variable.assign` refuses in a replica."""
     tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)

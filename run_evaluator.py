@@ -60,7 +60,7 @@ class Settings(Checked):
 
 
 def main(flags: "Flags") -> int:
-    """Evaluates the checkpoint, or each of them, and prints and writes what it found."""
+    """Evaluates the checkpoint, or all in the folder, and prints and writes the results."""
     if flags.quiet and flags.verbose:
         raise UserError("--quiet and --verbose contradict. Use one of them.")
     if flags.all_checkpoints and (flags.report or flags.plot_dir):
@@ -72,7 +72,7 @@ def main(flags: "Flags") -> int:
         storage.make_folder(flags.plot_dir)
     data = dataset.find_asked(flags.path, flags.dataset)
     if flags.report or flags.plot_dir:
-        # Imported early: if Matplotlib is missing, that is told before the evaluation.
+        # Imported early, so a missing Matplotlib is reported before the evaluation.
         import cifar10_resnet.figures.style  # noqa: F401
 
     device = start_tensorflow(flags.device, flags.verbose)
@@ -107,7 +107,7 @@ def main(flags: "Flags") -> int:
 
 
 def _draw(flags: "Flags", scored: "Scored", computed_in: str) -> None:
-    """Writes the pictures of an evaluation, and the page that shows them."""
+    """Writes the plots of an evaluation, and the report that shows them."""
     from cifar10_resnet.figures.evaluation import evaluation_figures
     from cifar10_resnet.figures.style import figure_to_png
 

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Options, TrainingConfig, ModelConfig, DataConfig):
-    """All that can be set at a start. --help shows the settings of the last base first."""
+    """The settings of a start. --help shows the settings of the last base class first."""
 
 
 def main(flags: "Flags") -> int:
-    """Settles which run this is and on which devices, trains it, and says how it ended."""
+    """Settles the run and its devices, trains it, and prints how it ended."""
     options = flags.make(Options)
     given = flags.given(ModelConfig, DataConfig, TrainingConfig)
     options.refuse_beside(given)
@@ -51,7 +51,7 @@ def main(flags: "Flags") -> int:
 
     if workers and not options.quiet:
         print(f"Joining the others as {workers.name(workers.index)}.", flush=True)
-    # before TensorFlow computes anything, as it wants it
+    # TensorFlow needs this before it computes anything.
     replicas = distributed.choose(options.distribution_strategy, workers, options.worker_timeout)
     if options.jit_compile and replicas.count > 1:
         raise UserError("--jit_compile works on one device only. Remove it, or use --num_gpus=1.")
@@ -73,7 +73,7 @@ def main(flags: "Flags") -> int:
         with quietly(options.quiet):
             outcome = train(run, options, data, resume_from, replicas)
             if options.export_dir and replicas.is_chief and not outcome.stopped_by:
-                # Not the layout that "auto" trained in: what is exported on a GPU runs anywhere.
+                # With "auto", a network that was trained on a GPU is exported to run anywhere.
                 layout = "channels_last" if flags.data_format == "auto" else layout
                 export.export_saved_model(
                     checkpoints.read(outcome.checkpoint), options.export_dir, layout, options.dtype
@@ -90,10 +90,10 @@ def train(
     resume_from: str | None = None,
     replicas: "Replicas | None" = None,
 ) -> "Outcome":
-    """Trains a run to its end, from its beginning or from a checkpoint of its own.
+    """Trains a run from its start, or from its checkpoint `resume_from`, and returns the outcome.
 
     Without `data`, it uses its own data set in its default folder. If several workers train
-    together, the chief alone reads and writes checkpoints.
+    together, only the chief reads and writes checkpoints.
     """
     from cifar10_input import training_batches
     from cifar10_resnet.distributed.replicas import Replicas
@@ -138,7 +138,7 @@ def train(
 
 
 def _evaluate(options: Options, data: Dataset | None, given: dict[str, Any]) -> str:
-    """Scores the run's newest checkpoint, and returns what to print of it."""
+    """Evaluates the run's newest checkpoint, and returns the text to print."""
     from cifar10_resnet.evaluation import evaluator
 
     with quietly(options.quiet):
@@ -151,7 +151,7 @@ def _evaluate(options: Options, data: Dataset | None, given: dict[str, Any]) -> 
 def _prepare(
     options: Options, data: Dataset | None, given: dict[str, Any], held: contextlib.ExitStack
 ) -> str:
-    """Returns, as JSON, the run to train and its checkpoint to go on from, if there is one."""
+    """Returns, as JSON, the run to train and its checkpoint to resume from, if there is one."""
     from cifar10_resnet.training import resume
 
     held.enter_context(run_folder.lock(options.ckpt_path))
@@ -161,7 +161,7 @@ def _prepare(
             *(given, None if options.clean else options.ckpt_path),
             *(data, options.train_epochs, pretrained),
         )
-    if options.clean:  # now that nothing stands in the way of the new run
+    if options.clean:  # only now that the new run passed its checks
         run_folder.clean(options.ckpt_path, options.train_log_path, pretrained)
     return json.dumps([run.to_json(), resume_from])
 

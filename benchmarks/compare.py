@@ -1,8 +1,8 @@
-"""Measures this project beside other ways to train the same network, in one sitting.
+"""Compares the speed of this project with other ways to train the same network.
 
-Every contender is a process of its own. In each round all of them take their turns one after the
-other, the others waiting, so that whatever else slows the machine down falls on all alike; what is
-compared is compared within a round. `python benchmarks/compare.py --help` lists the flags.
+Every contender is a separate process. Each round runs every contender once, one at a time. If the
+machine slows down, it slows all of them. All ratios are taken within a round.
+`python benchmarks/compare.py --help` lists the flags.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import report
 from cifar10_resnet.errors import UserError
 from processes import FOLDER, Failure, Worker
 
-# In this order; "matmul" shares the rounds of "train20".
+# They run in this order. "matmul" shares the rounds of "train20".
 MEASURES: dict[str, Callable[[measures.Bench], dict[str, Any]]] = {
     "train20": lambda bench: measures.measure_steps(bench, 20, "matmul" in bench.flags.measures),
     "train110": lambda bench: measures.measure_steps(bench, 110),
@@ -44,18 +44,18 @@ MEASURES: dict[str, Callable[[measures.Bench], dict[str, Any]]] = {
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
 LIBRARIES = ("tensorflow", "keras", "torch", "numpy")
 
-# of a processor, above which the machine is not quiet enough to measure on
+# If others use more than this share of a processor, the machine is too busy to measure.
 BUSY = 0.2
 
-# The networks of --check, and how far their logits may lie apart, relative to the largest: before
-# training they differ by rounding alone, which each step then multiplies. The weight decay is so
-# strong that it shows after two steps: with 5 % less they would lie 0.1 apart.
+# --check allows these differences between logits, relative to the largest logit. Before training,
+# the networks differ only by rounding, and each step multiplies the difference. The weight decay is
+# strong enough to show after two steps: with 5% less, the difference would be 0.1.
 CHECKED = {"layers": 20, "dtype": "fp32", "weight_decay": 2.0}
 TOLERANCES = {"before training": 1e-4, "after training": 1e-2}
 
 
 def describe_machine() -> dict[str, Any]:
-    """The processor, its threads, the GPU if there is one, and the versions of what runs on it."""
+    """Returns the processor, its threads, the GPU if there is one, the system and the versions."""
     cpuinfo = ""
     with contextlib.suppress(OSError):
         cpuinfo = Path("/proc/cpuinfo").read_text()
@@ -86,11 +86,11 @@ def gpu_name() -> str | None:
 
 
 def busy_with_others() -> float:
-    """How many processors others keep busy, over a second in which this bench does nothing."""
+    """Returns how many processors others use in a second in which the benchmark sleeps."""
 
     def ticks() -> tuple[int, int]:
         times = [int(field) for field in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-        return sum(times), times[3] + times[4]  # in all; idle or waiting for a disk
+        return sum(times), times[3] + times[4]  # total; idle or waiting for a disk
 
     try:
         before = ticks()
@@ -108,7 +108,7 @@ def default_output(machine: dict[str, Any]) -> Path:
 
 
 def check() -> int:
-    """Whether all contenders are the same function, and train to the same function."""
+    """Returns 0 if all contenders are the same function before and after training, else 1."""
     print("How far the logits lie from this project's, relative to the largest:")
     sound = True
     with (

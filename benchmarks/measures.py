@@ -1,4 +1,4 @@
-"""What is measured: each function here makes one measure, or two that share their rounds."""
+"""Makes the measures of compare.py: one or two per function."""
 
 import argparse
 import contextlib
@@ -18,12 +18,12 @@ from processes import FOLDER, PROJECT, Ended, Failure, Worker, run_program
 
 DTYPES = ("fp32", "bf16")
 
-# untimed steps before the first round
+# A contender takes these steps before the first round, untimed.
 WARM_UP = 3
 # The two products of the backward pass take as many multiply-adds each as the forward pass.
 PASSES = 3
 
-# (layers, bottleneck units)
+# Each pair is (layers, bottleneck units).
 DEPTHS = ((20, False), (32, False), (56, False), (110, False), (164, True))
 BATCH_SIZES = (32, 64, 128, 256, 512)
 MEMORY_STEPS = 20
@@ -31,7 +31,7 @@ MEMORY_STEPS = 20
 
 @dataclass(frozen=True)
 class Entrant:
-    """A way to train the network, and the file that has it."""
+    """A way to train the network, and the file that contains it."""
 
     name: str
     file: str
@@ -54,11 +54,11 @@ Facts = dict[str, Any]
 
 
 class DifferentNetworks(Exception):
-    """The contenders do not train the same network, so that nothing can be compared."""
+    """An error: the contenders train different networks, so they cannot be compared."""
 
 
 class Entries:
-    """What is compared in one measure: everyone's turns, or what kept someone from them."""
+    """The contenders of one measure: their turns, or the problems that prevent turns."""
 
     def __init__(self) -> None:
         self._order: list[str] = []
@@ -80,7 +80,7 @@ class Entries:
             self.problems[name] = f"failed: {failure}"
 
     def take_turns(self, rounds: int) -> None:
-        """In every round everyone has a turn, in the same order."""
+        """Gives each contender one turn per round, in the same order."""
         self.rounds = {name: [] for name in self._turns}
         for i in range(rounds):
             print(f"  round {i + 1} of {rounds}:", end="", flush=True)
@@ -102,7 +102,7 @@ class Entries:
         against: Mapping[str, str] | str | None = None,
         only: Callable[[str], bool] = lambda name: True,
     ) -> dict[str, Any]:
-        """All of it for the report; `against` says what each is compared with."""
+        """Returns the measure for the report; `against` sets what each is compared with."""
         entries = []
         for name in filter(only, self._order):
             reference = against.get(name) if isinstance(against, Mapping) else against
@@ -119,7 +119,7 @@ class Entries:
 
 
 class Bench:
-    """What the measures share: the flags, a folder for the session, the data in it."""
+    """The common parts of all measures: the flags, a temporary folder, and its data."""
 
     def __init__(self, flags: argparse.Namespace, folder: Path):
         self.flags, self.folder = flags, folder
@@ -130,7 +130,7 @@ class Bench:
 
     @functools.cached_property
     def data(self) -> str:
-        """A folder of pictures in CIFAR-10's layout."""
+        """Writes synthetic images in CIFAR-10's file format, and returns their folder."""
         print("  writing the pictures", flush=True)
         run_program(
             PROJECT / "cifar10_download_and_extract.py",
@@ -161,7 +161,7 @@ class Bench:
         layers: int = 20,
         **options: Any,
     ) -> tuple[Turn, Facts]:
-        """Gets a contender ready to train; its turn gives images per second."""
+        """Gets a contender ready to train. Its turn returns images per second."""
         worker = stack.enter_context(Worker.start(contender.file))
         options |= dict(contender.options)
         facts = worker.ask("prepare", layers=layers, dtype=dtype, **options)
@@ -171,7 +171,7 @@ class Bench:
     def pipeline(
         self, stack: contextlib.ExitStack, contender: Entrant, batches: int
     ) -> tuple[Turn, Facts]:
-        """Gets a contender's input pipeline ready; its turn gives images per second."""
+        """Gets a contender's input pipeline ready. Its turn returns images per second."""
         worker = stack.enter_context(Worker.start(contender.file))
         worker.ask("open_pipeline", folder=self.data)
         worker.ask("pipeline", count=1)
@@ -179,7 +179,7 @@ class Bench:
 
 
 def once_before(turn: Turn) -> tuple[Turn, Facts]:
-    """A turn that has been taken once, for whatever is slower the first time."""
+    """Takes a turn once, because the first time may be slower, and returns it."""
     turn()
     return turn, {}
 
@@ -195,7 +195,7 @@ def refuse_different_networks(entries: Entries) -> None:
 def measure_steps(
     bench: Bench, layers: int, matmul: bool = False, everyone: bool = True
 ) -> dict[str, Any]:
-    """The bare training step of every contender, and with `matmul` the rate it could reach."""
+    """Measures each contender's bare step and, with `matmul`, the rate that it could reach."""
     steps = bench.flags.steps if layers == 20 else max(2, bench.flags.steps // 5)
     products = {f"matmul {dtype}": dtype for dtype in DTYPES if matmul}
     entries, against = Entries(), {}
@@ -245,7 +245,7 @@ def measure_steps(
 
 
 def measure_fine_tuning(bench: Bench) -> dict[str, Any]:
-    """The step that trains the final layer alone, beside the one that trains everything."""
+    """Compares the step that trains only the final layer with the step that trains everything."""
     entries, steps = Entries(), bench.flags.steps
     with contextlib.ExitStack() as stack:
         for name, fine_tune in (("fine-tuning step", True), ("whole step", False)):
@@ -257,7 +257,7 @@ def measure_fine_tuning(bench: Bench) -> dict[str, Any]:
 
 
 def measure_pipeline(bench: Bench) -> dict[str, Any]:
-    """Augmented batches alone, without a network to take them."""
+    """Measures the input pipelines without a network."""
     entries = Entries()
     with contextlib.ExitStack() as stack:
         for contender in (THIS_PROJECT, TF2, KERAS):
@@ -269,7 +269,7 @@ def measure_pipeline(bench: Bench) -> dict[str, Any]:
 
 
 def measure_trainer(bench: Bench) -> dict[str, Any]:
-    """Whole training programs, with files, pipeline, logging and saving, beside the bare step."""
+    """Compares run_trainer.py (files, pipeline, logging, saving) with bare steps and others."""
     steps = 15 * bench.flags.steps
     every = max(1, steps // 6)
 
@@ -278,7 +278,7 @@ def measure_trainer(bench: Bench) -> dict[str, Any]:
         saving = f"--save_per_iterations={max(1, steps // 3)}"
         lines = bench.run_trainer(bench.new_folder(), *flags, saving).lines
         matches = (re.match(r"step (\d+)/.* images/s (\d+)", line) for line in lines)
-        # the first interval has the start-up in it
+        # The first interval includes the start-up.
         rates = [float(match[2]) for match in matches if match and int(match[1]) > every]
         return statistics.harmonic_mean(rates)
 
@@ -288,7 +288,7 @@ def measure_trainer(bench: Bench) -> dict[str, Any]:
         in_memory = functools.partial(bench.steps, stack, THIS_PROJECT, bench.flags.steps)
         entries.add("its bare step", THIS_PROJECT.needs, in_memory)
         for contender in (KERAS, TF2):
-            # more steps than a pipeline has batches ready for at the start of a turn
+            # A turn takes more steps than a pipeline has batches ready at its start.
             ready = functools.partial(
                 bench.steps, stack, contender, 3 * bench.flags.steps, folder=bench.data
             )
@@ -301,7 +301,7 @@ def measure_trainer(bench: Bench) -> dict[str, Any]:
 def measure_programs(
     bench: Bench, title: str, ours: str, our_turn: Turn, tf2_turn: Turn
 ) -> dict[str, Any]:
-    """Seconds that two programs take, less what `import tensorflow` takes by itself."""
+    """Measures the seconds of two programs, less the seconds of `import tensorflow`."""
     importing = "import tensorflow"
 
     def import_turn() -> float:
@@ -325,7 +325,7 @@ def measure_programs(
 
 
 def measure_startup(bench: Bench) -> dict[str, Any]:
-    """From the start of the program until its first training step is done."""
+    """Measures the time from the start of the program to the end of its first step."""
 
     def our_turn(layers: int) -> float:
         flags = (f"--num_layers={layers}", "--max_train_steps=1", "--log_per_iterations=1")
@@ -347,10 +347,10 @@ def measure_startup(bench: Bench) -> dict[str, Any]:
 
 
 def measure_evaluate(bench: Bench) -> dict[str, Any]:
-    """A checkpoint of ResNet-20 scored on the test images, as a program."""
+    """Measures the programs that evaluate a checkpoint of ResNet-20 on the test images."""
     ours, theirs = bench.new_folder(), bench.new_folder() / "reference"
 
-    # Each makes its checkpoint itself, so that a failure to do so counts against it alone.
+    # Each turn makes its own checkpoint. A failure to do so counts only against its program.
     def our_turn() -> float:
         if not (ours / "checkpoint").exists():
             bench.run_trainer(ours, "--max_train_steps=1")
@@ -368,7 +368,7 @@ def measure_evaluate(bench: Bench) -> dict[str, Any]:
 
 
 def measure_memory(bench: Bench) -> dict[str, Any]:
-    """The most memory that a training program holds."""
+    """Measures the peak memory of the training programs."""
 
     def our_turn() -> float:
         flag = f"--max_train_steps={MEMORY_STEPS}"
@@ -386,7 +386,7 @@ def measure_memory(bench: Bench) -> dict[str, Any]:
 
 
 def measure_scaling(bench: Bench) -> dict[str, Any]:
-    """This project's step against depth and against batch size, one network after the other."""
+    """Measures this project's step at several depths and batch sizes, one network at a time."""
     networks = [(layers, bottleneck, BATCH_SIZE) for layers, bottleneck in DEPTHS]
     networks += [(20, False, size) for size in BATCH_SIZES if size != BATCH_SIZE]
     points = []
@@ -401,7 +401,7 @@ def measure_scaling(bench: Bench) -> dict[str, Any]:
 
     sound = [point for point in points if "problem" not in point]
     series = {
-        # A straight line through networks of one kind, and the other kind beside it.
+        # The line is fitted without the bottleneck network, which is then compared with it.
         "depths": [point for point in sound if point["batch_size"] == BATCH_SIZE],
         "batch sizes": [point for point in sound if point["layers"] == 20],
     }
@@ -423,7 +423,7 @@ def measure_scaling(bench: Bench) -> dict[str, Any]:
 
 def _time_network(bench: Bench, **network: Any) -> dict[str, Any]:
     batch_size = network["batch_size"]
-    # Turns of about the same work for all: the deep networks would take for ever otherwise.
+    # All turns have about the same work. Otherwise, deep networks would take very long.
     work = network["layers"] * batch_size / (20 * BATCH_SIZE)
     steps = max(2, round(bench.flags.steps / work))
     with Worker.start(THIS_PROJECT.file) as worker:

@@ -1,4 +1,4 @@
-"""The processes of the bench: contenders that stay alive between their turns, programs that end."""
+"""Runs the benchmark's processes: contenders that wait between turns, and programs that end."""
 
 import contextlib
 import json
@@ -19,18 +19,18 @@ PROJECT = FOLDER.parent
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(PROJECT),
     "TF_CPP_MIN_LOG_LEVEL": "2",
-    # several processes share the GPU, if there is one
+    # Several processes share the GPU, if there is one.
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",
 }
 
 
 class Failure(Exception):
-    """A contender that crashed, in its own last words."""
+    """A failed process, described by its last line on stderr or by how it ended."""
 
 
 @contextlib.contextmanager
 def _child(command: list[str], stdin: int) -> Iterator[tuple[subprocess.Popen, Any]]:
-    """A child and its stderr; on leaving it is killed, with whatever it has started itself."""
+    """Starts a child and yields it with its stderr. At the end, kills its process group."""
     with tempfile.TemporaryFile("w+", errors="replace") as stderr:
         child = subprocess.Popen(
             command,
@@ -39,7 +39,7 @@ def _child(command: list[str], stdin: int) -> Iterator[tuple[subprocess.Popen, A
             stderr=stderr,
             text=True,
             env=ENVIRONMENT,
-            # of its own, so that it can be killed as a group, and Ctrl-C reaches only the bench
+            # The session can be killed as a group, and Ctrl-C reaches only the benchmark.
             start_new_session=True,
         )
         try:
@@ -64,7 +64,7 @@ def _failure(child: subprocess.Popen, stderr: Any) -> Failure:
 
 
 class Worker:
-    """A contender in a process of its own, which waits for what to do."""
+    """A contender in a separate process that waits for requests."""
 
     def __init__(self, child: subprocess.Popen, stderr: Any):
         self._child, self._stderr = child, stderr
@@ -76,9 +76,9 @@ class Worker:
             yield cls(child, stderr)
 
     def ask(self, do: str, **what: Any) -> Any:
-        """Has it do something and returns its answer. Between two answers it is halted.
+        """Sends a request, returns the answer, and halts the process until the next request.
 
-        Otherwise its input pipeline would go on filling buffers while others have their turn.
+        Otherwise, its input pipeline would keep filling buffers during the others' turns.
         """
         answer = ""
         with contextlib.suppress(BrokenPipeError, ProcessLookupError):
@@ -93,7 +93,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class Ended:
-    """A program that ran: seconds from its start to the line waited for, or else to its exit."""
+    """A finished program: its seconds until the expected line, or else until its exit."""
 
     seconds: float
     peak_mib: float
@@ -108,7 +108,7 @@ def run_program(*command: Any, until: str | None = None) -> Ended:
             if until and reached is None and line.startswith(until):
                 reached = time.perf_counter()
             lines.append(line.rstrip("\n"))
-        # Not Popen.wait(): this way comes what this one child has used.
+        # Unlike Popen.wait(), os.wait4() returns the memory that this child has used.
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         ended = time.perf_counter()

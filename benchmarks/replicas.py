@@ -1,13 +1,13 @@
-"""What it costs to spread one batch over replicas and workers, measured and on paper.
+"""Measures and computes the cost of spreading one batch over replicas and workers.
 
 `python benchmarks/replicas.py` times the same steps in one process, over virtual CPU devices in one
 process, and over processes on loopback. It counts the bytes that pass through loopback. Nothing
-gets faster on shared cores: what is lost is the price of spreading.
+gets faster on shared cores, so the lost time is the cost of spreading.
 
-`python benchmarks/replicas.py --on_paper` computes how many GPUs stay 80 % efficient. A step starts
-so many kernels, however few images there are, and computes. Then all gradients travel around a ring
-of N in one piece, as 2 (N - 1) messages of 1/N of their bytes from each. Nothing overlaps, because
-the sum waits for the last gradient.
+`python benchmarks/replicas.py --on_paper` computes how many GPUs stay 80% efficient. A step starts
+the same number of kernels for any number of images, and computes. Then all gradients travel around
+a ring of N GPUs in one piece: each GPU sends 2 (N - 1) messages of 1/N of their bytes. Nothing
+overlaps, because the sum waits for the last gradient.
 """
 
 import argparse
@@ -25,7 +25,7 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "benchmarks" / "contenders")]
 
 from cifar10_resnet.terminal import table  # noqa: E402
 
-# name: processes, devices in each
+# Each name has its number of processes, and of devices in each process.
 LAYOUTS = {
     "one process": (1, 1),
     "2 replicas, one process": (1, 2),
@@ -35,7 +35,7 @@ LAYOUTS = {
 
 
 def measure(layers: int, batch_size: int, steps: int, devices: int, sync: bool) -> dict[str, float]:
-    """Trains in this process, which TF_CONFIG may name as one of several."""
+    """Trains in this process, one worker if TF_CONFIG lists several, and returns time and bytes."""
     import numpy as np
     import tensorflow as tf
 
@@ -57,7 +57,7 @@ def measure(layers: int, batch_size: int, steps: int, devices: int, sync: bool) 
     labels = tf.constant(rng.integers(0, 10, here).astype(np.int32))
     times, bytes_before = [], 0
     for step in range(2 + steps):
-        if step == 2:  # by now it is traced, and the workers know each other
+        if step == 2:  # The step is traced, and the workers are connected.
             replicas.largest(0)
             bytes_before = loopback_bytes()
         started = time.perf_counter()
@@ -75,7 +75,7 @@ def measure(layers: int, batch_size: int, steps: int, devices: int, sync: bool) 
 
 
 def loopback_bytes() -> int:
-    """What this machine has sent to itself since it started."""
+    """Returns the bytes that this machine has sent to itself since it started."""
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, counts = line.partition(":")
         if name.strip() == "lo":
@@ -106,18 +106,18 @@ def run_layout(processes: int, devices: int, arguments: list[str]) -> dict[str, 
 
 # --- On paper -------------------------------------------------------------------------------------
 
-IMAGES = 128  # of each GPU, or of all together
+IMAGES = 128  # per GPU, or for all GPUs together
 EFFICIENT = 0.8
 MOST = 10_000
-# of a large GPU, on layers as small as these
+# A large GPU reaches these values on layers as small as these.
 FLOPS = 20e12
 KERNEL_SECONDS = 4e-6
-KERNELS = 12  # a layer: convolution, batch norm, ReLU and their gradients, decay and momentum
+KERNELS = 12  # per layer: convolution, batch norm, ReLU and their gradients, decay and momentum
 BYTES = 4
 
 
 class Link(NamedTuple):
-    """What joins the GPUs: bytes a second each way, and seconds that a message takes at least."""
+    """A link between GPUs: bytes per second each way, and the least seconds of a message."""
 
     name: str
     bandwidth: float
@@ -134,21 +134,21 @@ LINKS = (
 
 class Network(NamedTuple):
     parameters: int
-    multiply_adds: int  # forward, an image
+    multiply_adds: int  # per image, in the forward pass
     layers: int
 
     def step(self, images: float) -> float:
-        """Seconds of one GPU's work."""
+        """Returns the seconds of one GPU's work."""
         computing = 3 * 2 * self.multiply_adds * images / FLOPS
         return KERNELS * self.layers * KERNEL_SECONDS + computing
 
     def summing(self, gpus: int, link: Link) -> float:
-        """Seconds that the gradients travel."""
+        """Returns the seconds that the gradients travel."""
         message = link.latency + BYTES * self.parameters / gpus / link.bandwidth
         return 2 * (gpus - 1) * message
 
     def most(self, link: Link, split: bool) -> int:
-        """The most GPUs that are efficient, with the one batch split or one batch for each."""
+        """Returns the most GPUs that are efficient, with one batch split or one batch per GPU."""
 
         def is_efficient(gpus: int) -> bool:
             here = IMAGES / gpus if split else IMAGES
@@ -159,7 +159,7 @@ class Network(NamedTuple):
 
 
 def show_on_paper() -> None:
-    """Prints up to how many GPUs a training stays efficient, by network and link."""
+    """Prints the most GPUs that train efficiently, for each network and link."""
     from cifar10_resnet.config import ModelConfig
     from resnet_model import ResNet
     from this_project import multiply_adds
@@ -207,7 +207,7 @@ def main() -> None:
             found[name]["milliseconds"] / found["one process"]["milliseconds"] for found in rounds
         ]
         found = rounds[-1][name]
-        # around the ring: each worker sends everything but one part of its own, twice
+        # Around the ring, each worker sends all parts except one, twice.
         expected = 2 * (processes - 1) * found["values"] / 1e6
         figures = (median(ratios), found["sent"] / 1e6, expected)
         rows.append((name, f"{median(times):.1f}", *(f"{figure:.2f}" for figure in figures)))

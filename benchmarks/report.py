@@ -1,6 +1,6 @@
-"""What a bench found, as tables, as a JSON file and as a plot.
+"""Prints a benchmark's results as tables, and saves them as a JSON file and as a plot.
 
-`python benchmarks/report.py FILE.json` shows a file's tables and draws its plot again.
+`python benchmarks/report.py FILE.json` prints a file's tables and draws its plot again.
 """
 
 import io
@@ -21,7 +21,7 @@ DEPARTURE = 0.25
 
 
 def summary(rounds: Sequence[float], reference: Sequence[float] | None = None) -> dict[str, Any]:
-    """The figures of one contender; ratios are the reference's to it, within each round."""
+    """Returns one contender's numbers; each ratio is the reference / the contender in a round."""
     figures = {
         "rounds": list(rounds),
         "median": statistics.median(rounds),
@@ -35,7 +35,7 @@ def summary(rounds: Sequence[float], reference: Sequence[float] | None = None) -
 
 
 def line_through(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Intercept and slope of the straight line with the least squares of relative errors."""
+    """Returns intercept and slope of the line with the least squares of relative errors."""
     weights = [1 / y**2 for _, y in points]
     total = sum(weights)
     mean_x = sum(w * x for w, (x, _) in zip(weights, points, strict=True)) / total
@@ -46,7 +46,7 @@ def line_through(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def departures(points: Sequence[tuple[str, float, float, bool]], what: str) -> list[str]:
-    """A sentence for each point (name, x, y, whether the line is drawn through it) off the line."""
+    """Returns a sentence per point (name, x, y, whether the line is fitted to it) off the line."""
     fitted = [(x, y) for _, x, y, on_line in points if on_line]
     if len(fitted) < 3:
         return []
@@ -61,13 +61,13 @@ def departures(points: Sequence[tuple[str, float, float, bool]], what: str) -> l
 
 
 def number(value: float) -> str:
-    """Four significant digits, without an exponent."""
+    """Returns a number with four significant digits, without an exponent."""
     digits = 3 - math.floor(math.log10(abs(value))) if value else 0
     return f"{value:,.{max(0, digits)}f}"
 
 
 def print_measure(measure: dict[str, Any]) -> None:
-    """One measure as a table."""
+    """Prints one measure as a table."""
     print(f"\n{measure['title']}")
     if "points" in measure:
         _print_scaling(measure)
@@ -112,7 +112,7 @@ def _print_scaling(measure: dict[str, Any]) -> None:
 
 
 def save(results: dict[str, Any], file: Path) -> None:
-    """Writes the results: whole or not at all."""
+    """Writes the results and their plot, and never leaves a half-written file."""
     storage.make_folder(str(file.parent))
     storage.new_file(file, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     print(f"\nsaved as {file}")
@@ -156,7 +156,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
 
 
 def _groups(measure: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """The entries that have ratios, by what they are compared with."""
+    """Returns the entries that have ratios, grouped by their reference."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for entry in measure.get("entries", []):
         if "ratios" in entry:
@@ -169,7 +169,7 @@ def _draw_panel(axis: Any, measure: dict[str, Any], group: Sequence[dict[str, An
     relative = [statistics.median(values) for values in inverses]
     pairs = list(zip(relative, inverses, strict=True))
     spread = [[v - min(values) for v, values in pairs], [max(values) - v for v, values in pairs]]
-    # Blue and orange of Okabe and Ito's palette, which differ in lightness too.
+    # Blue and orange of Okabe and Ito's palette also differ in lightness.
     colours = ["#0072B2" if entry["is_reference"] else "#E69F00" for entry in group]
     axis.barh(range(len(group)), relative, xerr=spread, color=colours, capsize=3, height=0.65)
     axis.axvline(1, color="#555555", linewidth=0.8, zorder=0)

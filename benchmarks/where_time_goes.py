@@ -1,10 +1,10 @@
-"""Where the time of a training step goes, and how fast it could be.
+"""Prints where the time of a training step goes, and how fast the step could be.
 
 python benchmarks/where_time_goes.py --num_layers=20 --dtype=bf16
 
-Prints the operations of the step that take longest, as TensorFlow's profiler sees them. On a CPU it
-then times each convolution of the network alone, forward and both gradients, and one large matrix
-product: what the step would take if all else were free.
+It prints the operations that take longest, as TensorFlow's profiler records them. On a CPU, it then
+times each convolution of the network separately, forward and both gradients, and one large matrix
+product. This shows how long the step would take if everything else were free.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from resnet_model import DTYPES
 BATCH = 128
 STEPS = 10
 MATRIX_SIDE = 4096
-# The calls that contain the operations, which the profiler records too.
+# The profiler also records these calls, which contain the operations.
 AROUND = ("train_step", "Execute", "Run", "Process", "Done")
 
 
 def convolutions(num_layers: int) -> dict[tuple[int, int, int, int], int]:
-    """Returns (channels in, channels out, side of the input, stride) of each kind, and how many."""
+    """Returns the count for each (channels in, channels out, side of the input, stride)."""
     pairs = (num_layers - 2) // 3
     return {
         (3, 16, 32, 1): 1,
@@ -82,7 +82,7 @@ def read_profile(folder: str) -> tuple[collections.Counter, collections.Counter]
             continue
         for line in plane.lines:
             for event in line.events:
-                # NAME:OPERATION
+                # The name is NAME:OPERATION.
                 name = plane.event_metadata[event.metadata_id].name.split(":")[-1]
                 if not any(part in name for part in AROUND):
                     times[name] += event.duration_ps / 1e9
@@ -90,11 +90,11 @@ def read_profile(folder: str) -> tuple[collections.Counter, collections.Counter]
     return times, counts
 
 
-# --- The convolutions alone -----------------------------------------------------------------------
+# --- The convolutions -----------------------------------------------------------------------------
 
 
 def show_convolutions(num_layers: int, dtype: tf.DType) -> None:
-    """Prints what each convolution takes, and the share of a matrix product's rate they reach."""
+    """Prints each convolution's time, and their share of a matrix product's rate."""
     matrix = tf.cast(tf.random.normal([MATRIX_SIDE, MATRIX_SIDE]), dtype)
     rate = MATRIX_SIDE**3 / median_seconds(tf.linalg.matmul, matrix, matrix)
     print(f"\nmatrix product: {rate / 1e9:.0f} GMAC/s")
@@ -134,14 +134,14 @@ def convolution_seconds(depth_in: int, depth: int, side: int, stride: int, dtype
 
     return [
         median_seconds(forward, images, kernel),
-        # The first convolution has no use for the gradient to the images.
+        # The first convolution does not need the gradient to the images.
         median_seconds(to_input, kernel, gradient) if depth_in > 3 else 0.0,
         median_seconds(to_kernel, images, gradient),
     ]
 
 
 def median_seconds(function: Callable[..., tf.Tensor], *arguments: tf.Tensor) -> float:
-    """Returns the median time of 25 calls, after five that warm up."""
+    """Returns the median time of 25 calls, after five warm-up calls."""
     compiled = tf.function(function, autograph=False)
     times = []
     for _ in range(30):

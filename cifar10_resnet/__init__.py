@@ -1,4 +1,4 @@
-"""ResNets on CIFAR-10 with TensorFlow: what stands behind the programs in the folder above."""
+"""ResNets on CIFAR-10 with TensorFlow: the code behind the programs in the folder above."""
 
 from typing import TYPE_CHECKING
 

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
 
 
 def overview() -> str:
-    """Returns how to start a command, and a line for each."""
+    """Returns how to start a command, and a line for each command."""
     lines = {name: first_line(module) for name, module in COMMANDS.items()}
     return "\n".join(
         [

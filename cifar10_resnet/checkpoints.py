@@ -1,8 +1,8 @@
-"""Checkpoints: saved whole or not at all, found, verified, restored.
+"""Saves, finds, verifies and restores checkpoints.
 
-A checkpoint is an ordinary `tf.train.Checkpoint` prefix, `model.ckpt-STEP`, with a file of SHA-256
-digests beside it. It carries the description of its run (see config.py), so that its path is
-all one needs to build the network again.
+A checkpoint is an ordinary `tf.train.Checkpoint`, `model.ckpt-STEP`, with a file of SHA-256 digests
+next to it. It contains the description of its run (see config.py), so its path is enough to build
+the network again.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ from resnet_model import ResNet
 NAME = "model.ckpt"
 DESCRIPTION_KEY = "description/.ATTRIBUTES/VARIABLE_VALUE"
 STEP_KEY = "step/.ATTRIBUTES/VARIABLE_VALUE"
-STATE = "checkpoint"  # the file by which `tf.train.latest_checkpoint` finds the newest one
-# What TensorFlow's reader raises over damaged files, beside errors of its own.
+STATE = "checkpoint"  # the file where `tf.train.latest_checkpoint` finds the newest one
+# TensorFlow's reader raises any of these over a damaged file, not only its own errors.
 UNREADABLE = (tf.errors.OpError, ValueError, RuntimeError, IndexError, AttributeError)
-# In the order in which they move into place: a checkpoint is there once its index is.
+# The files move into place in this order. The index comes last: it makes them a checkpoint.
 SUFFIXES = (".sha256", ".data-00000-of-00001", ".index")
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A checkpoint that was read: its prefix, the run it belongs to, and the step it was saved at.
+    """A checkpoint that was read: its prefix, its run and its step.
 
-    A whole one holds what only training needs too, unlike one that `save_network` wrote.
+    `is_whole` is false if it contains only the network, because `save_network` wrote it.
     """
 
     prefix: str
@@ -44,9 +44,9 @@ class SavedRun:
 
 
 def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep: int = -1) -> str:
-    """Writes `model.ckpt-STEP`, which appears whole or not at all, and returns its prefix.
+    """Writes `model.ckpt-STEP`, which appears only once it is complete, and returns its prefix.
 
-    Keeps the newest `max_to_keep` checkpoints, or all when that is negative.
+    Keeps the newest `max_to_keep` checkpoints and at least one, or all if that is negative.
     """
     name = f"{NAME}-{step}"
     prefix = os.path.join(directory, name)
@@ -59,7 +59,7 @@ def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep
                     digests.write(f"{storage.digest(written + suffix)}  {name}{suffix}\n")
             for suffix in SUFFIXES:
                 storage.sync(written + suffix)
-            # Where a damaged one is replaced, it stops counting as a checkpoint first.
+            # A damaged checkpoint of this step stops counting as one before it is replaced.
             storage.remove(prefix + ".index")
             for suffix in SUFFIXES:
                 os.replace(written + suffix, prefix + suffix)
@@ -67,11 +67,11 @@ def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep
         kept = []
         for saved_step, saved in list_checkpoints(directory):
             if saved_step > step:
-                delete(saved)  # a damaged one that this run was resumed without
+                delete(saved)  # a damaged one that this run skipped when it resumed
             else:
                 kept.append(saved)
         surplus = max(0, len(kept) - max(1, max_to_keep)) if max_to_keep >= 0 else 0
-        # This syncs the folder too: the new checkpoint is on the disk before an old one goes.
+        # This syncs the folder too. The new checkpoint is on the disk before old ones are deleted.
         _write_state(directory, kept[surplus:])
         for old in kept[:surplus]:
             delete(old)
@@ -84,7 +84,7 @@ def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep
 
 
 def _refuse_newcomers(directory: str, step: int) -> None:
-    """Refuses to save beside an intact checkpoint that this run would have gone on from."""
+    """Refuses to save if an intact checkpoint of a later step has appeared in the folder."""
     for saved_step, prefix in list_checkpoints(directory):
         if saved_step > step and _is_intact(prefix):
             raise UserError(
@@ -94,7 +94,7 @@ def _refuse_newcomers(directory: str, step: int) -> None:
 
 
 def list_checkpoints(directory: str, suffix: str = ".index") -> list[tuple[int, str]]:
-    """The checkpoints of a folder as (step, prefix), oldest first, intact or not."""
+    """Returns the checkpoints of a folder as (step, prefix), oldest first, intact or not."""
     found = []
     for file in glob.glob(os.path.join(glob.escape(directory), f"{NAME}-*{suffix}")):
         prefix = file.removesuffix(suffix)
@@ -104,7 +104,7 @@ def list_checkpoints(directory: str, suffix: str = ".index") -> list[tuple[int, 
 
 
 def newest_intact(directory: str) -> tuple[str | None, list[str]]:
-    """The newest checkpoint that verifies, or None; and what is wrong with each newer one."""
+    """Returns the newest intact checkpoint, or None, and what is wrong with each newer one."""
     passed_over = []
     with_index, with_digests = list_checkpoints(directory), list_checkpoints(directory, ".sha256")
     if not with_index:  # at most the remains of a first save that was killed
@@ -125,7 +125,7 @@ def newest_intact(directory: str) -> tuple[str | None, list[str]]:
 
 
 def refuse_foreign(directory: str) -> None:
-    """Refuses a folder that has checkpoints of another program: saving would hide them."""
+    """Refuses a folder with checkpoints of another program, because saving would hide them."""
     names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
     if foreign := [name for name in names if name.endswith(".index")]:
         raise UserError(
@@ -158,7 +158,7 @@ def find(path: str, argument: str = "ckpt_path") -> SavedRun:
 
 
 def find_all(path: str) -> list[SavedRun]:
-    """Returns all checkpoints of the folder that `path` names or lies in, verified."""
+    """Returns all checkpoints of a folder, verified. `path` is the folder or one of them."""
     found = {saved.prefix: saved for saved in [find(path)]}
     for _, prefix in list_checkpoints(os.path.dirname(*found)):
         if prefix not in found:
@@ -168,7 +168,7 @@ def find_all(path: str) -> list[SavedRun]:
 
 
 def verify(prefix: str) -> None:
-    """Refuses a checkpoint of which a part is missing or was changed since it was written."""
+    """Refuses a checkpoint if its index or its data is missing, or changed after the save."""
     for suffix in SUFFIXES[1:]:
         if not os.path.exists(prefix + suffix):
             raise UserError(
@@ -178,7 +178,7 @@ def verify(prefix: str) -> None:
     try:
         with open(prefix + ".sha256", encoding="utf-8") as digests:
             lines = [line.split() for line in digests]
-            # by what they end in, so that a copy under another name verifies too
+            # Only the endings of the names count, so a renamed copy verifies too.
             expected = {name[name.index(".", len(NAME)) :]: digest for digest, name in lines}
     except FileNotFoundError:
         return _verify_tensors(prefix)
@@ -206,7 +206,7 @@ def _is_intact(prefix: str) -> bool:
 
 
 def _verify_tensors(prefix: str) -> None:
-    """Reads all that is there, whereby TensorFlow compares a checksum of its own of each tensor."""
+    """Reads every tensor, because TensorFlow then verifies its own checksum of each."""
     try:
         reader = tf.train.load_checkpoint(prefix)
         for name in reader.get_variable_to_shape_map():
@@ -219,7 +219,7 @@ def _verify_tensors(prefix: str) -> None:
 
 
 def read(prefix: str) -> SavedRun:
-    """Reads what a checkpoint says of itself, and none of its weights."""
+    """Reads a checkpoint's description and step, but none of its weights."""
     try:
         reader = tf.train.load_checkpoint(prefix)
         if not reader.has_tensor(DESCRIPTION_KEY):
@@ -235,22 +235,22 @@ def read(prefix: str) -> SavedRun:
 
 
 def restore(checkpoint: tf.train.Checkpoint, prefix: str) -> None:
-    """Restores a whole run: every object of `checkpoint`, and every value of the file."""
+    """Restores a whole run: every object of `checkpoint` and every value in the file."""
     with _restoring(prefix):
-        # expect_partial: what is left over is told once, as an error, and not again at the exit
+        # Without expect_partial(), TensorFlow warns of unused values again at the exit.
         status = checkpoint.read(prefix).expect_partial()
         status.assert_existing_objects_matched().assert_consumed()
 
 
 def restore_model(model: ResNet, prefix: str) -> None:
-    """Restores the network alone, whatever else the checkpoint holds."""
+    """Restores only the network, whatever else the checkpoint contains."""
     with _restoring(prefix):
         status = tf.train.Checkpoint(model=model).read(prefix).expect_partial()
         status.assert_existing_objects_matched()
 
 
 def restore_pretrained(model: ResNet, prefix: str) -> None:
-    """Restores all of the network but its final layer, whatever classes the checkpoint is for."""
+    """Restores the network except its final layer. The checkpoint may have other classes."""
     final = {variable.ref() for variable in model.final_layer}
     for variable, value in zip(model.variables, load(read(prefix)).variables, strict=True):
         if variable.ref() not in final:
@@ -266,7 +266,7 @@ def _restoring(prefix: str) -> Iterator[None]:
 
 
 def save_network(saved: SavedRun, directory: str) -> str:
-    """Saves the network of a checkpoint alone, without what only training needs."""
+    """Saves only the network of a checkpoint, without its training state. Returns the prefix."""
     network = tf.train.Checkpoint(
         model=load(saved),
         step=tf.Variable(saved.step, dtype=tf.int64),
@@ -283,7 +283,7 @@ def load(saved: SavedRun, data_format: str = "channels_last", dtype: str = "fp32
 
 
 def named_in_state(directory: str) -> list[str]:
-    """The checkpoints that the folder's STATE names, where all of them are named as ours are."""
+    """Returns the checkpoints that the folder's STATE lists, or none if a name is foreign."""
     try:
         with open(os.path.join(directory, STATE), encoding="utf-8") as state:
             names = re.findall(r'checkpoint_paths?: "(.*)"', state.read())
@@ -295,7 +295,7 @@ def named_in_state(directory: str) -> list[str]:
 
 @contextlib.contextmanager
 def saving_folder(directory: str) -> Iterator[str]:
-    """An empty folder in a run's, where a checkpoint is written before it moves to its place."""
+    """Yields an empty folder in the run folder, for writing a checkpoint before it moves."""
     folder = os.path.join(directory, ".saving")
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
@@ -314,13 +314,13 @@ def _write_state(directory: str, prefixes: list[str]) -> None:
 
 
 def delete(prefix: str) -> None:
-    """Deletes a checkpoint, which stops counting as one first."""
+    """Deletes a checkpoint, its index first, so the remains never count as a checkpoint."""
     for suffix in reversed(SUFFIXES):
         storage.remove(prefix + suffix)
 
 
 def _delete_remains(directory: str) -> None:
-    """Deletes what is left of checkpoints of which a kill cut the saving or the deleting short."""
+    """Deletes the remains of checkpoints if a kill interrupted a save or a deletion."""
     for _, prefix in list_checkpoints(directory, ".sha256"):
         if not os.path.exists(prefix + ".index"):
             delete(prefix)

@@ -1,7 +1,7 @@
-"""Every setting, once: what a run is (network, data, hyperparameters), and how to start it.
+"""Defines every setting once: a run's network, data and hyperparameters, and how to start it.
 
 The flags, their checks, docs/flags.md and the description in a checkpoint follow from the fields
-here. Nothing slow is imported: a wrong setting is refused before TensorFlow starts.
+here. This module imports nothing slow, so a wrong setting is refused before TensorFlow starts.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from cifar10_resnet.errors import UserError
 from cifar10_resnet.formats import CIFAR10_NAMES, FORMATS
 from cifar10_resnet.settings import Checked, setting
 
-# A setting of each group, under whose title --help shows it.
+# Each of these makes a setting of one group. --help shows it under the group's title.
 of_data = partial(setting, group="Data")
 of_network = partial(setting, group="Network")
 of_recipe = partial(setting, group="Recipe and length")
@@ -24,7 +24,7 @@ of_logging = partial(setting, group="Logging")
 of_evaluation = partial(setting, group="Evaluation")
 of_device = partial(setting, group="Device and precision")
 of_several = partial(setting, group="Several devices and workers")
-# The checkpoint that a program reads.
+# This makes a setting for the checkpoint that a program reads.
 checkpoint = partial(
     setting, help="Checkpoint, or a folder (its newest checkpoint is used)", also=("model_dir",)
 )
@@ -50,7 +50,7 @@ def units_per_block(num_layers: int, bottleneck: bool = False) -> int:
 
 @dataclass(frozen=True)
 class ModelConfig(Checked):
-    """The shape of a network: all that is needed to build it again."""
+    """The shape of a network: everything needed to build it again."""
 
     num_layers: int = of_network(
         20, "Number of layers: 6n + 2, or 9n + 2 with --bottleneck", also=("resnet_size",), least=1
@@ -84,7 +84,7 @@ class ModelConfig(Checked):
 
     @property
     def name(self) -> str:
-        """A short name, for folders: resnet20, plain56, resnet164-bottleneck, resnet20-v1."""
+        """Returns a name for folders: resnet20, plain56, resnet164-bottleneck, resnet20-v1."""
         return (
             ("resnet" if self.shortcut_connections else "plain")
             + str(self.num_layers)
@@ -95,7 +95,7 @@ class ModelConfig(Checked):
 
 @dataclass(frozen=True)
 class DataConfig(Checked):
-    """Which images a run trains on."""
+    """The data set of a run, with its classes and its holdout."""
 
     dataset: str = of_data(
         "cifar10",
@@ -117,11 +117,11 @@ class DataConfig(Checked):
 
     @property
     def scored_split(self) -> str:
-        """What a run is evaluated on: its holdout, or the test images if it has none."""
+        """Returns the split to evaluate a run on: "holdout" if it has one, "test" otherwise."""
         return "holdout" if self.holdout else "test"
 
 
-# What each recipe sets, on top of TrainingConfig's defaults. A flag given explicitly wins.
+# A recipe overrides TrainingConfig's defaults. A flag that the user passes overrides both.
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},
     "one_cycle": {
@@ -141,12 +141,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "cutout": 9,
     },
 }
-MAX_ITERATIONS = 10_000_000  # each has its learning rate in memory
+MAX_ITERATIONS = 10_000_000  # The learning rate of every step is in memory.
 
 
 @dataclass(frozen=True)
 class TrainingConfig(Checked):
-    """The hyperparameters. The defaults are those of the paper's recipe."""
+    """The hyperparameters. The defaults are the paper's recipe."""
 
     recipe: str = of_recipe(
         "paper", "Schedule and hyperparameters (other flags override them)", choices=tuple(RECIPES)
@@ -169,7 +169,7 @@ class TrainingConfig(Checked):
         0, "Width in pixels of the square blanked in each training image", least=0
     )
     seed: int = of_recipe(0, "Random seed for weights, image order, crops and flips", least=0)
-    pretrained: str = setting("")  # the checkpoint that the network started from, if it was one
+    pretrained: str = setting("")  # the checkpoint that the network started from, if any
     fine_tune: bool = of_pretrained(False, "Train only the final layer")
     recompute_mean: bool = of_pretrained(
         False, "Subtract the mean of the new images, not the pretrained one"
@@ -177,33 +177,33 @@ class TrainingConfig(Checked):
 
 
 def depends_on_recipe(item: Field) -> bool:
-    """Returns whether recipes have values of their own of a setting."""
+    """Returns whether a recipe changes a setting."""
     return any(item.name in recipe for recipe in RECIPES.values())
 
 
 def with_given(config: Any, given: dict[str, Any]) -> Any:
-    """The configuration with those of its fields replaced that are given (not None)."""
+    """Returns the configuration with its given values. None counts as not given."""
     names = {item.name for item in fields(config)}
     chosen = {k: v for k, v in given.items() if k in names and v is not None}
     return dataclasses.replace(config, **chosen)
 
 
 def training_config(given: dict[str, Any]) -> TrainingConfig:
-    """The hyperparameters of the given recipe, with those that are given put over them."""
+    """Returns the hyperparameters of the given recipe. Other given values override them."""
     recipe = with_given(TrainingConfig(), {"recipe": given.get("recipe")}).recipe
     return with_given(with_given(TrainingConfig(), RECIPES[recipe]), given)
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run, whole."""
+    """All settings of a run: its network, its data and its hyperparameters."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def settings(self) -> dict[str, Any]:
-        """All of it under the fields' own names, no two of which are alike."""
+        """Returns all settings as one dict. Field names are unique."""
         parts = (self.model, self.data, self.training)
         return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
 
@@ -235,14 +235,14 @@ class RunConfig:
 
 
 def _read(kind: type, values: dict[str, Any]) -> Any:
-    """One of the dataclasses from JSON values, which has no tuples."""
+    """Returns a dataclass from JSON values. Lists become tuples, which JSON lacks."""
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def refuse_contradictions(
     run: RunConfig, given: dict[str, Any], prefix: str, named_by: str = "--ckpt_path"
 ) -> None:
-    """Refuses given values (None is not given) that are not those of the checkpoint's run."""
+    """Refuses given values that differ from the checkpoint's run. None counts as not given."""
     for name, fixed in run.settings().items():
         if given.get(name, fixed) not in (None, fixed):
             raise UserError(
@@ -258,7 +258,7 @@ def refuse_contradictions(
 
 @dataclass(frozen=True)
 class Options(Checked):
-    """How to go about a run: all that may change from one start of it to the next."""
+    """The settings that may change each time a run starts or resumes."""
 
     path: str | None = of_data(
         None,
@@ -370,7 +370,7 @@ class Options(Checked):
                 raise UserError(why)
 
     def refuse_beside(self, given: dict[str, Any]) -> None:
-        """Refuses given settings of the run that these options replace."""
+        """Refuses given settings that --train_epochs or --use_synthetic_data replaces."""
         if self.train_epochs is not None and given.get("num_iterations") is not None:
             raise UserError(
                 "--num_iterations and --train_epochs both set the length. Use one of them."

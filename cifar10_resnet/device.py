@@ -1,4 +1,4 @@
-"""Starting TensorFlow on a device: quietly, and without idle work."""
+"""Starts TensorFlow on a device, quietly and without idle work."""
 
 import contextlib
 import os
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from cifar10_resnet.errors import UserError
 
-# TensorFlow's passes over a graph that find nothing to do in these networks on a CPU. They take 0.4
-# of the 6.4 seconds in which ResNet-110 starts (AMD EPYC, two cores). "remapping" is not among
-# them: it fuses batch norm with ReLU.
+# These passes over a graph find nothing to do in these networks on a CPU. They take 0.4 of
+# the 6.4 seconds that ResNet-110 needs to start (AMD EPYC, two cores). "remapping" is not in the
+# list, because it fuses batch norm with ReLU.
 IDLE_PASSES = (
     *("layout_optimizer", "constant_folding", "shape_optimization", "arithmetic_optimization"),
     *("dependency_optimization", "loop_optimization", "function_optimization"),
@@ -19,7 +19,7 @@ IDLE_PASSES = (
 
 
 def start_tensorflow(device: str, verbose: bool = False, num_gpus: int | None = None) -> str:
-    """Imports TensorFlow, quietly, and settles the device: returns "cpu" or "gpu"."""
+    """Imports TensorFlow quietly, selects the device and returns "cpu" or "gpu"."""
     if verbose:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")
     with _quiet_start():
@@ -68,9 +68,9 @@ def _cpu_trains(data_format: str, dtype: str) -> bool:
 
     from resnet_model import ResNet
 
-    # Only TensorFlow knows: the answer depends on its build, the processor and the environment, and
-    # one kernel may be there without the next. So take a step of the smallest network that uses
-    # every kernel, on images so small that the last block still has a pixel.
+    # The answer depends on TensorFlow's build, the processor and the environment. TensorFlow may
+    # have one kernel and lack the next. So this computes a gradient of the smallest network that
+    # uses every kernel. In these small images, the last block still has a pixel.
     try:
         with tf.device("cpu"):
             network = ResNet(num_layers=8, data_format=data_format, dtype=dtype)
@@ -84,14 +84,14 @@ def _cpu_trains(data_format: str, dtype: str) -> bool:
 
 @contextlib.contextmanager
 def _without_keras() -> Iterator[None]:
-    """Keeps TensorFlow from importing Keras, and that Matplotlib: a quarter of its start.
+    """Keeps TensorFlow from importing Keras and with it Matplotlib: a quarter of its start.
 
-    Nothing here uses it. Whoever does finds `tf.keras` as ever.
+    Nothing in this project uses Keras. Other code can use `tf.keras` as usual.
     """
     if "keras" in sys.modules:
         yield
         return
-    sys.modules["keras"] = None  # whoever imports it is told that it is not there
+    sys.modules["keras"] = None  # An import of it now raises ImportError.
     try:
         yield
     finally:
@@ -100,11 +100,11 @@ def _without_keras() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_start() -> Iterator[None]:
-    """Keeps TensorFlow's start-up messages from the terminal, unless they are asked for."""
+    """Keeps TensorFlow's start-up messages from the terminal, unless the user asks for them."""
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL") in ("0", "1"):
         yield
         return
-    # Beside other workers even its errors: where one of them is lost, TensorFlow writes pages.
+    # With several workers, errors are hidden too: TensorFlow prints pages if one is lost.
     level = "3" if os.environ.get("TF_CONFIG") else "2"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", level)
     with stderr_held_back():
@@ -113,9 +113,9 @@ def _quiet_start() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stderr_held_back() -> Iterator[None]:
-    """Lets what is written to the process's standard error out only where the block fails.
+    """Holds back the process's standard error, and prints it only if the block fails.
 
-    For messages that TensorFlow writes straight there, whatever its log level is.
+    TensorFlow writes some messages straight there, whatever its log level is.
     """
     sys.stderr.flush()
     terminal = os.dup(2)

@@ -1,13 +1,13 @@
-"""What goes wrong and the user can mend, and how its reason is put in one line."""
+"""Defines the error that a user can fix, and puts the reasons of errors in one line."""
 
 import re
 from typing import Any
 
 
 class UserError(Exception):
-    """Something the user can mend. Its text says what is wrong, where, and what to do next.
+    """An error that the user can fix. Its text states what is wrong, where, and what to do next.
 
-    If an argument is wrong, the text goes on after its name and value: "is invalid: it must be 1."
+    If an argument is wrong, its name and value come before the text: "is invalid: it must be 1."
     """
 
     def __init__(self, why: str, argument: str | None = None, value: Any = None):
@@ -19,7 +19,7 @@ class UserError(Exception):
 
 
 def reason_of(error: Exception) -> str:
-    """Why something failed, in one line; of TensorFlow's errors without the names of its parts."""
+    """Returns why something failed, in one line without TensorFlow's names of nodes and ops."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = re.sub(r"^\{\{.*?\}\} |\s*\[Op:\w+\].*$", "", str(error).strip(), flags=re.DOTALL)
@@ -27,5 +27,5 @@ def reason_of(error: Exception) -> str:
 
 
 def printable(text: str) -> str:
-    """The text in one line without control characters, whatever a file or its name put into it."""
+    """Returns the text in one line, with "?" for every character that cannot be printed."""
     return "".join(char if char.isprintable() else "?" for char in text)

@@ -1,6 +1,6 @@
-"""What lies in a data folder: each data set's files, records, class names and official archive.
+"""Defines each data set's file format: its files, records, class names and official archive.
 
-Everything that is known of these formats is here, and it takes Python alone: neither `--help` nor
+Everything about the file formats is here. This module needs only Python, so neither `--help` nor
 the download script waits for TensorFlow.
 """
 
@@ -14,7 +14,7 @@ from cifar10_resnet.errors import UserError
 
 SIDE, CHANNELS = 32, 3
 IMAGE_BYTES = SIDE * SIDE * CHANNELS  # the red, the green and the blue plane, each row by row
-MAX_CLASSES = 256  # a label is a byte
+MAX_CLASSES = 256  # A label is a byte.
 CHUNK_RECORDS = 256
 
 CIFAR10_NAMES = (
@@ -25,7 +25,7 @@ ALGORITHMS = {"sha256": "SHA-256", "md5": "MD5"}
 
 
 class Digest(NamedTuple):
-    """What a file's bytes must come to, under `hashlib`'s name of the algorithm."""
+    """A digest of a file's bytes. `algorithm` is its name in `hashlib`."""
 
     algorithm: str
     value: str
@@ -35,7 +35,7 @@ class Digest(NamedTuple):
 
 
 class Archive(NamedTuple):
-    """Where a data set comes from."""
+    """The address and the digest of a data set's official archive."""
 
     url: str
     digest: Digest
@@ -50,20 +50,20 @@ class Label(NamedTuple):
 
     kind: str
     names_file: str
-    num_classes: int | None = None  # None: as many as the file names
-    names: tuple[str, ...] = ()  # where the file is missing
+    num_classes: int | None = None  # None: the number of names in the file
+    names: tuple[str, ...] = ()  # used if the file is missing
 
 
 @dataclass(frozen=True)
 class Format:
-    """The binary form of a data set: records of label bytes and pixels, in these files."""
+    """The file format of a data set: records of label bytes and pixels, in these files."""
 
     dataset: str
     title: str
     train_files: tuple[str, ...]
     test_files: tuple[str, ...]
-    labels: tuple[Label, ...]  # the last is the one to learn, unless coarse labels are asked for
-    folder: str = ""  # inside the archive, and where the data lies by default
+    labels: tuple[Label, ...]  # A run learns the last, or the first for coarse labels.
+    folder: str = ""  # the folder in the archive, and the default data folder
     archive: Archive | None = None
 
     @property
@@ -72,26 +72,26 @@ class Format:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """All that make up a whole data folder."""
+        """Returns the names of all files in a complete data folder."""
         return (*self.train_files, *self.test_files, *(label.names_file for label in self.labels))
 
     def split_files(self, split: str) -> tuple[str, ...]:
-        """The files of "train" or "test"."""
+        """Returns the names of the files of "train" or "test"."""
         return {"train": self.train_files, "test": self.test_files}[split]
 
     def label_column(self, coarse: bool) -> int:
-        """Which of a record's label bytes to learn."""
+        """Returns the index of the label byte to learn."""
         if coarse and len(self.labels) == 1:
             why = "is for CIFAR-100, whose images have two labels each. Remove it."
             raise UserError(why, "coarse_labels", coarse)
         return 0 if coarse else len(self.labels) - 1
 
     def class_names(self, folder: str, coarse: bool = False) -> tuple[str, ...]:
-        """The names of the classes, from the file beside the records."""
+        """Returns the names of the classes to learn, from the file next to the records."""
         return self.read_names(folder, self.labels[self.label_column(coarse)])
 
     def read_names(self, folder: str, label: Label) -> tuple[str, ...]:
-        """The names of the classes that one of the label bytes tells apart."""
+        """Returns the names of the classes of one label byte."""
         file = os.path.join(folder, label.names_file)
         if label.names and not os.path.exists(file):
             return label.names
@@ -118,11 +118,11 @@ class Format:
         return names
 
     def class_counts(self, folder: str) -> list[int]:
-        """How many classes each of the label bytes tells apart."""
+        """Returns the number of classes of each label byte."""
         return [label.num_classes or len(self.read_names(folder, label)) for label in self.labels]
 
     def problem_in(self, folder: Path) -> str | None:
-        """What is wrong with a data folder: a file, its size, its labels or its class names."""
+        """Returns what is wrong with a data folder's files, sizes, labels or names, or None."""
         for name in self.files:
             if not (folder / name).is_file():
                 return f"{name} is missing"
@@ -149,7 +149,7 @@ class Format:
         return None
 
     def size_problem(self, file: str, size: int) -> str | None:
-        """What is wrong with a file of so many bytes, if it should hold records."""
+        """Returns why a file of `size` bytes cannot consist of records, or None if it can."""
         if size == 0:
             return f"{file} is empty, where {self.record_bytes}-byte records were expected"
         whole, rest = divmod(size, self.record_bytes)
@@ -164,7 +164,7 @@ class Format:
     def label_problem(
         self, file: str, columns: Sequence[bytes], counts: Sequence[int], first_record: int = 0
     ) -> str | None:
-        """What is wrong with the labels of successive records, a column for each label byte."""
+        """Returns what is wrong with records' labels, or None. `columns` has one per label byte."""
         for column, (label, values, count) in enumerate(
             zip(self.labels, columns, counts, strict=True)
         ):
@@ -210,8 +210,8 @@ FORMATS = {
                 Digest("md5", "03b5dce01913d631647c71ecec9e9cb8"),
             ),
         ),
-        # what photos are imported into; no file has the name of one of the above, so that a folder
-        # tells by its files what it holds
+        # Photos are imported into this format. Its file names differ from all names above, because
+        # the programs detect a data set from its files.
         Format(
             dataset="pictures",
             title="imported photos",

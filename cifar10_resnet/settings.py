@@ -1,4 +1,4 @@
-"""What a setting is: a field of a dataclass, with the values that it can have."""
+"""Defines a setting: a field of a dataclass, with the values that it can have."""
 
 import re
 import sys
@@ -24,11 +24,11 @@ def setting(
 ) -> Any:
     """Returns the field of a setting. It has a flag if it has a help text.
 
-    `group` is its title in --help, and `also` holds other names of its flag. `more` may hold
-    bounds (`least`, `most`, `above`, `below`, `multiple`), `choices`, a `pattern` with its
-    `meaning` in words, the default as it is `shown`, `implied_by` (flags that set it too),
-    `own`, if each of several workers may have its own value, and `first`, if --help shows it first
-    of its group. A setting without a default must be given.
+    A setting without a default must be given. `group` is its group's title in --help, and `also`
+    has other names of its flag. `more` may contain bounds (`least`, `most`, `above`, `below`,
+    `multiple`), `choices`, or a `pattern` with its `meaning` in words. `shown` is the default as
+    --help shows it. `implied_by` contains the flags that set it too. With `own`, each of several
+    workers may have its own value. With `first`, --help shows it first in its group.
     """
     return field(default=default, metadata={"help": help, "group": group, "also": also, **more})
 
@@ -69,7 +69,7 @@ def check(item: Field, value: Any) -> None:
         kind, last = get_args(kind)
         values = value if isinstance(value, tuple) else (None,)
         if last is not Ellipsis and (len(values) != 2 or values[0] > values[1]):
-            values = (None,)  # not a first and a last one
+            values = (None,)  # Not a first and a last value: None fails the check below.
     if not all(_is_possible(item, kind, each) for each in values):
         raise UserError(f"is invalid: it must be {wanted(item)}.", item.name, value)
 
@@ -82,13 +82,13 @@ def _is_possible(item: Field, kind: type, value: Any) -> bool:
         return value in more.get("choices", (value,)) and bool(
             re.fullmatch(more.get("pattern", "(?s).*"), value)
         )
-    is_sound = abs(value) <= (sys.float_info.max if kind is float else MAX_INTEGER)  # nan is not
+    is_sound = abs(value) <= (sys.float_info.max if kind is float else MAX_INTEGER)  # false for NaN
     bounds = (holds(value, more[name]) for name, (_, holds) in BOUNDS.items() if name in more)
     return is_sound and value in more.get("choices", (value,)) and all(bounds)
 
 
 class Checked:
-    """The base of all dataclasses of settings: their values are checked as they are made."""
+    """The base of all dataclasses of settings. It checks the values of each new object."""
 
     def __post_init__(self) -> None:
         for item in fields(self):

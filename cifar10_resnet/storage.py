@@ -1,6 +1,6 @@
-"""Files and folders that the programs write: refused early, whole or not at all, on the disk.
+"""Writes files and folders, refuses unusable paths early, and never leaves a half-written file.
 
-What a function here has written survives a power cut from the moment it returns.
+When a function here returns, the data that it wrote survives a power cut.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ StrPath = str | os.PathLike[str]
 
 
 def refuse_patterns(path: str) -> None:
-    """Refuses a path that TensorFlow would take for a pattern, or for another file system's."""
+    """Refuses a path that TensorFlow would read as a pattern or as another file system's."""
     if re.match(r"[a-zA-Z][\w+.-]*:/", path):
         raise UserError(f"{path} is not a folder of this machine. Use a local one.")
     if re.search(r"[*?\[\]\\]", path):
@@ -36,7 +36,7 @@ def refuse_patterns(path: str) -> None:
 
 
 def refuse_unwritable_folder(path: StrPath, apart_from: Sequence[str] = ()) -> None:
-    """Refuses, before long work begins, a folder that `new_folder` could not write at its end."""
+    """Refuses a folder that `new_folder` could not write. Call it before long work begins."""
     wanted = os.path.realpath(path)
     for other in apart_from:
         if os.path.commonpath([wanted, os.path.realpath(other)]) == wanted:
@@ -46,7 +46,7 @@ def refuse_unwritable_folder(path: StrPath, apart_from: Sequence[str] = ()) -> N
 
 
 def refuse_unwritable_file(path: StrPath) -> None:
-    """Refuses, before long work begins, a file that `new_file` could not write at its end."""
+    """Refuses a file that `new_file` could not write. Call it before long work begins."""
     path = _place(path)
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
@@ -63,11 +63,11 @@ def refuse_unwritable_file(path: StrPath) -> None:
 
 
 def new_file(path: StrPath, content: bytes) -> None:
-    """Writes a file, which appears whole or stays as it was."""
+    """Writes a whole file, or leaves it unchanged if that fails."""
     place = _place(path)
     try:
         if os.path.exists(place) and not os.path.isfile(place):
-            # A device or a pipe is written to. Replacing it would make it a plain file.
+            # This writes straight to a device or a pipe. Replacing it would make it a plain file.
             with open(place, "wb") as file:
                 file.write(content)
         else:
@@ -86,11 +86,11 @@ def _replace(place: str, content: bytes) -> None:
         sync(os.path.dirname(place) or ".")
     finally:
         with contextlib.suppress(OSError):
-            os.remove(beside)  # It is still there if one of these steps failed.
+            os.remove(beside)  # It still exists if one of these lines failed.
 
 
 def _place(path: StrPath) -> str:
-    """Returns where a file is to be: where a link leads, so the link stays a link."""
+    """Returns the path to write to. It follows a link, so the link stays a link."""
     place = os.path.realpath(path)
     # A link such as /dev/stdout may lead to an open pipe, which has no path.
     return place if os.path.lexists(place) or not os.path.exists(path) else os.fspath(path)
@@ -130,7 +130,7 @@ def sync(path: StrPath) -> None:
 
 
 def sync_folder(folder: StrPath) -> None:
-    """Waits until all in a folder is on the disk."""
+    """Waits until everything in a folder is on the disk."""
     for place, _, files in os.walk(folder):
         for name in files:
             sync(os.path.join(place, name))
@@ -141,7 +141,7 @@ def sync_folder(folder: StrPath) -> None:
 
 
 def make_folder(path: str) -> None:
-    """Makes sure that there is a folder to write files into."""
+    """Creates a folder if it is missing, and refuses one that cannot be written to."""
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
@@ -151,7 +151,7 @@ def make_folder(path: str) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: StrPath) -> Iterator[str]:
-    """A folder to write into, which becomes `path` once the block has ended well."""
+    """Yields a folder to write into. It becomes `path` if the block ends without an error."""
     folder = _beside(path)
     try:
         yield folder
@@ -160,7 +160,7 @@ def new_folder(path: StrPath) -> Iterator[str]:
         os.replace(folder, wanted)
         sync(os.path.dirname(wanted))
     except BrokenPipeError:
-        raise  # The reader of the output has gone: nothing is wrong with the folder.
+        raise  # The output was closed. Nothing is wrong with the folder.
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
     finally:
@@ -168,7 +168,7 @@ def new_folder(path: StrPath) -> Iterator[str]:
 
 
 def _beside(path: StrPath) -> str:
-    """Creates a folder beside `path`, where there must be nothing or an empty folder."""
+    """Creates a folder next to `path`, and returns it. `path` must be missing or empty."""
     wanted = os.path.realpath(path)
     try:
         if os.path.lexists(wanted) and os.listdir(wanted):
@@ -184,9 +184,9 @@ def _beside(path: StrPath) -> str:
 
 @contextlib.contextmanager
 def lock(folder: StrPath, refusal: UserError) -> Iterator[None]:
-    """Holds a folder against all others who lock it. They get the refusal.
+    """Locks a folder during the block. Another process that locks it gets the refusal.
 
-    The system drops the lock when its process ends, however that ends.
+    The system drops the lock when its process ends, even if the process is killed.
     """
     path = os.path.join(folder, LOCK)
     try:
@@ -204,7 +204,7 @@ def lock(folder: StrPath, refusal: UserError) -> Iterator[None]:
 
 
 def _take(path: str) -> int:
-    """Opens a file, made where missing, and locks it; returns its descriptor."""
+    """Opens or creates a file, locks it and returns its descriptor."""
     while True:
         with contextlib.ExitStack() as opened:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

@@ -1,4 +1,4 @@
-"""What people read on a terminal: tables, one live line, commands to type, emphasis."""
+"""Formats text for a terminal: tables, one live line, commands to type, emphasis."""
 
 import contextlib
 import os
@@ -16,17 +16,17 @@ BOLD, RED = "1", "1;31"
 
 
 def emphasised(text: str, stream: TextIO, style: str = BOLD) -> str:
-    """The text as it should be written to the stream: plain in files, pipes and under NO_COLOR."""
+    """Returns the text in a style, or plain for files, pipes, dumb terminals and NO_COLOR."""
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty():
         return text
     return f"\x1b[{style}m{text}\x1b[0m"
 
 
 def table(rows: Iterable[Sequence[object]], align: str = "", indent: str = "  ") -> str:
-    """Returns rows of cells as aligned columns, the first row being the header if there is one.
+    """Returns rows of cells as aligned columns. The first row may be a header.
 
     `align` has a "<" or ">" for each column, "<" by default. A row that is shorter than the first
-    does not widen the columns: its last cell may be a sentence.
+    widens only the first column, so its last cell may be a sentence.
     """
     cells = [[str(cell) for cell in row] for row in rows]
     whole = [row for row in cells if len(row) == len(cells[0])]
@@ -49,7 +49,7 @@ def duration(seconds: float) -> str:
 
 
 def fitting(parts: Sequence[str], separator: str, room: int) -> str:
-    """Returns as many of the parts as have room, the first ones first and one at least."""
+    """Returns the first parts, joined: as many as fit into `room` characters, at least one."""
     count = len(parts)
     while count > 1 and len(separator.join(parts[:count])) > room:
         count -= 1
@@ -57,7 +57,7 @@ def fitting(parts: Sequence[str], separator: str, room: int) -> str:
 
 
 def transfer(done: int, total: int | None, rate: float) -> tuple:
-    """Returns how far a transfer of bytes is, then in words how many, how fast and how long yet."""
+    """Returns a transfer's share or None, then as text its bytes, its speed and the time left."""
     speed = f"{rate / 1e6:.1f} MB/s"
     if not total:
         return None, f"{done / 1e6:.1f} MB", speed
@@ -66,10 +66,10 @@ def transfer(done: int, total: int | None, rate: float) -> tuple:
 
 
 class LiveLine:
-    """A line at the bottom of a terminal that is drawn again while work goes on.
+    """A progress line at the bottom of a terminal.
 
-    Files and pipes get no moving line. With `plain` they get a line for each tenth of the work. A
-    context manager: in the end the line is gone, and what was written above it stays.
+    Files and pipes get no moving line. With `plain` they get a line for each tenth of the work. At
+    the end of the `with` block, the line disappears. Lines that were written above it stay.
     """
 
     SECONDS = 0.5  # between two drawings, and before the first
@@ -86,22 +86,22 @@ class LiveLine:
         self.close()
 
     def close(self) -> None:
-        """Takes the line away."""
+        """Removes the line."""
         self._draw("")
 
     @property
     def columns(self) -> int:
-        """How many characters fit into a line."""
-        with contextlib.suppress(OSError, ValueError):  # a terminal that does not tell
+        """Returns how many characters fit into a line."""
+        with contextlib.suppress(OSError, ValueError):  # a terminal of unknown size
             return (os.get_terminal_size(sys.stdout.fileno()).columns or 80) - 1
         return 79
 
     def is_due(self) -> bool:
-        """Whether the line should be drawn again: so that the work itself never waits for it."""
+        """Returns whether to draw the line again: rarely, so the work does not wait for it."""
         return self.is_live and time.monotonic() - self._shown_at > self.SECONDS
 
     def update(self, share: float | None, *facts: str) -> None:
-        """Shows how far the work is, if a terminal's line or a file's next tenth is due."""
+        """Shows the progress, if a terminal's line or a file's next tenth is due."""
         if self.is_due():
             self.show(share, *facts)
         elif self._plain and not self.is_live and int(10 * (share or 0)) > self._tenth:
@@ -109,7 +109,7 @@ class LiveLine:
             print(f"{share:4.0%}  {', '.join(facts)}", flush=True)
 
     def show(self, share: float | None, *facts: str) -> None:
-        """Draws the line: a bar, then the facts, of which the last ones are left out first."""
+        """Draws the line: a bar, then the facts. If they do not fit, the last ones are omitted."""
         least, most = 4, 20  # characters of the bar
         around = len("100%  ")
         text = fitting(facts, ", ", self.columns - around - least)
@@ -120,7 +120,7 @@ class LiveLine:
         self._shown_at = time.monotonic()
 
     def write(self, line: str) -> None:
-        """Prints a line, above the live one if that is shown."""
+        """Prints a line, above the live line if there is one."""
         shown = self._shown
         self._draw("")
         print(line)
@@ -128,20 +128,20 @@ class LiveLine:
 
     def _draw(self, text: str) -> None:
         if text or self._shown:
-            # All of the line is covered: an evaluation draws its own where the trainer's was.
+            # This clears the whole line, because an evaluation draws over the trainer's line.
             print(f"\r{' ' * self.columns}\r{text}", end="", flush=True)
         self._shown = text
 
 
 def bar(share: float, width: int) -> str:
-    """Returns a bar that is filled by a share."""
+    """Returns a bar of `width` characters, filled up to `share`."""
     return ("#" * int(width * min(share, 1))).ljust(width, ".")
 
 
 def command(program: str, *arguments: str) -> str:
     """Returns the line that starts one of the project's programs from the user's folder.
 
-    A program at the front is named by its file, another by its name: "run_trainer.py", "export".
+    `program` is a file in the project's folder ("run_trainer.py") or a command ("export").
     """
     python = sys.executable
     for name in ("python3", "python"):
@@ -157,7 +157,7 @@ def command(program: str, *arguments: str) -> str:
 
 
 def in_project(*parts: str) -> str:
-    """Returns the path of one of the project's files, as one would type it in this folder."""
+    """Returns the path of one of the project's files, as a user types it in the current folder."""
     path = PROJECT.joinpath(*parts)
     relative = os.path.relpath(path)
     return str(path) if relative.startswith(os.path.join("..", "..")) else relative
@@ -165,7 +165,7 @@ def in_project(*parts: str) -> str:
 
 @contextlib.contextmanager
 def quietly(is_quiet: bool) -> Iterator[TextIO]:
-    """While entered, drops what goes to stdout if that is asked for. Yields the real stdout."""
+    """Drops what the block prints to stdout, if `is_quiet`. Yields the real stdout."""
     stdout = sys.stdout
     if not is_quiet:
         yield stdout

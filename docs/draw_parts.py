@@ -42,7 +42,7 @@ from cifar10_resnet.terminal import PROJECT
 if TYPE_CHECKING:
     from cifar10_resnet.cli.flags import Flags
 
-# the kinds of units, and the flag that chooses each
+# Each kind of unit has the flag that chooses it, and a network that contains it.
 UNITS = {
     "Plain": ("--shortcut_connections=False", ModelConfig(shortcut_connections=False)),
     "Residual": ("the default", ModelConfig()),
@@ -58,7 +58,7 @@ class Settings(Checked):
 
 
 def main(flags: "Flags") -> int:
-    """Draws the pictures."""
+    """Draws the four diagrams into `output_dir`."""
     folder = Path(flags.output_dir)
     start_tensorflow("cpu")
     from cifar10_resnet.figures.trace import trace
@@ -74,7 +74,7 @@ def main(flags: "Flags") -> int:
 
 
 def draw_initial_convolution(network: Network, kernels: np.ndarray, file: Path) -> None:
-    """One value of a feature map as the sum of 27 products; and all the maps."""
+    """Draws one value of a feature map as the sum of 27 products, and all the maps."""
     size, maps = network.begin[0].size, network.begin[0].shape[-1]
     image = example_image()
     side, depth = image.shape[1:]
@@ -123,14 +123,14 @@ def draw_initial_convolution(network: Network, kernels: np.ndarray, file: Path) 
 
 
 def convolve(image: np.ndarray, kernels: np.ndarray) -> np.ndarray:
-    """A convolution in float64: with the same bits on every machine, unlike TensorFlow's."""
+    """Returns a convolution in float64: unlike TensorFlow's, bit-identical on every machine."""
     padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, kernels.shape[:2], (0, 1))
     return np.einsum("yxcij,ijcm->yxm", windows, kernels.astype(np.float64))
 
 
 def draw_units(units: dict[str, Unit], file: Path) -> None:
-    """The kinds of units below each other: what is the same in them stands in the same places."""
+    """Draws the kinds of units below each other, with equal parts at equal places."""
     left, wide, top, pitch = 262, 96, 112, 136
     title = "A unit computes F(x), and a residual one adds it to x"
     with picture(file, height=top + 3 * pitch + 66, title=title) as figure:
@@ -146,7 +146,7 @@ def draw_units(units: dict[str, Unit], file: Path) -> None:
 
 
 def draw_shortcuts(network: Network, file: Path) -> None:
-    """Where shortcuts start, and how one comes to the size of what it is added to."""
+    """Draws where shortcuts start, and how a shortcut changes its size between blocks."""
     first, second = network.blocks[0][:2]
     title = "A shortcut leads around the convolutions of a unit"
     with picture(file, height=486, title=title) as figure:
@@ -166,7 +166,7 @@ def draw_shortcuts(network: Network, file: Path) -> None:
 def draw_reduction(
     diagram: Diagram, y: float, shape: tuple[int, ...], pool: Layer, pad: Layer
 ) -> None:
-    """From one size of feature maps to the next."""
+    """Draws a shortcut from one size of feature maps to the next."""
     x = MARGIN
     texts = {
         pool: f"{pool.size}×{pool.size} average pool\nstride {pool.stride}",
@@ -185,7 +185,7 @@ def draw_reduction(
 def draw_maps(
     diagram: Diagram, left: float, y: float, shape: tuple[int, ...], zeros: tuple[int, int] = (0, 0)
 ) -> float:
-    """Feature maps, of which the first and last channels may be zeros; returns where they end."""
+    """Draws feature maps and returns their right x. `zeros` counts the zero maps at each end."""
     side, deep = 3 * shape[0], 3 * shape[2]
     bottom = y + (side - deep * SLANT[1]) / 2
     diagram.note(left + (side + deep * SLANT[0]) / 2, y + 92, shape_text(shape))
@@ -204,7 +204,7 @@ def draw_maps(
 
 
 def draw_end(network: Network, file: Path) -> None:
-    """From the last feature maps to the classes, with made-up values."""
+    """Draws the layers from the last feature maps to the classes, with made-up values."""
     *_, mean, projection = network.end
     shape, [features], [classes] = network.end[0].shape, mean.shape, projection.shape
     rng = np.random.default_rng(0)
@@ -221,7 +221,7 @@ def draw_end(network: Network, file: Path) -> None:
         [*_, (_, x)] = diagram.layers([(end + 6, y), (end + 34, y)], network.end[:-1], 0)
         diagram.arrow([(x, y), (x + 30, y)])
 
-        left, right = x + 34, x + 246  # of the projection
+        left, right = x + 34, x + 246  # ends of the projection
         cells = [y + height * ((k + 0.5) / features - 0.5) for k in range(features)]
         rows = [y + height * ((k + 0.5) / classes - 0.5) for k in range(classes)]
         for cell, value in zip(cells, means, strict=True):

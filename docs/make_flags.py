@@ -48,7 +48,7 @@ def tables(module: str) -> str:
 
 
 def row(names: list[str], meaning: str) -> str:
-    """Returns a flag's line in a table, its choices without the brackets of HTML."""
+    """Returns a flag's row of the table. Choices in <…> become code: HTML would hide them."""
     meaning = re.sub(r"^<(.*?)>", lambda found: f"`{found[1].replace(' | ', '`, `')}`", meaning)
     meaning = meaning.replace("\N{NO-BREAK SPACE}", " ")
     return f"| {', '.join(f'`{name}`' for name in names)} | {meaning} |\n"

@@ -1,4 +1,4 @@
-"""Draws how the runs recorded here learned, leaving out those that are not there.
+"""Draws the learning curves of the recorded runs, and skips missing runs.
 
 python benchmarks/accuracy/draw_curves.py --results_dir=benchmarks/accuracy --output_dir=files
 """
@@ -33,12 +33,12 @@ from cifar10_resnet.terminal import PROJECT
 if TYPE_CHECKING:
     from cifar10_resnet.cli.flags import Flags
 
-HIGHEST_ERROR, LOWEST_ACCURACY = 30, 60  # shown, in percent; more where a run ends near or beyond
-PAPERS_ACCURACY = 91.25  # of ResNet-20, in the first paper's table 6
+HIGHEST_ERROR, LOWEST_ACCURACY = 30, 60  # percent; the axis grows if a run ends near or beyond
+PAPERS_ACCURACY = 91.25  # ResNet-20, in the first paper's table 6
 
 
 class Look(NamedTuple):
-    """How a run is drawn: apart from others by colour, by lightness and by marker."""
+    """The look of a run. Colour, lightness and marker distinguish it from others."""
 
     label: str
     colour: str
@@ -74,7 +74,7 @@ class Settings(Checked):
 
 
 def main(flags: "Flags") -> int:
-    """Draws the pictures."""
+    """Draws the plots."""
     results, output = Path(flags.results_dir), Path(flags.output_dir)
     for title, looks, file in (
         ("Residual networks", RESIDUAL, "resnet.png"),
@@ -86,20 +86,20 @@ def main(flags: "Flags") -> int:
 
 
 class Run(NamedTuple):
-    """A run's columns, with `nan` where nothing was measured, its score, and how to draw it."""
+    """A run's look, its accuracy, and its columns with `nan` for missing values."""
 
     look: Look
     columns: dict[str, np.ndarray]
     accuracy: float
 
     def curve(self, x: str, y: str) -> Curve:
-        """Two columns, where both were measured."""
+        """Returns two columns, in the rows that have both values."""
         both = np.stack([self.columns[x], self.columns[y]])
         return tuple(both[:, np.isfinite(both).all(axis=0)])
 
 
 def read_runs(folder: Path, looks: dict[str, Look], x: str) -> list[Run]:
-    """Those of the runs that are there and have test accuracies to be drawn against x."""
+    """Returns the runs that exist and have test accuracies to draw against x."""
     runs = []
     for name, look in looks.items():
         file = folder / f"{name}.csv"
@@ -116,7 +116,7 @@ def read_runs(folder: Path, looks: dict[str, Look], x: str) -> list[Run]:
 
 
 def draw_errors(runs: Sequence[Run], title: str, file: Path) -> None:
-    """Errors on training and test images against iterations, as in the paper's figure."""
+    """Draws the errors on training and test images over steps, as in the paper's plot."""
     if not runs:
         print(f"not drawn, for want of runs: {file}")
         return
@@ -138,7 +138,7 @@ def draw_errors(runs: Sequence[Run], title: str, file: Path) -> None:
 
 
 def draw_speed(runs: Sequence[Run], file: Path) -> None:
-    """Test accuracy against time."""
+    """Draws the test accuracy over time."""
     if not runs:
         print(f"not drawn, for want of runs: {file}")
         return
@@ -158,7 +158,7 @@ def draw_speed(runs: Sequence[Run], file: Path) -> None:
 
 
 class End(NamedTuple):
-    """Where a line ends, and what is written about it."""
+    """The end of a line, and its label."""
 
     look: Look
     x: float
@@ -167,12 +167,12 @@ class End(NamedTuple):
 
 
 def draw_thick(axes: Axes, run: Run, x: str, y_of: Callable[[Any], Any], text: str) -> End:
-    """Draws a run's test accuracy, or what is made of it, as a thick line with markers."""
+    """Draws `y_of` a run's test accuracy as a thick line with markers, and returns its end."""
     x, accuracy = run.curve(x, "test_accuracy")
     y = y_of(accuracy)
     marks = [*range(0, len(x) - 1, max(1, len(x) // 8)), len(x) - 1]
     axes.plot(x, y, lw=1.8, markevery=marks, **marker(run.look))
-    # what is written is the evaluator's score, as in the table: in fp32, not as the run computes
+    # The label has the evaluator's accuracy, as in the table: in fp32, not in the run's precision.
     return End(run.look, x[-1], y[-1], text.format(run.look.label, y_of(run.accuracy), x[-1]))
 
 
@@ -182,7 +182,7 @@ def marker(look: Look) -> dict[str, Any]:
 
 
 def label_ends(axes: Axes, ends: Sequence[End]) -> None:
-    """Writes the texts on the right, as high as the lines end, or nearly where two are level."""
+    """Writes the labels on the right, as high as the lines end, or moved if two are level."""
     right = max(end.x for end in ends)
     axes.set_xlim(0, 1.01 * right)
     bottom, top = axes.get_ylim()
@@ -200,10 +200,10 @@ def label_ends(axes: Axes, ends: Sequence[End]) -> None:
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Places near values, in their order, with at least a gap between any two."""
+    """Returns places near the values, in their order, at least `gap` apart."""
     order = sorted(range(len(values)), key=values.__getitem__)
-    # Moved down by what stands below it, each value may stay as long as it is no lower than the one
-    # before; those that are share their mean.
+    # Each value is lowered by the gaps below it. It stays there if it is no lower than the group
+    # before it. Otherwise, it joins that group, whose members share their mean.
     together: list[list[float]] = []
     for below, i in enumerate(order):
         together.append([values[i] - gap * below])

@@ -1,11 +1,10 @@
-"""Trains every network of the README's table of results, or goes on where that was left off.
+"""Trains every network in the table of docs/results.md, and writes the results.
 
     python benchmarks/accuracy/run_all.py --path=cifar-10-batches-bin
 
-Each run leaves `benchmarks/accuracy/NAME.csv`, its curves with the command that made them, and, of
-several seeds the one in the middle, its weights in `files/pretrained/`. What is there already is
-left as it is, unless `--again` is given; Ctrl-C saves, and the same command goes on from there.
-`--table` prints the table.
+Each run writes its curves and its command to `benchmarks/accuracy/NAME.csv`. The weights of the
+median seed go to `files/pretrained/`. A finished run is skipped unless you pass `--again`. Press
+Ctrl-C to save and stop, and run the same command to resume. `--table` prints the table.
 """
 
 import argparse
@@ -35,7 +34,7 @@ from cifar10_resnet.cli.guard import exits_with_a_sentence  # noqa: E402
 from cifar10_resnet.config import RunConfig  # noqa: E402
 from cifar10_resnet.device import stderr_held_back  # noqa: E402
 
-# what some of a CSV's columns are called in a run's event files
+# Some columns of a CSV file have other names in a run's event files.
 IN_EVENTS = {
     "epoch": "train_epoch",
     "test_accuracy": "eval_accuracy",
@@ -44,14 +43,14 @@ IN_EVENTS = {
 
 
 class Run(NamedTuple):
-    """One row's training: what it is called, and the trainer's flags."""
+    """A run for the table: its name, and the trainer's flags."""
 
     name: str
     num_layers: int
     shortcut_connections: bool = True
     recipe: str = "fast"
     seed: int = 0
-    train_epochs: int | None = None  # where it is not the recipe's length
+    train_epochs: int | None = None  # None: the recipe's length
     epochs_between_evals: int = 1
     more: tuple[str, ...] = ()
 
@@ -65,30 +64,30 @@ class Run(NamedTuple):
             *(f"--num_layers={self.num_layers}", *plain, f"--recipe={self.recipe}"),
             *(f"--seed={self.seed}", "--dtype=bf16"),
             f"--epochs_between_evals={self.epochs_between_evals}",
-            "--log_per_iterations=391",  # an epoch
+            "--log_per_iterations=391",  # one epoch
             *([f"--train_epochs={self.train_epochs}"] if self.train_epochs else []),
             *self.more,
         ]
 
     @property
     def is_shipped(self) -> bool:
-        """Whether its weights go to `files/pretrained/`: one of the fast recipe's full length."""
+        """Returns whether its weights may go to `files/pretrained/`: the full fast recipe."""
         return self.recipe == "fast" and self.train_epochs is None
 
     @property
     def seeds(self) -> list["Run"]:
-        """The runs that differ from this one in their seed alone."""
+        """Returns the runs with the same settings and any seed."""
         return [
             run for run in RUNS if run._replace(name="", seed=0) == self._replace(name="", seed=0)
         ]
 
 
-# The most useful first: some take minutes, some hours.
+# The most useful runs come first, because some take minutes and some take hours.
 RUNS = (
     Run("resnet20-fast-seed0", 20),
     Run("resnet20-fast-seed1", 20, seed=1),
     Run("resnet20-fast-seed2", 20, seed=2),
-    # to the paper's accuracy, against the clock
+    # This run measures the time to the paper's accuracy.
     Run("resnet20-fast-28-epochs", 20, train_epochs=28, epochs_between_evals=7),
     Run("plain20-fast", 20, False),
     Run("resnet56-fast", 56),
@@ -99,19 +98,19 @@ RUNS = (
     Run("resnet32-fast", 32),
     Run("resnet44-fast", 44),
 )
-# Test accuracy in percent, from the first paper's table 6; the best of five runs at 110 layers.
+# The first paper's table 6 has these percents. At 110 layers, it is the best of five runs.
 PAPER_ACCURACY = {20: 91.25, 32: 92.49, 44: 92.83, 56: 93.03, 110: 93.57}
 
 
 class Result(NamedTuple):
-    """What a finished run's CSV says."""
+    """A finished run, and its CSV file."""
 
     run: Run
     csv: run_csv.RunCsv
 
 
 def read_result(run: Run) -> Result | None:
-    """The result of a run, or None where it is not finished."""
+    """Returns the result of a run, or None if it is not finished."""
     file = RESULTS / f"{run.name}.csv"
     return Result(run, run_csv.read(file)) if file.exists() else None
 
@@ -119,7 +118,7 @@ def read_result(run: Run) -> Result | None:
 def table(results: Sequence[Result]) -> str:
     """Returns the table of results in Markdown: a row for each network and recipe that is finished.
 
-    The residual networks stand first, then the plain ones, each by their depth.
+    The residual networks come first, then the plain networks, each by depth.
     """
     rows = [
         "| network | parameters | accuracy | seeds | recipe | epochs | minutes | paper "
@@ -153,12 +152,12 @@ def _row(run: Run, group: Sequence[Result]) -> str:
 
 
 def _middle(group: Sequence[Result]) -> Result:
-    """The result whose accuracy is the median (of an even number, the lower of the two)."""
+    """Returns the result with the median accuracy (of an even number, the lower of the two)."""
     return sorted(group, key=lambda result: result.csv.accuracy)[(len(group) - 1) // 2]
 
 
 def train(run: Run, path: str, runs_dir: str) -> None:
-    """Trains a run to its end, from wherever it stands, and writes its CSV."""
+    """Trains or resumes a run to its end, evaluates it, and writes its CSV file."""
     folder = os.path.abspath(os.path.join(runs_dir, run.name))
     where = (f"--path={os.path.abspath(path)}", f"--ckpt_path={folder}")
     scores = os.path.join(folder, "scores.json")
@@ -170,8 +169,8 @@ def train(run: Run, path: str, runs_dir: str) -> None:
 
 
 def _run_program(*words: str) -> None:
-    """Runs one of the project's programs to its end, and ends with it where it fails."""
-    # Ctrl-C reaches that program too, which may take a while to save: this one waits for it.
+    """Runs one of the project's programs, and exits with its status if it fails."""
+    # Ctrl-C also reaches that program, which may take a while to save. This one waits for it.
     before = signal.signal(signal.SIGINT, lambda number, frame: None)
     status = subprocess.call([sys.executable, *words], cwd=TOP)
     signal.signal(signal.SIGINT, before)
@@ -179,7 +178,7 @@ def _run_program(*words: str) -> None:
         raise SystemExit(status)
 
 
-@stderr_held_back()  # TensorFlow's start
+@stderr_held_back()  # TensorFlow's start-up messages
 def _write_csv(run: Run, folder: str, score: dict[str, Any]) -> None:
     import tensorflow as tf
 
@@ -192,7 +191,7 @@ def _write_csv(run: Run, folder: str, score: dict[str, Any]) -> None:
     rows, seconds, step = read_history(os.path.join(folder, "log")), 0.0, 0
     for row in rows:
         if "train_images_per_second" in row:
-            # from the rates, so that the time between two starts of a run does not count
+            # The rates give the seconds, so the time between two starts of a run does not count.
             images = (row["step"] - step) * description.training.batch_size
             seconds += images / row["train_images_per_second"]
             step = row["step"]
@@ -219,7 +218,7 @@ def _rounded(value: float | None) -> str:
 
 
 def _processor() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:  # Linux alone has it
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:  # only on Linux
         for line in lines:
             if line.startswith("model name"):
                 return line.split(":")[1].strip()
@@ -227,7 +226,7 @@ def _processor() -> str:
 
 
 def ship(runs: Sequence[Run], runs_dir: str) -> None:
-    """Puts the weights of a network's middle seed into `files/pretrained/`, once all are done."""
+    """Copies the median seed's weights to `files/pretrained/`, once all seeds are finished."""
     from cifar10_resnet import checkpoints
 
     results = [read_result(run) for run in runs]
@@ -235,7 +234,7 @@ def ship(runs: Sequence[Run], runs_dir: str) -> None:
         return
     middle = _middle(results).run
     trained = os.path.join(runs_dir, middle.name)
-    if not os.path.isdir(trained):  # its CSV came with the project
+    if not os.path.isdir(trained):  # The CSV file came with the project.
         return
     saved = checkpoints.find(trained)
     folder = PRETRAINED / middle.network

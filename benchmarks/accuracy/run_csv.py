@@ -1,4 +1,4 @@
-"""The CSV file that a run leaves here: its comments, its columns, its pace."""
+"""Reads the CSV file of a run: its comments, its columns and its pace."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,19 +14,19 @@ COLUMNS = (
 
 
 class RunCsv(NamedTuple):
-    """What a file says: `# name: value` lines, and columns with `nan` for an empty cell."""
+    """A file's `# name: value` comments, and its columns with `nan` for an empty cell."""
 
     comments: dict[str, str]
     columns: dict[str, np.ndarray]
 
     @property
     def accuracy(self) -> float:
-        """The evaluator's score of the end on the test images; `nan` where there is none."""
+        """Returns the evaluator's test accuracy at the end, or `nan` if it is missing."""
         return float(self.comments.get("test_accuracy", "nan"))
 
     @property
     def minutes(self) -> np.ndarray:
-        """How long the training was under way at each row, by the median of its paces.
+        """Returns the minutes of training at each row, at the run's median pace.
 
         So it matters little whether the machine did other things for a while, or halted the run.
         """

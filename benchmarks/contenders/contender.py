@@ -1,4 +1,4 @@
-"""What all contenders share: the work they do, and how compare.py talks to them."""
+"""Contains the common code of all contenders: their work, and their answers to compare.py."""
 
 import abc
 import contextlib
@@ -23,14 +23,14 @@ BATCH_NORM_EPSILON = 1e-3
 BLOCK_DEPTHS = (16, 32, 64)
 NUM_CLASSES = 10
 
-# Enough that no batch is still in a processor's cache from the last time.
+# With this number of batches, none is still in a processor's cache from its last use.
 BATCHES = 8
-# The second is the first that momentum has a part in.
+# The second step is the first step with an effect of momentum.
 CHECKED_STEPS = 2
 
 
 def memory_batches(batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The batches of the bare step: float32 pictures with their mean subtracted, and labels."""
+    """Returns the batches of the bare step: float32 images minus their mean, and labels."""
     from cifar10_resnet.data import synthetic
 
     pictures, labels = synthetic.make_split("train", BATCHES * batch_size, seed=0)
@@ -40,7 +40,7 @@ def memory_batches(batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def read_split(folder: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The pictures, uint8 [N, 32, 32, 3], and labels of a folder in CIFAR-10's binary layout."""
+    """Returns images, uint8 [N, 32, 32, 3], and labels of a folder of CIFAR-10's binary files."""
     pattern = "data_batch_*.bin" if split == "train" else "test_batch.bin"
     files = sorted(Path(folder).glob(pattern))
     records = np.concatenate([np.fromfile(f, np.uint8).reshape(-1, 3073) for f in files])
@@ -49,7 +49,7 @@ def read_split(folder: str, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Contender(abc.ABC):
-    """One way to train the network: what compare.py asks of each of them."""
+    """One way to train the network, with the requests that compare.py sends."""
 
     batch_size = BATCH_SIZE
 
@@ -57,36 +57,36 @@ class Contender(abc.ABC):
     def prepare(
         self, layers: int, dtype: str, weight_decay: float = WEIGHT_DECAY, **options: Any
     ) -> dict[str, Any]:
-        """Builds the network; returns `parameters`, `device`, and what else is worth recording."""
+        """Builds the network and returns `parameters`, `device` and other facts to record."""
 
     @abc.abstractmethod
     def train(self, count: int) -> float:
-        """Takes that many steps and, once they are done, returns their mean loss."""
+        """Takes `count` steps and, once they are done, returns their mean loss."""
 
     @abc.abstractmethod
     def load(self, variables: Mapping[str, np.ndarray]) -> None:
-        """Takes over all variables of this project's network, under its names and in its shapes."""
+        """Loads all variables of this project's network, with its names and shapes."""
 
     @abc.abstractmethod
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """The network's answers in inference."""
+        """Returns the network's logits in inference."""
 
     def timed(self, count: int) -> tuple[float, float]:
-        """Seconds for that many steps, and their loss."""
-        self.train(1)  # the first after the other contenders' turns finds caches and memory cold
+        """Returns the seconds that `count` steps take, and their loss."""
+        self.train(1)  # After the others' turns, caches and memory are cold.
         started = time.perf_counter()
         loss = self.train(count)
         return time.perf_counter() - started, loss
 
     def steps(self, count: int) -> float:
-        """Images per second over that many steps."""
+        """Returns the images per second over `count` steps."""
         seconds, loss = self.timed(count)
         if not math.isfinite(loss):
             raise FloatingPointError("the loss is no longer finite")
         return count * self.batch_size / seconds
 
     def check(self, file: str) -> list[list[list[float]]]:
-        """The logits of one batch with the variables in `file`, before and after a few steps."""
+        """Returns one batch's logits with the variables in `file`, before and after a few steps."""
         with np.load(file) as variables:
             self.load(variables)
         images, _ = memory_batches(self.batch_size)[0]
@@ -99,7 +99,7 @@ class Contender(abc.ABC):
 
 
 def batches_per_second(batches: Iterator[Any], count: int) -> float:
-    """How fast an input pipeline gives batches; what it had ready beforehand does not count."""
+    """Returns a pipeline's batches per second. Batches that were ready before do not count."""
     for _ in range(20):
         next(batches)
     started = time.perf_counter()
@@ -110,7 +110,7 @@ def batches_per_second(batches: Iterator[Any], count: int) -> float:
 
 def serve(commands: Mapping[str, Callable[..., Any]]) -> None:
     """Answers each line of JSON on stdin with one on stdout, until stdin ends."""
-    # What a library prints must not get between the answers.
+    # A library's output must not get between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -121,6 +121,6 @@ def serve(commands: Mapping[str, Callable[..., Any]]) -> None:
 
 
 def _give_memory_back() -> None:
-    # All contenders are alive at once: what each one's allocator hoards between turns adds up.
+    # All contenders are alive at once, so the free memory that allocators keep adds up.
     with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)

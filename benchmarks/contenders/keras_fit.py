@@ -46,7 +46,7 @@ def norm_relu(x: Any, name: str) -> Any:
 
 
 def build(num_layers: int, weight_decay: float) -> keras.Model:
-    decay = keras.regularizers.L2(weight_decay / 2)  # the plain sum of squares, without a half
+    decay = keras.regularizers.L2(weight_decay / 2)  # Keras sums the squares without a half.
     inputs = keras.Input([32, 32, 3])
     depth_in = BLOCK_DEPTHS[0]
     x = convolution(inputs, depth_in, 1, decay, "init_conv")
@@ -99,7 +99,7 @@ def augmented_batches(folder: str) -> tf.data.Dataset:
 
 
 class Stopwatch(keras.callbacks.Callback):
-    """Times the steps of an epoch but for the first, which waits for the input to start up."""
+    """A timer of an epoch's steps except the first, which waits for the input to start up."""
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         if batch == 1:
@@ -118,7 +118,7 @@ class KerasFit(Contender):
         weight_decay: float = WEIGHT_DECAY,
         folder: str | None = None,
     ) -> dict[str, Any]:
-        """With a folder the steps train on its augmented pictures, else on batches in memory."""
+        """Builds the network to train on a folder's augmented images, or on batches in memory."""
         keras.mixed_precision.set_global_policy(
             {"fp32": "float32", "bf16": "mixed_bfloat16"}[dtype]
         )

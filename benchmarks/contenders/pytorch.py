@@ -78,7 +78,7 @@ class ResNet(nn.Module):
 
 
 class Network:
-    """A network in training in one memory layout, with its batches."""
+    """A network in one memory format, with its optimizer and its batches."""
 
     def __init__(self, layers: int, dtype: str, compiled: bool, layout: str, weight_decay: float):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,8 +140,8 @@ class PyTorch(Contender):
         compiled: bool,
         weight_decay: float = WEIGHT_DECAY,
     ) -> dict[str, Any]:
-        # Which layout is faster hangs on processor, precision and compiler, so both are tried;
-        # on the 20-layer network, which has the layers of all, and compiles in less time.
+        # The faster layout depends on processor, precision and compiler, so both are tried.
+        # The network of 20 layers has the layers of all depths, and compiles in less time.
         seconds = {
             layout: Network(20, dtype, compiled, layout, weight_decay).fastest_step()
             for layout in LAYOUTS
@@ -160,9 +160,9 @@ class PyTorch(Contender):
     def train(self, count: int) -> float:
         return self.network.train(count)
 
-    # Where a convolution halves the picture, TensorFlow's "SAME" pads after it, and PyTorch's
-    # padding=1 in effect before it. So this network is the same function of pictures and kernels
-    # that are mirrored both ways; everything else in it is symmetric.
+    # If a convolution halves the image, TensorFlow's "SAME" pads after it, and PyTorch's padding=1
+    # in effect before it. So this network is the same function of images and kernels that are
+    # mirrored both ways. Everything else in it is symmetric.
 
     def load(self, variables: Mapping[str, np.ndarray]) -> None:
         attributes = {

@@ -1,8 +1,8 @@
 """The common way to write this network in TensorFlow 2, as a contender.
 
-Subclassed Keras layers and a subclassed model, a train step of its own under `tf.function`, the L2
-term summed in the loss, and pictures augmented one by one by `tf.image`. By itself it is also a
-small program: `tf2_reference.py train` and `tf2_reference.py evaluate`.
+It has subclassed Keras layers and a subclassed model, and a custom step under `tf.function`. The
+loss includes the L2 term, and `tf.image` augments the images one by one. The file is also a small
+program: `tf2_reference.py train` and `tf2_reference.py evaluate`.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-# for the program; the bench sets it for all
+# The program needs this. The benchmark sets it for all contenders.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
@@ -96,7 +96,7 @@ def build(num_layers: int) -> ResNet:
 
 
 class Training:
-    """The custom training loop's pieces."""
+    """The parts of the custom training loop."""
 
     def __init__(self, model: ResNet, weight_decay: float = WEIGHT_DECAY):
         self.model, self.weight_decay = model, weight_decay
@@ -152,7 +152,7 @@ class Tf2Reference(Contender):
         weight_decay: float = WEIGHT_DECAY,
         folder: str | None = None,
     ) -> dict[str, Any]:
-        """With a folder the steps train on its augmented pictures, else on batches in memory."""
+        """Builds the network to train on a folder's augmented images, or on batches in memory."""
         if dtype != "fp32":
             raise ValueError(f"no {dtype} here")
         self.training = Training(build(layers), weight_decay)
@@ -208,7 +208,7 @@ def train(folder: str, layers: int, steps: int, checkpoint: str | None) -> None:
         training.step(batch_images, batch_labels)
         print(f"step {step} loss {float(training.loss.result()):.4f}", flush=True)
     if checkpoint:
-        # the mean too, so that evaluating need not read the training images
+        # With the mean, evaluating does not have to read the training images.
         saved = tf.train.Checkpoint(model=training.model, mean=tf.Variable(mean))
         saved.write(checkpoint)
 

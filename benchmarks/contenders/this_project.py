@@ -34,9 +34,9 @@ MATMUL_SECONDS = 1.0
 
 
 def multiply_adds(config: ModelConfig) -> int:
-    """Multiplications with additions that a forward pass takes for one picture.
+    """Returns the multiply-adds of a forward pass for one image.
 
-    Those of the convolutions and the projection: the rest is per pixel and does not count beside.
+    They are in the convolutions and the final layer. The rest is per pixel and negligible.
     """
     side, depth_in = 32, BLOCK_DEPTHS[0]
     total = side * side * 9 * 3 * depth_in
@@ -55,7 +55,7 @@ def multiply_adds(config: ModelConfig) -> int:
 
 
 def network_variables(model: ResNet) -> list[tf.Variable]:
-    """All but the images' mean, which travels with the network but is no part of it."""
+    """Returns all variables except the mean image, which is only saved with the network."""
     return [v for v in model.variables if v is not model.image_mean]
 
 
@@ -73,7 +73,7 @@ class ThisProject(Contender):
         model = ModelConfig(num_layers=layers, bottleneck=bottleneck, num_classes=NUM_CLASSES)
         training = TrainingConfig(
             batch_size=batch_size,
-            # A run begins with a tenth of its rate; one this long does so for 10,000 steps.
+            # A run begins with a tenth of its rate. A run of this length does so for 10,000 steps.
             init_lr=10 * LEARNING_RATE,
             num_iterations=1_280_000,
             momentum=MOMENTUM,
@@ -110,7 +110,7 @@ class ThisProject(Contender):
         return self.trainer.model(images).numpy()
 
     def export(self, file: str) -> None:
-        """Writes variables for `check`: none is like another, and the batch statistics fit."""
+        """Writes variables for `check`: all are different, and the batch statistics fit."""
         config = dataclasses.replace(self.trainer.run.model, batch_norm_decay=0.0)
         model = ResNet(**config.arguments())
         rng = np.random.default_rng(0)
@@ -123,7 +123,7 @@ class ThisProject(Contender):
         np.savez(file, **values)
 
     def matmul(self, dtype: str) -> float:
-        """GMAC/s of one large matrix product: about the most that this machine can do."""
+        """Returns the GMAC/s of one large matrix product, about the most of this machine."""
         a, b = (
             tf.cast(tf.random.stateless_normal([MATRIX_SIDE] * 2, [0, seed]), DTYPES[dtype])
             for seed in (1, 2)
@@ -144,7 +144,7 @@ class ThisProject(Contender):
         return BATCH_SIZE * batches_per_second(self._pipeline, count)
 
     def peak_memory(self) -> float:
-        """The most memory that this process has held, in MiB."""
+        """Returns the peak memory of this process in MiB."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     def commands(self) -> dict[str, Any]:

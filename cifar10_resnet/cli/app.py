@@ -1,6 +1,6 @@
-"""How every program starts: its flags, --help, and wrong flags told in a sentence.
+"""Starts every program: reads its flags, prints --help, and refuses wrong flags in one line.
 
-A program names its settings in a dataclass and ends in `app.run(main, Settings)`.
+A program defines its settings in a dataclass and ends with `app.run(main, Settings)`.
 """
 
 import difflib
@@ -32,7 +32,7 @@ def run(
 ) -> None:
     """Reads the flags and runs `main`.
 
-    A program that takes arguments beside flags says where: "anywhere", or "last".
+    If a program takes arguments other than flags, `arguments` is "anywhere" or "last".
     """
     open_closed_streams()
     sys.exit(exits_with_a_sentence(_run)(main, settings, arguments))
@@ -41,7 +41,7 @@ def run(
 def _run(
     main: "Callable[[Flags], int | None]", settings: type[Checked], arguments: str
 ) -> int | None:
-    # Imported late: if absl is missing, or Ctrl-C comes meanwhile, that is told in a sentence.
+    # Imported late, so a missing absl, or Ctrl-C meanwhile, ends with a one-line error.
     from absl import app, flags, logging
 
     from cifar10_resnet.cli.flags import Flags
@@ -49,12 +49,12 @@ def _run(
     given = Flags(settings, [_at_home(argument) for argument in sys.argv], flags.FLAGS)
 
     class Help(app.HelpFlag):
-        """--help, in place of absl's: in groups, and asking for help is no failure."""
+        """The --help flag, instead of absl's. It prints groups, and the exit status is 0."""
 
         def parse(self, argument: str) -> None:
             if self._parse(argument):
                 width = min(shutil.get_terminal_size().columns, MAX_WIDTH)
-                # Flushed here, where it is noticed that the reader has gone.
+                # Flushed here, where an error is handled if the reader has gone.
                 print(help_text(main.__globals__["__doc__"], settings, width), flush=True)
                 sys.exit(0)
 
@@ -82,12 +82,12 @@ def _run(
         raise UserError(given.worded(error)) from error
     except Terminated:
         raise
-    except SystemExit as end:  # absl would end the process, before all of its output is written
+    except SystemExit as end:  # absl would end the process before all of its output is written.
         return end.code
 
 
 def _at_home(argument: str) -> str:
-    """A flag such as --path=~/data as it is meant: shells leave a ~ alone behind a = sign."""
+    """Returns a flag such as --path=~/data with its ~ expanded. Shells do not expand it after =."""
     flag, equals, value = argument.partition("=")
     return flag + equals + os.path.expanduser(value) if value.startswith("~") else argument
 
@@ -106,7 +106,7 @@ def help_text(description: str, settings: type[Checked], width: int) -> str:
 
 
 def _flag_lines(names: str, meaning: str, width: int) -> list[str]:
-    # Where the terminal is narrow, or the names are long, the text goes below them.
+    # If the terminal is narrow or the names are long, the text goes below the names.
     indent = NAMES_WIDTH if width >= 80 else 6
     below = len(names) + 3 >= indent
     text = textwrap.fill(
@@ -121,7 +121,7 @@ def _flag_lines(names: str, meaning: str, width: int) -> list[str]:
 
 
 def _sentence(error: Exception, settings: type[Checked]) -> UserError:
-    """Returns absl's complaint about the flags, in words for people."""
+    """Returns absl's error about the flags in plain words."""
     from cifar10_resnet.cli.flags import items_of, names_of
 
     if unknown := getattr(error, "flagname", None):

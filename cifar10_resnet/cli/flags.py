@@ -1,4 +1,4 @@
-"""The flags of a program, made from its settings: defined, explained and read."""
+"""Defines, explains and reads the flags of a program's settings."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from cifar10_resnet.config import depends_on_recipe
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.settings import Checked, check, type_of, wanted
 
-UNBROKEN = "\N{NO-BREAK SPACE}"  # It keeps the name of a default beside its value.
+UNBROKEN = "\N{NO-BREAK SPACE}"  # It keeps a default's value on the line of "default:".
 
 
 def items_of(settings: type[Checked]) -> list[Field]:
@@ -59,7 +59,7 @@ def _shown(value: Any) -> str:
 
 
 class _Parser(flags.ArgumentParser):
-    """Reads a flag's value and refuses those that its setting cannot have."""
+    """The parser of a flag. It refuses values that the flag's setting cannot have."""
 
     def __init__(self, item: Field):
         self.item, self.kind = item, type_of(item)
@@ -86,7 +86,7 @@ class _Parser(flags.ArgumentParser):
 
 
 def define(settings: type[Checked], values: flags.FlagValues) -> None:
-    """Defines a flag for each setting. Those that were defined before are replaced."""
+    """Defines a flag for each setting. Replaces flags that were defined before."""
     for item in items_of(settings):
         parser, is_bool = _Parser(item), type_of(item) is bool
         kind = flags.MultiFlag if parser.is_repeatable else flags.Flag
@@ -105,7 +105,7 @@ def define(settings: type[Checked], values: flags.FlagValues) -> None:
 
 
 class Flags:
-    """The values of a program's flags, and which of them were typed under which name."""
+    """The values of a program's flags, and the names under which flags were typed."""
 
     def __init__(
         self, settings: type[Checked], argv: Sequence[str], values: flags.FlagValues | None = None
@@ -115,7 +115,7 @@ class Flags:
         define(settings, self._values)
 
     def parse(self) -> "Flags":
-        """Reads the command line. What follows the flags becomes `arguments`."""
+        """Reads the command line. Words that are not flags become `arguments`."""
         self.arguments = self._values(["", *self._argv])[1:]
         for name, item in self._items.items():
             if item.default is MISSING and getattr(self, name) is None:
@@ -134,7 +134,7 @@ class Flags:
         return settings(**{item.name: getattr(self, item.name) for item in items_of(settings)})
 
     def given(self, *kinds: type[Checked]) -> dict[str, Any]:
-        """Returns the flags that were typed, of those that are settings of these classes."""
+        """Returns the typed flags that are settings of these classes, with their values."""
         names = {item.name for kind in kinds for item in items_of(kind)} & self._items.keys()
         return {name: getattr(self, name) for name in sorted(names) if self._values[name].present}
 

@@ -1,4 +1,4 @@
-"""How programs end: in a sentence on stderr and with exit status 1, without a traceback."""
+"""Ends programs with a one-line error on stderr and exit status 1, without a traceback."""
 
 import contextlib
 import errno
@@ -15,11 +15,11 @@ from cifar10_resnet.terminal import RED, emphasised
 
 
 class Terminated(SystemExit):
-    """SIGTERM has arrived. The program ends as by Ctrl-C: its `finally` blocks tidy up."""
+    """The exception for SIGTERM. The program ends as after Ctrl-C: its `finally` blocks run."""
 
 
 ENVIRONMENT = "Enter the environment: . .venv/bin/activate (`make demo` creates it)."
-# What to do about a package that is not there.
+# This is the advice for each package that may be missing.
 PACKAGES = {
     "absl": ENVIRONMENT,
     "numpy": ENVIRONMENT,
@@ -32,7 +32,7 @@ PACKAGES = {
 
 
 def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Wraps a program's `main`: an error or a signal ends it in a sentence, a bug does not."""
+    """Makes errors and signals end `main` with one line. A bug ends it with a traceback."""
 
     @functools.wraps(main)
     def guarded(*args, **kwargs):
@@ -51,11 +51,11 @@ def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int 
             print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
             return stop.code if isinstance(stop, Terminated) else 128 + signal.SIGINT
         except BrokenPipeError:
-            # whoever read the output has gone, as in `… | head`: end as quietly as other programs
+            # The output was closed, as in `… | head`. End as quietly as other programs.
             _silence_stdout()
             return 128 + signal.SIGPIPE
         except OSError as error:
-            # What a program writes to it tells of by itself; what is left is its output.
+            # Programs handle errors of the files that they write. This error is about their output.
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
             _silence_stdout()
@@ -79,7 +79,7 @@ def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """While entered, SIGTERM raises Terminated."""
+    """Makes SIGTERM raise Terminated in the block."""
 
     def terminate(number: int, frame: object) -> None:
         raise Terminated(128 + number)
@@ -95,30 +95,30 @@ def _terminable() -> Iterator[None]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether it is Python's or TensorFlow's; this module does not import TensorFlow."""
+    """Returns whether Python or TensorFlow ran out of memory. Does not import TensorFlow."""
     text = f"{type(error).__name__}: {error}"
     return bool(re.match("MemoryError|ResourceExhaustedError.*(OOM|[Oo]ut of memory)", text, re.S))
 
 
 def _silence_stdout() -> None:
-    """Lets Python's last flush go nowhere: it would fail as the one before it."""
+    """Sends stdout to /dev/null, because Python's last flush would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def tell(error: UserError) -> None:
-    """Writes an error's sentence to stderr, in one line, whatever a file put into it."""
+    """Writes an error to stderr in one line, without control characters."""
     label = emphasised("error:", sys.stderr, RED)
     print(f"{os.path.basename(sys.argv[0])}: {label} {printable(str(error))}", file=sys.stderr)
 
 
 def open_closed_streams() -> None:
-    """Lets what is printed go nowhere if a standard stream is closed, as by `2>&-`.
+    """Opens /dev/null for each standard stream that is closed, as by `2>&-`.
 
-    The next file that is opened would get its number, and with it what is printed.
+    Otherwise the next file that is opened gets the stream's number, and what is printed.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # It takes the lowest free number, which is this one.
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115

@@ -38,7 +38,7 @@ class Settings(Checked):
 
 
 def main(flags: "Flags") -> int:
-    """Prints the likeliest classes of each photo."""
+    """Prints the most likely classes of each photo."""
     if (flags.ckpt_path is None) == (flags.saved_model is None):
         raise UserError("Pass a network: either --ckpt_path or --saved_model.")
     if not flags.arguments:
@@ -59,7 +59,7 @@ def main(flags: "Flags") -> int:
             names.append(name)
             images.append(photo)
     results = _classify(answer, classes, names, images, flags.top)
-    # a file's name may hold characters that the terminal's encoding lacks
+    # A file's name may contain characters that the terminal's encoding lacks.
     sys.stdout.reconfigure(errors="backslashreplace")
     if flags.json:
         print(json.dumps(results, indent=2))
@@ -89,7 +89,7 @@ def _classify(
     images: "list[np.ndarray]",
     top: int,
 ) -> list[dict[str, Any]]:
-    """Returns the likeliest classes of each photo."""
+    """Returns the most likely classes of each photo."""
     import numpy as np
 
     probabilities: list[np.ndarray] = []
@@ -109,7 +109,7 @@ def _classify(
 
 
 def _table(results: list[dict[str, Any]]) -> str:
-    """Returns a line for each class. The photo's name stands on the first of its lines."""
+    """Returns a line for each class. The photo's name is on its first line."""
     rows = [
         (
             printable(result["picture"]) if i == 0 else "",

@@ -47,7 +47,7 @@ def main(flags: "Flags") -> int:
     storage.refuse_patterns(flags.export_dir)
     storage.refuse_unwritable_folder(flags.export_dir)
 
-    start_tensorflow("cpu")  # whatever the export is for, nothing large is computed here
+    start_tensorflow("cpu")  # An export computes nothing large, whatever it is for.
     from cifar10_resnet import checkpoints
     from cifar10_resnet.serving import export
 

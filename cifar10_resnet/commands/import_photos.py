@@ -2,7 +2,7 @@
 
     python -m cifar10_resnet import --image_dir=photos --data_dir=photos-bin
 
-The classes have the names of the sub-folders. Each photo's middle square is resized to 32x32. A
+The classes have the names of the sub-folders. Each photo's centre square is scaled to 32x32. A
 share of every class becomes the test images. The data folder appears only once it is complete.
 """
 
@@ -53,12 +53,12 @@ def main(flags: "Flags") -> int:
 
 
 def training_flags(num_images: int) -> list[str]:
-    """Returns the recipe that teaches a pretrained network the classes of so many images."""
+    """Returns the flags that train a pretrained network on `num_images` photos."""
     # Few images need many epochs, or the network takes too few steps to learn the new classes.
     epochs = max(20, math.ceil(LEAST_STEPS * BATCH_SIZE / num_images))
     flags = ["--recipe=fast", f"--train_epochs={epochs}"]
     if epochs * num_images / BATCH_SIZE < 1000:
-        # The default, 0.99, averages over more steps than so short a run has to spare.
+        # The default, 0.99, averages over more steps than so short a run has.
         flags.append("--batch_norm_decay=0.9")
     return flags
 

@@ -23,9 +23,9 @@ from cifar10_resnet.terminal import command
 if TYPE_CHECKING:
     from cifar10_resnet.cli.flags import Flags
 
-# Seconds that workers have to end of themselves once one of them has failed.
+# The other workers have this many seconds to end after one has failed.
 PATIENCE = 20
-# Linux sends a process the signal that it asks for by this number when its parent has ended.
+# With this number, a process asks Linux for a signal when its parent ends.
 PR_SET_PDEATHSIG = 1
 
 
@@ -42,7 +42,7 @@ def main(flags: "Flags") -> int:
 
 
 def launch(command: Sequence[str], count: int) -> int:
-    """Runs a Python program as so many workers; its status is that of the first one to fail."""
+    """Runs a Python program as `count` workers. Returns the first failed status, or 0."""
     addresses = [f"127.0.0.1:{port}" for port in cluster.free_ports(count)]
     workers = [
         subprocess.Popen(
@@ -52,7 +52,7 @@ def launch(command: Sequence[str], count: int) -> int:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            # of its own, so that Ctrl-C reaches it once, from here
+            # In its own session, a worker gets Ctrl-C once, from here.
             start_new_session=True,
             preexec_fn=_ending_with_launcher(),
         )
@@ -73,21 +73,21 @@ def launch(command: Sequence[str], count: int) -> int:
 
 
 def _ending_with_launcher() -> Callable[[], None] | None:
-    """What a worker does as it starts, so as not to be left behind by a launcher that is killed."""
+    """Returns a function that makes a worker end when its launcher is killed, on Linux."""
     if sys.platform != "linux":
         return None
     tell_system, launcher = ctypes.CDLL(None).prctl, os.getpid()
 
     def prepare() -> None:
         tell_system(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-        if os.getppid() != launcher:  # it had ended already
+        if os.getppid() != launcher:  # The launcher has already ended.
             os.kill(os.getpid(), signal.SIGTERM)
 
     return prepare
 
 
 def _wait(workers: Sequence[subprocess.Popen]) -> int:
-    """Waits for all workers; when one fails, the others have a while to notice, and are killed."""
+    """Waits for all workers. Kills the others `PATIENCE` seconds after one has failed."""
     ended = threading.Condition()
     statuses: list[int] = []
 

@@ -39,7 +39,7 @@ class Settings(Checked):
 
 
 def main(flags: "Flags") -> int:
-    """Draws the curves of all runs into one picture."""
+    """Draws the curves of all runs into one file."""
     from cifar10_resnet.training.history import read_history  # It imports TensorBoard.
 
     kind = os.path.splitext(flags.output)[1][1:].lower()
@@ -49,7 +49,7 @@ def main(flags: "Flags") -> int:
         zip(_names(flags.run), (_history(run, read_history) for run in flags.run), strict=True)
     )
 
-    # Matplotlib is slow to import, so mistakes are told before.
+    # Matplotlib is slow to import, so mistakes are reported first.
     from cifar10_resnet.figures.curves import curves_figure
     from cifar10_resnet.figures.style import encode
 
@@ -60,7 +60,7 @@ def main(flags: "Flags") -> int:
 
 
 def _names(runs: Sequence[str]) -> list[str]:
-    """The folders' own names, or as much of their paths as tells them apart."""
+    """Returns the folders' names, with as much of their paths as makes them unique."""
     paths = [os.path.realpath(run).removesuffix(os.sep + "log").split(os.sep) for run in runs]
     if len(set(map(tuple, paths))) < len(paths):
         raise UserError("--run names the same run twice.")

@@ -48,8 +48,8 @@ def main(flags: "Flags") -> int:
     from cifar10_resnet.serving.saved_network import SavedNetwork
 
     network = SavedNetwork(flags.saved_model)
-    # A large request makes many objects, and with them many passes of Python's garbage collector:
-    # they need not look at all of TensorFlow's each time.
+    # A large request makes many objects, so Python's garbage collector often runs. Frozen objects,
+    # such as TensorFlow's, are not searched each time.
     gc.freeze()
     stopped_by = asyncio.run(server.serve(network, sockets, flags.host, flags.timeout))
     return 128 + stopped_by
@@ -60,7 +60,7 @@ def _listen(host: str, port: int) -> list[socket.socket]:
 
     try:
         return bind_sockets(port, host, backlog=1024)
-    except (OSError, UnicodeError) as error:  # the latter of names that cannot be a machine's
+    except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
         raise UserError(
             f"cannot listen on {host}, port {port}: {reason_of(error)}. Choose others with --host "
             "and --port; --port=0 takes any free one."

@@ -14,15 +14,15 @@ README_FILE = "readme.html"  # CIFAR-10's archive has one.
 MAX_UNPACKED_BYTES = 512 << 20
 MAX_BATCH_BYTES = 256 << 20
 MAX_TEXT_BYTES = 64 << 10
-# The types of a tar's members, as their headers have them.
+# These are the types of a tar's members, as in their headers.
 FILES, FOLDER = (b"0", b"\0"), b"5"
-# A note describes the member after it further. Nothing in a note is needed or believed here.
+# A note adds details on the member after it. Nothing here needs or trusts a note.
 NOTES = (b"x", b"g", b"X", b"L", b"K")
 OTHERS = {b"1": "a link", b"2": "a link", b"3": "a device", b"4": "a device", b"6": "a FIFO"}
 
 
 class BadData(Exception):
-    """The data is not in a data set's binary format. The text says where."""
+    """Data that is not in a data set's file format. The text states what is wrong, and where."""
 
 
 def unpack(archive: Path, file_format: Format, folder: Path) -> None:
@@ -35,10 +35,10 @@ def unpack(archive: Path, file_format: Format, folder: Path) -> None:
 
 
 class Unpacker:
-    """Reads a tar member by member, and stops one that grows beyond any of these archives.
+    """A reader that unpacks a tar member by member, and refuses one larger than these archives.
 
-    tarfile's own reader follows long names and sparse maps, and its extractors write what the
-    archive says. Here only the data set's own names can ever be written.
+    The reader in `tarfile` follows long names and sparse maps. Its extractors write to any path in
+    the archive. This class writes only files with the data set's own names.
     """
 
     def __init__(self, stream: BinaryIO, file_format: Format, folder: Path) -> None:
@@ -71,7 +71,7 @@ class Unpacker:
             raise BadData(f"it gives {name} a size of {member.size} bytes")
 
     def _unpack(self, member: tarfile.TarInfo) -> str | None:
-        """Writes the member if it is one of the data set's files, else skips it; returns which."""
+        """Writes a member and returns its name, or skips it if it is not a file of the data set."""
         place, _, name = member.name.removeprefix("./").rpartition("/")
         is_ours = place == self.file_format.folder and member.type in FILES
         if not is_ours or name not in (*self.file_format.files, README_FILE):
@@ -86,7 +86,7 @@ class Unpacker:
         return name
 
     def _copy(self, size: int, sink: BinaryIO | None) -> None:
-        """Moves exactly so many bytes to the sink, or past them."""
+        """Moves exactly `size` bytes to the sink, or skips them."""
         while size:
             chunk = self._read(min(size, CHUNK_BYTES))
             if not chunk:

@@ -1,4 +1,4 @@
-"""A data folder: where its data is from, whether it is whole, and how it is replaced."""
+"""Checks and replaces a data folder, and reads where its data is from."""
 
 import contextlib
 import os
@@ -17,15 +17,15 @@ MANIFEST = ".sha256"
 
 @dataclass(frozen=True)
 class DataFolder:
-    """A place for the files of a data set, with a list of their digests."""
+    """A folder for the files of a data set, with a list of their digests."""
 
     path: Path
     file_format: Format
 
     def holds(self, wanted: str | None) -> bool:
-        """Returns whether the wanted data is there and whole. Other data is refused.
+        """Returns whether the folder contains the wanted data undamaged. Refuses other data.
 
-        `wanted` is the source that the list of digests must name; None stands for any archive.
+        `wanted` is the source that the list of digests must name. None stands for any archive.
         """
         if not os.path.lexists(self.path):
             return False
@@ -47,7 +47,7 @@ class DataFolder:
 
     @contextlib.contextmanager
     def replacing(self, source: str) -> Iterator[Path]:
-        """A folder to fill, which takes this one's place if its data is whole at the end."""
+        """Yields a folder to fill, which replaces this one if its data is complete at the end."""
         part = DataFolder(self.path.with_name(f"{self.path.name}.part"), self.file_format)
         part._remove()  # An earlier start that was killed may have left it.
         part.path.mkdir()
@@ -64,13 +64,13 @@ class DataFolder:
             part._remove()
 
     def _check(self) -> dict[str, str]:
-        """Checks all files, their sizes and labels; returns their SHA-256 digests."""
+        """Checks all files, their sizes and labels, and returns their SHA-256 digests."""
         if problem := self.file_format.problem_in(self.path):
             raise BadData(problem)
         return {name: storage.digest(self.path / name) for name in self.file_format.files}
 
     def _read_manifest(self) -> tuple[str, dict[str, str] | None]:
-        """Returns the source and the digests; "" and None if the user unpacked it himself."""
+        """Returns the source and the digests, or "" and None if the user unpacked the archive."""
         if not (self.path / MANIFEST).exists():
             return "", None
         text = (self.path / MANIFEST).read_text("utf-8", errors="replace")
@@ -79,7 +79,7 @@ class DataFolder:
         return source[1] if source else "", {name: digest for digest, name in entries}
 
     def _refuse_other_data(self, source: str, wanted: str | None) -> None:
-        # Where one of the two is not known, synthetic images are still known to be other data.
+        # If one of the two is unknown, synthetic images are still certain to be other data.
         is_other = (source or wanted or "").startswith("synthetic")
         if source and wanted:
             is_other = source != wanted
@@ -97,7 +97,7 @@ class DataFolder:
             self.path.rmdir()
 
     def _refuse_foreign_files(self) -> None:
-        """Raises UserError where replacing the folder would delete something of the user's."""
+        """Refuses a folder if replacing it would delete something of the user's."""
         advice = "Move it away, or use another --data_dir."
         if self.path.is_symlink() or not self.path.is_dir():
             raise UserError(f"{self.path} cannot be replaced: it is not a plain folder. {advice}")
@@ -107,5 +107,5 @@ class DataFolder:
                 raise UserError(f"{entry} would be lost: this program did not write it. {advice}")
 
     def _own_files(self) -> tuple[str, ...]:
-        # The list of digests comes last: a folder being emptied never seems to have none.
+        # The list of digests is deleted last, so a half-emptied folder still has it.
         return (*self.file_format.files, README_FILE, MANIFEST)

@@ -1,6 +1,6 @@
 """Finds data sets by the files in a folder, and checks and counts the images of each split.
 
-It imports nothing slow: a wrong folder is refused before TensorFlow starts.
+It imports nothing slow, so a wrong folder is refused before TensorFlow starts.
 """
 
 import os
@@ -14,7 +14,7 @@ from cifar10_resnet.terminal import command
 GZIP = b"\x1f\x8b"
 DAMAGED = "It is damaged, or belongs to another data set."
 
-# How many images are made in memory for a run on synthetic images.
+# A run on synthetic images makes this many in memory.
 SYNTHETIC_IMAGES = {"train": 10_000, "test": 2_000}
 
 
@@ -30,7 +30,7 @@ class Dataset:
         return FORMATS[self.name]
 
     def describe(self, coarse_labels: bool = False) -> DataConfig:
-        """Returns what there is to learn: which data set, and its classes."""
+        """Returns the name and the classes of the data set."""
         if self.folder is None:
             from cifar10_resnet.data import synthetic  # imports NumPy
 
@@ -41,7 +41,7 @@ class Dataset:
     def files(self, split: str) -> dict[str, int]:
         """Returns the files of "train" or "test", each with its number of images.
 
-        Refuses files that are missing or not whole.
+        Refuses missing and incomplete files.
         """
         files = [os.path.join(self.folder, name) for name in self.file_format.split_files(split)]
         return {file: _count_records(file, self.file_format) for file in files}
@@ -53,7 +53,7 @@ class Dataset:
         return sum(self.files(split).values())
 
     def count_without_holdout(self, holdout: int) -> int:
-        """Returns the number of images to train on if the last `holdout` are kept out."""
+        """Returns the number of training images without the last `holdout` images."""
         count = self.count("train")
         if holdout >= count:
             raise UserError(
@@ -106,7 +106,7 @@ def find(path: str | None = None, name: str | None = None) -> Dataset:
 
 
 def find_asked(path: str | None, name: str | None) -> Dataset | None:
-    """Returns the data set that the user asked for, or None if a run's own will do."""
+    """Returns the data set that the user asked for, or None if the user did not ask."""
     return None if path is None and name is None else find(path, name)
 
 

@@ -1,6 +1,6 @@
-"""Brings an archive with the right digest, from the first address that has it.
+"""Downloads an archive with the right digest, from the first address that has it.
 
-Whatever a server sends or does not send, a download ends: it is bounded in bytes, tries and time.
+Every download ends, whatever a server sends: it is bounded in bytes, tries and time.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from cifar10_resnet.terminal import LiveLine, transfer
 
 MAX_ARCHIVE_BYTES = 1 << 30
 TRIES = 5
-RETRY_SECONDS = 1.0  # before the second try; doubled before each further one
+RETRY_SECONDS = 1.0  # before the second try, and doubled before each further try
 PROGRESS_BYTES = 1 << 20  # A long download may break more often, if each try gets this much.
 SLOWEST = 1000  # bytes a second
 
-OPENER = web.OpenerDirector()  # without ftp: a redirect to it ends as one to a file does
+OPENER = web.OpenerDirector()  # Without FTP, a redirect to it fails like one to a file.
 for handler in (
     *(web.ProxyHandler, web.HTTPHandler, web.HTTPSHandler, web.FileHandler),
     *(web.HTTPRedirectHandler, web.HTTPErrorProcessor, web.HTTPDefaultErrorHandler),
@@ -34,15 +34,15 @@ for handler in (
 
 
 class TryAgain(Exception):
-    """The download broke in a way that may pass."""
+    """A problem with the download that may pass."""
 
 
 class Refused(Exception):
-    """This address will not give the archive, however often it is asked."""
+    """A lasting problem: more requests to this address are useless."""
 
 
 def obtain(part: Path, digest: Digest, urls: Sequence[str], timeout: float, title: str) -> None:
-    """Brings the archive with this digest to `part`, from the first address that has it."""
+    """Downloads the archive with this digest to `part`, from the first address that has it."""
     if part.exists() and digest_of(part, digest) == digest:
         return
     problems = []
@@ -87,7 +87,7 @@ class Mirror:
 
     def _fetch(self, part: Path) -> None:
         with (
-            deadline(1.5 * self.timeout) as put_off,  # A silence ends before, and is told as one.
+            deadline(1.5 * self.timeout) as put_off,  # The socket's timeout ends a silence earlier.
             contextlib.closing(self._open(storage.size(part))) as answer,
         ):
             begin, end, total = span_of(answer, part)
@@ -132,17 +132,17 @@ class Mirror:
         except HTTPError as answer:
             return answer  # `span_of` judges its status.
         except (OSError, HTTPException, ValueError) as error:
-            # Waiting helps against trouble of a network, not of a file or an address.
+            # Waiting can fix a problem of the network, but not of a file or an address.
             lasting = request.type == "file" or isinstance(error, InvalidURL | ValueError)
             raise (Refused if lasting else TryAgain)(describe(error)) from error
 
 
 @contextlib.contextmanager
 def deadline(seconds: float) -> Iterator[Callable[[int], None]]:
-    """Raises TryAgain in the block after so many seconds. Bytes that arrive put this off.
+    """Raises TryAgain in the block after `seconds`. Bytes that arrive put this off.
 
-    A socket's timeout ends a silence, but not a header of which a byte arrives now and then. This
-    works in the main thread alone, where Python handles signals.
+    A socket's timeout ends a silence, but not a header that arrives byte by byte. This works only
+    in the main thread, where Python handles signals.
     """
 
     def give_up(number: int, frame: object) -> None:
@@ -173,7 +173,7 @@ def span_of(answer, part: Path) -> tuple[int, int | None, int | None]:
     if status == 200:
         end = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
         return 0, end, end
-    if status == 416 and span == f"bytes */{have}":  # The earlier try had it all.
+    if status == 416 and span == f"bytes */{have}":  # The earlier try received everything.
         return have, have, have
     if found := re.fullmatch("bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", span):
         first, last, total = map(int, found.groups())

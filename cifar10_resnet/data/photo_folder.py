@@ -1,6 +1,6 @@
 """Turns a folder of photos, with a sub-folder for each class, into a data folder.
 
-The classes have the names of the sub-folders. Each photo's middle square is resized to 32x32. A
+The classes have the names of the sub-folders. Each photo's centre square is scaled to 32x32. A
 share of every class becomes the test images. The data folder appears only once it is complete.
 """
 
@@ -22,14 +22,14 @@ from cifar10_resnet.terminal import LiveLine, table
 FORMAT = FORMATS["pictures"]
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 THREADS = min(8, os.cpu_count() or 1)
-AHEAD = 256  # pictures under way at a time: what bounds the memory, however many there are
+AHEAD = 256  # photos or records in memory at a time
 
 
-# --- Finding the pictures -------------------------------------------------------------------------
+# --- Finding the photos ---------------------------------------------------------------------------
 
 
 def find_classes(image_dir: Path) -> dict[str, list[str]]:
-    """The files of each class, in the order of their names."""
+    """Returns the files of each class, in the order of the classes' names."""
     try:
         entries = sorted(visible(image_dir))
         classes = {entry.name: files_below(entry) for entry in entries if entry.is_dir()}
@@ -47,7 +47,7 @@ def visible(folder: Path) -> Iterator[Path]:
 
 
 def files_below(folder: Path) -> list[str]:
-    """All files of a class, those in deeper folders too; hidden ones are not meant."""
+    """Returns all files of a class, also from deeper folders, but no hidden files."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -56,7 +56,7 @@ def files_below(folder: Path) -> list[str]:
     for place, inside, files in os.walk(folder, onerror=fail):
         inside[:] = [name for name in inside if not name.startswith(".")]
         found += [os.path.join(place, name) for name in files if not name.startswith(".")]
-        # a link to a folder could lead in circles: it is told of as no file, and not followed
+        # A link to a folder could lead in circles, so it is skipped as not a file.
         found += [path for name in inside if os.path.islink(path := os.path.join(place, name))]
     return sorted(found)
 
@@ -101,7 +101,7 @@ def refuse_small_classes(counts: Mapping[str, int], what: str) -> None:
 
 
 def read_all(files: Sequence[str]) -> Iterator[np.ndarray | str]:
-    """Each file's picture, or the sentence that refuses it: in order, but read in parallel."""
+    """Yields each file's image or the text of its error, in order, but reads in parallel."""
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(files), AHEAD):
             yield from pool.map(read_or_refuse, files[start : start + AHEAD])
@@ -117,7 +117,7 @@ def read_or_refuse(file: str) -> np.ndarray | str:
 
 
 def write_records(classes: Mapping[str, Sequence[str]], records: BinaryIO) -> np.ndarray:
-    """Writes a record for each picture that can be read, class by class; returns their labels."""
+    """Writes a record for each readable photo, class by class, and returns their labels."""
     expected = [label for label, files in enumerate(classes.values()) for _ in files]
     labels = bytearray()
     pictures = read_all([file for files in classes.values() for file in files])
@@ -135,7 +135,7 @@ def write_records(classes: Mapping[str, Sequence[str]], records: BinaryIO) -> np
 
 
 def split(labels: np.ndarray, test_share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The places of the training and of the test images: a share of each class, in random order."""
+    """Returns the places of the training and test images: a share of each class, shuffled."""
     rng = np.random.default_rng(seed)
     train, test = [], []
     for label in np.unique(labels):
@@ -149,7 +149,7 @@ def split(labels: np.ndarray, test_share: float, seed: int) -> tuple[np.ndarray,
 def write_files(
     folder: str, classes: Mapping[str, Sequence[str]], test_share: float, seed: int
 ) -> int:
-    """Writes and counts the data folder's records; returns the number of training images."""
+    """Writes and counts the data folder's records. Returns the number of training images."""
     train_file, test_file, names_file = (os.path.join(folder, name) for name in FORMAT.files)
     with tempfile.TemporaryFile(dir=folder) as scratch:
         labels = write_records(classes, scratch)
@@ -174,7 +174,7 @@ def show_counts(names: Sequence[str], train: np.ndarray, test: np.ndarray) -> No
 
 
 def import_photos(image_dir: str, data_dir: str, test_share: float = 0.2, seed: int = 0) -> int:
-    """Makes a data folder of the photos in `image_dir`; returns the number of training images."""
+    """Makes a data folder from the photos in `image_dir`. Returns how many are for training."""
     if Path(data_dir).resolve().is_relative_to(Path(image_dir).resolve()):
         raise UserError(
             "is invalid: it is inside --image_dir. Use a folder outside.",

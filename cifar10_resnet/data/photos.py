@@ -1,7 +1,7 @@
-"""From picture files of any size to what the network sees: 32x32 pixels, uint8.
+"""Reads photos of any size as images for the network: 32x32 pixels, uint8.
 
-Pillow reads them, and files come from anywhere: what a file says it holds is checked before its
-pixels are unpacked, so that memory and time stay bounded whatever it claims.
+Pillow reads the photos, which come from anywhere. A photo's bytes, pixels and scans are
+counted before its pixels are unpacked, so memory and time stay bounded.
 """
 
 import contextlib
@@ -22,15 +22,15 @@ FORMATS = ("JPEG", "PNG", "BMP")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp")
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
-# A JPEG comes in one scan or a dozen. Each takes as long as the whole picture, and hardly a byte.
+# A JPEG has one scan or a dozen. A scan of few bytes takes as long to read as the whole photo.
 MAX_SCANS = 100
 SCAN = re.compile(rb"\xff\xda\x00[\x06\x08\x0a\x0c][\x01-\x04]")
 
-# However many threads read pictures, one at a time holds a large one.
+# Many threads may read photos, but only one at a time has a large photo in memory.
 LARGE_PIXELS = 16_000_000
 LARGE = threading.Lock()
 
-# How to undo each of EXIF's orientations.
+# These undo EXIF's orientations.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -41,12 +41,12 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Of harmless oddities: here a picture is read, or refused in a sentence.
+# Pillow warns of harmless oddities. Here a photo is read, or refused with a one-line error.
 warnings.filterwarnings("ignore", module="PIL")
 
 
 def read_photos(paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray | UserError]]:
-    """Returns the photos at the paths, which may be folders: pixels, or why there are none."""
+    """Yields each photo's path with its image or its error. A path may be a folder of photos."""
     for path in paths:
         try:
             if os.path.isdir(path):
@@ -68,7 +68,7 @@ def _photos_in(folder: str) -> list[str]:
 
 
 def read_photo_file(path: str) -> np.ndarray:
-    """Reads a picture file as the network sees it; refuses, in a sentence, what is not one."""
+    """Returns a photo as an image for the network. Refuses other files with a one-line error."""
     try:
         with open(path, "rb") as file:
             encoded = file.read(MAX_BYTES + 1)
@@ -78,10 +78,10 @@ def read_photo_file(path: str) -> np.ndarray:
 
 
 def read_photo(encoded: bytes, name: str) -> np.ndarray:
-    """An encoded picture as uint8 [32, 32, 3]: its middle square, resized, turned as its EXIF says.
+    """Returns a photo as uint8 [32, 32, 3]: its centre square, scaled, rotated by EXIF.
 
-    `name` is what to call the picture in the sentence that refuses it. Transparency is ignored,
-    16-bit pictures are brought to 8 bits, and of an animation the first picture is taken.
+    `name` is the photo's name in error messages. Transparency is ignored, and 16-bit photos are
+    reduced to 8 bits. An animation is read as its first frame.
     """
     if not encoded:
         raise UserError(f"{name} is empty.")
@@ -100,7 +100,7 @@ def read_photo(encoded: bytes, name: str) -> np.ndarray:
         with LARGE if pixels > LARGE_PIXELS else contextlib.nullcontext():
             with _refusing_damage(name):
                 # A large JPEG is unpacked at a half to an eighth of its size, in a fraction of the
-                # memory and time: at 16 times what is wanted, it hardly shows (2 levels of 255).
+                # memory and time. At 16 times the final size, it hardly shows: 2 levels of 255.
                 image.draft("RGB", (16 * SIDE, 16 * SIDE))
                 image.load()
             small = _middle(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
@@ -116,13 +116,13 @@ def _refusing_damage(name: str) -> Iterator[None]:
         raise UserError(f"{name} is not a JPEG, PNG or BMP photo.") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{name} has too many pixels; up to {MAX_PIXELS:,} are read.") from error
-    except Exception as error:  # Pillow's readers raise whatever damaged bytes lead them to
+    except Exception as error:  # Damaged bytes can make Pillow raise anything.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{name} is a damaged photo: {reason}.") from error
 
 
 def _middle(image: Image.Image) -> Image.Image:
-    """The square in the middle of a picture, in 8-bit RGB."""
+    """Returns the centre square of a photo, in 8-bit RGB."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))
@@ -134,5 +134,5 @@ def _middle(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damage that leaves the picture itself whole
+    except Exception:  # damaged EXIF, but intact pixels
         return 1

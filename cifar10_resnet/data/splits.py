@@ -1,4 +1,4 @@
-"""Reads train, holdout and test as images in memory."""
+"""Reads training, holdout and test images into memory."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from cifar10_resnet.errors import UserError
 
 
 def load(data: Dataset, split: str, coarse_labels: bool = False) -> ImageSet:
-    """Returns all images of "train" or "test", those of a holdout among the training images."""
+    """Returns all images of "train" or "test". The training images include the holdout."""
     if data.folder is None:
         images, labels = synthetic.make_split(split, data.count(split))
         return ImageSet(images, labels.astype(np.int32))
@@ -57,7 +57,7 @@ def load_split(data: Dataset, config: DataConfig, split: str) -> ImageSet:
 
 
 class RunImages(NamedTuple):
-    """The images of a training: those to train on, with their mean; those to evaluate on."""
+    """The images of a run: its training images, their mean, and the images to evaluate on."""
 
     train: ImageSet
     mean: np.ndarray

@@ -1,8 +1,8 @@
-"""A generated stand-in for CIFAR-10: ten classes of 32x32 colour pictures, made with NumPy.
+"""Makes synthetic images with NumPy: ten classes of 32x32 colour images.
 
-For machines with no route to the real data set. The pictures show shapes and textures whose
-colours, places, sizes, angles and noise are drawn independently of the class, so that a network
-has to look at form: neither the mean colour nor a linear model on the pixels gets far.
+They replace CIFAR-10 on machines that cannot download it. The images show shapes and textures.
+Colours, places, sizes, angles and noise are independent of the class, so a network has to learn
+the form. Neither the mean colour nor a linear model on the pixels is accurate.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from cifar10_resnet.formats import FORMATS, IMAGE_BYTES
 
 IMAGE_SIZE = 32
 SPLITS = ("train", "test")
-BLOCK_SIZE = 500  # images per random stream, a multiple of ten; bounds the memory of rendering
+BLOCK_SIZE = 500  # images per random stream: a multiple of ten that bounds the memory
 
-# Each form is a function of x and y, in units of the shape's radius, that is negative inside and
-# grows by one per unit outside: close enough to a signed distance to draw smooth edges from.
-# None is the mirror image of another: training flips pictures, which must not change their class.
+# Each form is a function of x and y, in units of the shape's radius. It is negative inside and
+# grows by one per unit outside: close enough to a signed distance for smooth edges. No form is the
+# mirror image of another, because training flips images and must not change their class.
 
 
 def _disc(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -54,7 +54,7 @@ def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _triangle_wave(t: np.ndarray) -> np.ndarray:
-    """Zigzags between -0.5 and 0.5 with slope one."""
+    """Returns a zigzag between -0.5 and 0.5 with slope one."""
     return np.abs(np.mod(t, 2.0) - 1.0) - 0.5
 
 
@@ -90,8 +90,8 @@ CLASS_NAMES: tuple[str, ...] = tuple(_FORMS)
 def make_split(split: str, num_images: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Returns uint8 images [N, 32, 32, 3] and uint8 labels [N] of the split "train" or "test".
 
-    Each run of ten images holds every class once, in a random order. The same split and seed
-    always begin with the same images: asking for more only adds to the end.
+    Every ten images contain each class once, in random order. The same split and seed always
+    begin with the same images. A larger `num_images` only adds to the end.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
@@ -100,7 +100,7 @@ def make_split(split: str, num_images: int, seed: int = 0) -> tuple[np.ndarray, 
     images = np.empty((num_images, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     labels = np.empty(num_images, np.uint8)
     for start in range(0, num_images, BLOCK_SIZE):
-        # The seed comes last: a large one turns into several words, which must not shift others.
+        # The seed comes last. A large seed becomes several words, which must not shift others.
         stream = [SPLITS.index(split), start // BLOCK_SIZE, seed]
         rng = np.random.Generator(np.random.PCG64(stream))
         block = slice(start, min(start + BLOCK_SIZE, num_images))
@@ -117,9 +117,9 @@ def _make_block(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     shuffle_keys = rng.random((BLOCK_SIZE // len(CLASS_NAMES), len(CLASS_NAMES)))
     labels = np.argsort(shuffle_keys, axis=1).astype(np.uint8).ravel()
 
-    # Pixel coordinates relative to the shape's centre, turned by a small angle. Half the shapes
-    # are mirrored, so that flipped pictures are as likely as the others and no form gives itself
-    # away by facing one way.
+    # Pixel coordinates are relative to the shape's centre and rotated by a small angle. Half the
+    # shapes are mirrored. So flipped images are as likely as the others, and no form is
+    # recognisable by the way that it faces.
     mirror = np.copysign(np.float32(1), uniform(-1, 1, 1, 1))
     radius = uniform(5, 11, 1, 1)
     angle = uniform(-0.5, 0.5, 1, 1)
@@ -133,15 +133,15 @@ def _make_block(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     for label, form in enumerate(_FORMS.values()):
         chosen = labels == label
         distance = radius[chosen] * form(x[chosen], y[chosen])
-        coverage[chosen] = np.clip(0.5 - distance, 0, 1)  # an edge one pixel soft
+        coverage[chosen] = np.clip(0.5 - distance, 0, 1)  # a soft edge, one pixel wide
 
-    # Two colours on either side of a middle one: neither is tied to the form or the background.
+    # Two colours are on either side of a middle one. Either can be the form or the background.
     middle = uniform(0.3, 0.7, 1, 1, 3)
     offset = rng.standard_normal((BLOCK_SIZE, 1, 1, 3), dtype=np.float32)
     offset *= uniform(0.12, 0.4, 1, 1, 1) / np.sqrt((offset**2).sum(-1, keepdims=True))
     pictures = middle + offset * (2 * coverage[..., None] - 1)
 
-    # A gentle gradient of light, and grain.
+    # Images also have a gentle gradient of light and some grain.
     slope = uniform(-0.15, 0.15, 2, 1, 1) * 2 / IMAGE_SIZE
     light = slope[:, 0] * grid[None, None, :] + slope[:, 1] * grid[None, :, None]
     pictures += light[..., None]
@@ -151,14 +151,14 @@ def _make_block(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def source(train_images: int, test_images: int, seed: int) -> str:
-    """Returns the line about the source of such files, for their data folder."""
+    """Returns the line that records the source of such files in their data folder."""
     return (
         f"synthetic images: {train_images} training images, {test_images} test images, seed {seed}"
     )
 
 
 def write(folder: Path, train_images: int, test_images: int, seed: int) -> None:
-    """Writes the images in CIFAR-10's format: a label, then the red, green and blue planes."""
+    """Writes the images in CIFAR-10's file format: a label, then the red, green and blue planes."""
     file_format = FORMATS["cifar10"]
     for split, num_images in (("train", train_images), ("test", test_images)):
         names = file_format.split_files(split)

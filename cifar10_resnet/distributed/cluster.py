@@ -1,6 +1,6 @@
-"""Which processes train together, as `TF_CONFIG` says, and how they find one another.
+"""Finds the workers that `TF_CONFIG` lists, and waits for them.
 
-Takes Python alone, so that a wrong `TF_CONFIG` is told before anything slow is imported.
+Nothing slow is imported: a wrong `TF_CONFIG` is refused before TensorFlow starts.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from cifar10_resnet.terminal import command
 EXAMPLE = '{"cluster": {"worker": ["host0:4000", "host1:4000"]}, "task": {"type": "worker", "index": 0}}'  # fmt: skip  # noqa: E501
 
 ALL_ARE_HERE = b"all are here"
-ANSWER_SECONDS = 5  # for a caller to say who it is
+ANSWER_SECONDS = 5  # to connect to the chief, or to send it an index
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The workers' addresses, in the same order everywhere, and which of them this process is."""
+    """The workers' addresses, in the same order everywhere, and the index of this worker."""
 
     addresses: tuple[str, ...]
     index: int
@@ -37,14 +37,14 @@ class Cluster:
 
 
 def to_tf_config(addresses: Sequence[str], index: int) -> str:
-    """The value of `TF_CONFIG` for one of the workers."""
+    """Returns the value of `TF_CONFIG` for one of the workers."""
     return json.dumps(
         {"cluster": {"worker": list(addresses)}, "task": {"type": "worker", "index": index}}
     )
 
 
 def from_environment(strategy: str = "auto") -> Cluster | None:
-    """Returns the workers that `TF_CONFIG` names, if they are to train together.
+    """Returns the workers that `TF_CONFIG` lists, or None if this process trains without them.
 
     `strategy` is the value of --distribution_strategy.
     """
@@ -58,10 +58,10 @@ def from_environment(strategy: str = "auto") -> Cluster | None:
 
 
 def _named_by_environment() -> Cluster | None:
-    """Returns the cluster, or None if `TF_CONFIG` names none or this process alone."""
+    """Returns the cluster, or None if `TF_CONFIG` lists fewer than two workers."""
     text = os.environ.get("TF_CONFIG", "")
     if not text.strip():
-        os.environ.pop("TF_CONFIG", None)  # which TensorFlow would take for broken JSON
+        os.environ.pop("TF_CONFIG", None)  # TensorFlow would read it as broken JSON.
         return None
     try:
         config = json.loads(text)
@@ -87,9 +87,9 @@ def _is_address(text: str) -> bool:
 
 
 def meet(cluster: Cluster, timeout: float) -> None:
-    """Waits until all workers are there, for so many seconds at most.
+    """Waits until all workers have started, for `timeout` seconds at most.
 
-    TensorFlow by itself waits too, but deaf to Ctrl-C, and does not say for whom.
+    TensorFlow waits too, but it ignores Ctrl-C and does not name the missing workers.
     """
     end = time.monotonic() + timeout
     with _own_port(cluster) as door:
@@ -118,7 +118,7 @@ def _own_port(cluster: Cluster) -> socket.socket:
 
 
 def _receive(door: socket.socket, count: int, end: float) -> list[int]:
-    """Waits for all others to call, and lets them go at once; returns those who have not."""
+    """Answers all other workers once each has called. Returns the indices of missing workers."""
     callers: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as opened:
         while absent := [index for index in range(1, count) if index not in callers]:
@@ -128,7 +128,7 @@ def _receive(door: socket.socket, count: int, end: float) -> list[int]:
             except TimeoutError:
                 return absent
             caller.settimeout(ANSWER_SECONDS)
-            with contextlib.suppress(OSError, ValueError):  # a stranger, or one who left
+            with contextlib.suppress(OSError, ValueError):  # an unknown or lost client
                 callers[int(caller.recv(16))] = caller
         for caller in callers.values():
             with contextlib.suppress(OSError):
@@ -137,7 +137,7 @@ def _receive(door: socket.socket, count: int, end: float) -> list[int]:
 
 
 def _call_chief(cluster: Cluster, end: float) -> bool:
-    """Calls the chief until it says that all are there."""
+    """Calls the chief until it answers. Returns whether all workers have started."""
     while time.monotonic() < end:
         with (
             contextlib.suppress(OSError),
@@ -152,7 +152,7 @@ def _call_chief(cluster: Cluster, end: float) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens to at the moment."""
+    """Returns `count` ports of this machine that no program uses at the moment."""
     with contextlib.ExitStack() as opened:
         sockets = [opened.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

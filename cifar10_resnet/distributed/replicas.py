@@ -1,7 +1,7 @@
-"""Beyond one device: which replicas there are, what their workers tell each other, how they end.
+"""Spreads a run over several devices and worker processes.
 
-A replica is one device with its own copy of the network; it takes its share of each batch, and the
-replicas add up what they found (tf.distribute). A worker is one process with its replicas. One
+A replica is one device with its own copy of the network. It computes its share of each batch, and
+the replicas add up their results (tf.distribute). A worker is one process with its replicas. One
 replica in one process is the usual case, and costs nothing.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import CoordinatedJob
 
-# The one thing that has no public name: how long a silent worker counts as alive.
+# Only the limit on how long a worker may be silent has no public name.
 from tensorflow.python.eager import context as tf_context
 
 from cifar10_resnet.device import stderr_held_back
@@ -24,7 +24,7 @@ from cifar10_resnet.distributed.cluster import Cluster, meet
 from cifar10_resnet.errors import UserError
 from resnet_model import Normalise, batch_norm_relu
 
-# Seconds that the workers have to come together: schedulers start them minutes apart.
+# All workers must start within these seconds. Schedulers start them minutes apart.
 START_TIMEOUT = 600
 
 
@@ -46,18 +46,18 @@ class Replicas:
 
     @property
     def is_chief(self) -> bool:
-        """Whether this is the worker that writes checkpoints and summaries, and speaks for all."""
+        """Returns whether this worker writes checkpoints and summaries, and prints for all."""
         return self.worker == 0
 
     def describe(self) -> str:
-        """For the opening line: how many there are, where there are several."""
+        """Returns the number of replicas for the opening line, or "" if there is only one."""
         if self.count == 1:
             return ""
         workers = f" in {self.num_workers} workers" if self.num_workers > 1 else ""
         return f" over {self.count} replicas{workers}"
 
     def refuse_uneven(self, batch_size: int) -> None:
-        """Refuses a batch that does not divide: each replica takes as many images as the others."""
+        """Refuses a batch size that the replicas cannot share equally."""
         if batch_size % self.count:
             below = batch_size - batch_size % self.count
             uses = " or ".join(str(size) for size in (below, below + self.count) if size)
@@ -69,7 +69,7 @@ class Replicas:
             )
 
     def own_share(self, values: tf.Tensor) -> tf.Tensor:
-        """Within a replica: its part of what its worker has of a batch."""
+        """Returns this replica's share of its worker's part of a batch. Call it in a replica."""
         if self._here == 1:
             return values
         with tf.device("cpu"):
@@ -77,18 +77,18 @@ class Replicas:
             return parts[_replica_id() % self._here]
 
     def sum(self, values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Within a replica: each value's sum over all replicas. They travel in one piece."""
+        """Returns each value's sum over all replicas, sent in one piece. Call it in a replica."""
         packed = tf.concat([tf.reshape(value, [-1]) for value in values], 0)
         total = tf.distribute.get_replica_context().all_reduce("SUM", packed)
         parts = tf.split(total, [value.shape.num_elements() for value in values])
         return [tf.reshape(part, v.shape) for part, v in zip(parts, values, strict=True)]
 
     def normalise(self, over_all: bool) -> Normalise:
-        """Returns what computes batch norm: over all replicas, or by each with its part alone."""
+        """Returns the batch norm function: over all replicas, or over each replica's share."""
         return sync_batch_norm.over(self) if over_all and self.count > 1 else batch_norm_relu
 
     def copy_from_chief(self, variables: Sequence[tf.Variable]) -> None:
-        """Gives every worker the chief's values of float32 variables."""
+        """Copies the chief's values of float32 variables to every worker."""
         if self.num_workers == 1:
             return
 
@@ -101,13 +101,13 @@ class Replicas:
         tf.function(lambda: self.strategy.run(copy_in_replica), autograph=False)()
 
     def largest(self, number: int) -> int:
-        """The largest of the numbers that the workers call this with; each waits for the others."""
+        """Returns the largest number that a worker passes. Each worker waits for the others."""
         if self.num_workers == 1:
             return number
         return int(self._gather(tf.constant([number], tf.float32)).numpy().max())
 
     def exchange(self, text: str) -> list[str]:
-        """The texts, of one line each, that the workers call this with, the chief's first."""
+        """Returns the texts, of one line each, that the workers pass, the chief's first."""
         if self.num_workers == 1:
             return [text]
         codes = np.frombuffer(f"{text}\n".encode(), np.uint8)
@@ -116,14 +116,14 @@ class Replicas:
 
     def _gather_in_graph(self, vector: tf.Tensor) -> tf.Tensor:
         def gather() -> tf.Tensor:
-            # a copy on the replica's own device, by which TensorFlow knows where to gather
+            # TensorFlow gathers on the device of this copy, which is the replica's own.
             own = tf.identity(vector)
             return tf.distribute.get_replica_context().all_gather(own, axis=0)
 
         return self.strategy.experimental_local_results(self.strategy.run(gather))[0]
 
     def from_chief(self, make: Callable[[], str]) -> str:
-        """The line of text that the chief makes. Where it refuses to, all the workers do."""
+        """Returns the line of text that the chief makes. If the chief refuses, all workers do."""
         said: dict[str, str] = {}
         if self.is_chief:
             try:
@@ -138,7 +138,7 @@ class Replicas:
         return said["text"]
 
     def refuse_differences(self, values: dict[str, object]) -> None:
-        """Refuses, on all workers, a worker whose values are not the chief's."""
+        """Refuses, on all workers, values that differ from the chief's."""
         ours, *others = (json.loads(text) for text in self.exchange(json.dumps(values)))
         for index, theirs in enumerate(others, 1):
             names = [name for name in ours if theirs.get(name) != ours[name]]
@@ -151,14 +151,14 @@ class Replicas:
 
     @contextlib.contextmanager
     def ending_together(self) -> Iterator[None]:
-        """No worker leaves the block before all do, and one that is lost is named."""
+        """Keeps each worker in the block until all reach its end. Names a worker that is lost."""
         with _naming_the_lost(self._cluster):
             yield
             self.largest(0)
 
 
 def choose(strategy: str, cluster: Cluster | None, worker_timeout: float = 60) -> Replicas:
-    """The replicas that --distribution_strategy stands for, on the devices that are visible."""
+    """Returns the replicas for --distribution_strategy, on the visible devices."""
     if cluster:
         with _naming_the_lost(cluster):
             return Replicas(_join(cluster, worker_timeout), cluster)
@@ -177,7 +177,7 @@ def _join(cluster: Cluster, worker_timeout: float) -> tf.distribute.Strategy:
         heartbeat_timeout_in_ms=round(worker_timeout * 1000),
         coordinated_jobs=[CoordinatedJob(name="worker", num_tasks=len(cluster.addresses))],
     )
-    # TensorFlow 2.20 tells of its server's start at every log level.
+    # TensorFlow 2.20 reports its server's start at every log level.
     is_quiet = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "3"
     with stderr_held_back() if is_quiet else contextlib.nullcontext():
         return tf.distribute.MultiWorkerMirroredStrategy()
@@ -198,12 +198,12 @@ def _naming_the_lost(cluster: Cluster | None) -> Iterator[None]:
 
 
 def _lost_worker(message: str) -> int | None:
-    """The worker that TensorFlow's message is about, if it is about one."""
-    # The first target is where it began: what others say of it follows.
+    """Returns the worker that TensorFlow's message is about, or None."""
+    # The error began at the first target. Reports of other workers follow.
     for pattern in (r"remote target", r"Error reported from"):
         if named := re.search(rf"{pattern} /job:worker/(?:replica:0/)?task:(\d+)", message):
             return int(named[1])
-    # The service that listens to the workers' heartbeats is the chief's.
+    # The chief runs the service that checks the workers' heartbeats.
     return 0 if "CoordinationService" in message else None
 
 

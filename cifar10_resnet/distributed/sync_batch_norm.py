@@ -1,4 +1,4 @@
-"""Batch norm with the statistics of a batch that is spread over replicas."""
+"""Computes batch norm with the statistics of a batch that is spread over replicas."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -9,16 +9,16 @@ from resnet_model import BatchNorm, Normalise, assign, batch_norm_relu
 
 
 class Replicas(Protocol):
-    """The devices that a batch is spread over, as batch norm needs them."""
+    """The replicas that a batch is spread over, as far as batch norm needs them."""
 
     count: int
 
     def sum(self, values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Within a replica: each value's sum over all replicas."""
+        """Returns each value's sum over all replicas. Call it in a replica."""
 
 
 def over(replicas: Replicas) -> Normalise:
-    """Returns the `normalise` for a ResNet whose statistics in training are the whole batch's."""
+    """Returns the `normalise` for a ResNet that trains with the whole batch's statistics."""
 
     def normalise(
         norm: BatchNorm, x: tf.Tensor, training: bool, relu: bool = True
@@ -32,7 +32,7 @@ def over(replicas: Replicas) -> Normalise:
 
 
 def _normalise_and_move(norm: BatchNorm, x: tf.Tensor, replicas: Replicas) -> tf.Tensor:
-    """Normalises by the statistics of all replicas, and moves this replica's averages."""
+    """Returns x, normalised over all replicas. Updates this replica's moving averages."""
     axes = [norm.layout.index(axis) for axis in "NHW"]
     count = tf.cast(tf.size(x) // x.shape[norm.layout.index("C")] * replicas.count, tf.float32)
     mean, variance = tf.nn.moments(tf.cast(x, tf.float32), axes)
@@ -55,9 +55,9 @@ def _normalise_and_move(norm: BatchNorm, x: tf.Tensor, replicas: Replicas) -> tf
 def _with_gradient(
     norm: BatchNorm, mean: tf.Tensor, variance: tf.Tensor, count: tf.Tensor, replicas: Replicas
 ) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]:
-    """Returns the function that normalises x, by statistics of `count` values on all replicas.
+    """Returns the function that normalises x by statistics of `count` values on all replicas.
 
-    Its gradient goes through the statistics too, and so to x on all replicas.
+    Its gradient goes through the statistics too, so it reaches x on all replicas.
     """
     axes = [norm.layout.index(axis) for axis in "NHW"]
     shape = [-1 if axis == "C" else 1 for axis in norm.layout]

@@ -1,4 +1,4 @@
-"""A model and images in, metrics out."""
+"""Evaluates networks and checkpoints on a set of images."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ from resnet_model import IMAGE_SHAPE, ResNet
 
 
 class Evaluator:
-    """Scores a model, any number of times over its life: traced once."""
+    """An evaluation of a network, which is traced once and runs any number of times."""
 
     def __init__(self, model: ResNet, batch_size: int = 500):
         self.model = model
@@ -29,7 +29,7 @@ class Evaluator:
         )
 
     def __call__(self, examples: ImageSet) -> Metrics:
-        """Scores every image exactly once."""
+        """Evaluates every image exactly once and returns the results."""
         loss, top_5, predictions, confidences = 0.0, 0, [], []
         count = len(examples.labels)
         with LiveLine() as line:
@@ -72,9 +72,9 @@ def score_checkpoints(
     batch_size: int = 500,
     given: dict[str, Any] | None = None,
 ) -> Iterator[Scored]:
-    """Scores checkpoints of one run in turn.
+    """Yields the results of checkpoints of one run, one after the other.
 
-    Without `data`, it scores the run's own data set in its default folder. Refuses `given` values
+    Without `data`, it uses the run's own data set in its default folder. Refuses `given` values
     that contradict the checkpoint.
     """
     given = given or {}
@@ -97,7 +97,7 @@ def score_checkpoints(
 def score_newest(
     directory: str, data: Dataset | None, data_format: str, dtype: str, given: dict[str, Any]
 ) -> Scored:
-    """Scores a run's newest checkpoint: on its holdout, or on the test images where it has none."""
+    """Evaluates a run's newest checkpoint on its holdout, or on the test images without one."""
     saved = find(directory)
     split = saved.run.data.scored_split
     (scored,) = score_checkpoints([saved], data, split, data_format, dtype, given=given)
@@ -108,7 +108,7 @@ def _images_for(saved: SavedRun, data: Dataset | None, split: str) -> ImageSet:
     run = saved.run
     if data is None:
         return splits.load_split(dataset.find(None, run.data.dataset), run.data, split)
-    # Another data set will do, if its classes are those that the network knows.
+    # Any data set with the run's classes works.
     found = data.describe(run.data.coarse_labels)
     if found.class_names != run.data.class_names:
         raise UserError(

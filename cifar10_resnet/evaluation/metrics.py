@@ -1,4 +1,4 @@
-"""What an evaluation found: every image's prediction, and the figures that follow from them."""
+"""The results of an evaluation: each image's prediction, and the numbers computed from them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ NUM_BINS = 15
 
 
 class Calibration(NamedTuple):
-    """How often a network is right, beside how sure it is: one entry for each bin of confidence.
+    """The number of images, the accuracy and the mean confidence in each bin of confidence.
 
-    Where a bin is empty, its accuracy and confidence are nan.
+    The accuracy and confidence of an empty bin are nan.
     """
 
     counts: np.ndarray
@@ -25,14 +25,14 @@ class Calibration(NamedTuple):
 
     @property
     def error(self) -> float:
-        """The expected calibration error: the mean gap between accuracy and confidence."""
+        """Returns the expected calibration error: the mean gap between accuracy and confidence."""
         gaps = np.abs(self.accuracies - self.confidences)
         filled = self.counts > 0
         return float(np.average(gaps[filled], weights=self.counts[filled]))
 
 
 def calibration(confidences: np.ndarray, correct: np.ndarray) -> Calibration:
-    """Parts images by confidence into bins of equal width, each with its upper end."""
+    """Returns the calibration in bins of equal width. Each bin includes its upper end."""
     bins = np.searchsorted(np.linspace(0, 1, NUM_BINS + 1)[1:-1], confidences)
     counts, right, sure = (
         np.bincount(bins, weights, NUM_BINS) for weights in (None, correct, confidences)
@@ -44,7 +44,7 @@ def calibration(confidences: np.ndarray, correct: np.ndarray) -> Calibration:
 def wilson_interval(
     right: np.ndarray | int, count: np.ndarray | int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's 95 % interval for a share of which `right` among `count` were seen."""
+    """Returns Wilson's 95% interval for the share `right` / `count`."""
     z = 1.959964
     share = right / count
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
@@ -55,7 +55,7 @@ def wilson_interval(
 
 @dataclass(frozen=True)
 class Metrics:
-    """What an evaluation found: for each image its label, what it was taken for, how surely."""
+    """The loss and top-5 accuracy, and each image's label, prediction and confidence."""
 
     loss: float
     top_5_accuracy: float
@@ -70,7 +70,7 @@ class Metrics:
 
     @property
     def correct(self) -> np.ndarray:
-        """Which images were recognised."""
+        """Returns for each image whether its prediction is correct."""
         return self.labels == self.predictions
 
     @property
@@ -79,7 +79,7 @@ class Metrics:
 
     @property
     def accuracy_interval(self) -> tuple[float, float]:
-        """Its 95 % interval, these images being drawn from all that there could be."""
+        """Returns the accuracy's 95% interval. It treats the images as a random sample."""
         low, high = wilson_interval(self.correct.sum(), self.num_images)
         return float(low), float(high)
 
@@ -89,20 +89,20 @@ class Metrics:
 
     @property
     def confusion_matrix(self) -> np.ndarray:
-        """`[i, j]` counts images of class i taken for j."""
+        """Returns a matrix: `[i, j]` counts images of class i with prediction j."""
         pairs = self.labels * self.num_classes + self.predictions
         counts = np.bincount(pairs, minlength=self.num_classes**2)
         return counts.reshape(self.num_classes, self.num_classes)
 
     @property
     def per_class_accuracy(self) -> list[float | None]:
-        """The share of each class's images that was recognised; None where there are none."""
+        """Returns the accuracy of each class, or None for a class without images."""
         matrix = self.confusion_matrix
         right, counts = np.diag(matrix), matrix.sum(axis=1)
         return [float(r / n) if n else None for r, n in zip(right, counts, strict=True)]
 
     def report(self, names: Sequence[str]) -> str:
-        """Returns all of it as lines for people."""
+        """Returns the results as readable text."""
         rows = {
             "images": self.num_images,
             "loss": f"{self.loss:.4f}",
@@ -120,7 +120,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Scored:
-    """A checkpoint and what its evaluation found."""
+    """A checkpoint and the results of its evaluation."""
 
     checkpoint: str
     step: int
@@ -130,19 +130,19 @@ class Scored:
     images: np.ndarray = field(repr=False)
 
     def line(self) -> str:
-        """The essence in a line."""
+        """Returns the accuracy and the loss in one line."""
         return (
             f"{self.checkpoint} on {self.split} images: accuracy {self.metrics.accuracy:.4f}, "
             f"loss {self.metrics.loss:.4f}"
         )
 
     def report(self) -> str:
-        """All of it as lines for people."""
+        """Returns the results as readable text."""
         head = f"{self.checkpoint} ({self.run.model.name}, step {self.step}) on {self.split} images"
         return f"{head}\n{self.metrics.report(self.run.data.class_names)}"
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as an object for programs."""
+        """Returns the results as an object for JSON."""
         return {
             "checkpoint": self.checkpoint,
             "step": self.step,

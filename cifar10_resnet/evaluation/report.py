@@ -1,4 +1,4 @@
-"""An evaluation as one HTML page that stands alone: without scripts, fetching nothing."""
+"""Builds the report of an evaluation: one HTML page that needs no scripts or other files."""
 
 import base64
 import dataclasses
@@ -14,7 +14,7 @@ from cifar10_resnet.evaluation.metrics import NUM_BINS, Scored, wilson_interval
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
-# the columns of the table of classes, and how their cells look
+# Each column of the table of classes has a name and a CSS class.
 CLASS_CELLS = (
     ("class", ""),
     ("images", "number"),
@@ -22,7 +22,7 @@ CLASS_CELLS = (
     ("95% interval", "number"),
     ("most frequent mistake", ""),
 )
-# what those see who cannot see the pictures, and how these look on a dark page
+# Each plot has an alt text, and a CSS class that sets its look on a dark page.
 PICTURES = {
     "confusion_matrix": ("chart", "Confusion matrix; the table of classes has its main points."),
     "mistakes": (
@@ -35,7 +35,7 @@ PICTURES = {
 
 
 def html(scored: Scored, pictures: Mapping[str, bytes], made: Mapping[str, str]) -> str:
-    """The page. `pictures` are PNG files, `made` says how the evaluation came about."""
+    """Returns the page. `pictures` are PNG files. `made` describes how the evaluation was made."""
     run, metrics = scored.run, scored.metrics
     low, high = metrics.accuracy_interval
     shown = min(5, metrics.num_classes)

@@ -1,4 +1,4 @@
-"""Learning curves of runs, as a Matplotlib figure in the project's style."""
+"""Draws the learning curves of runs with Matplotlib, in the project's style."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle, product
@@ -27,9 +27,9 @@ from cifar10_resnet.figures.style import (
 def curves_figure(
     histories: Mapping[str, Sequence[Mapping[str, float]]], tags: Sequence[str], x: str = "step"
 ) -> Figure:
-    """Learning curves of runs, given under their names as `training.history` reads them.
+    """Returns a plot of the learning curves of runs, by name, as `training.history` reads them.
 
-    `tags` are those of the event files, or "error"; `x` is "step" or "epoch".
+    `tags` are tags of the event files, or "error". `x` is "step" or "epoch".
     """
     rows = -(-len(tags) // 2)
     looks = dict(zip(histories, _looks(), strict=False))
@@ -63,7 +63,7 @@ def curves_figure(
 def _curve(
     history: Sequence[Mapping[str, float]], writer: str, tag: str, x: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where something was written, and what, in percent if it is a share."""
+    """Returns the steps or epochs of a tag, and its values. Accuracy and error are in percent."""
     column = f"{writer}_{'accuracy' if tag == 'error' else tag}"
     rows = [row for row in history if column in row]
     over, values = (np.array([row[key] for row in rows]) for key in ("step", column))
@@ -76,6 +76,6 @@ def _curve(
 
 
 def _looks() -> Iterator[dict[str, Any]]:
-    """How runs are drawn: apart by colour and, from the seventh on, by marker too."""
+    """Yields a style for each run: a new colour and, from the seventh run on, a new marker too."""
     for marker, colour in cycle(product("os^Dv*", (BLUE, ORANGE, GREEN, PURPLE, INK, SKY))):
         yield {"color": colour, "lw": 1.6, "marker": marker, "ms": 5, "mec": PAPER, "mew": 0.6}

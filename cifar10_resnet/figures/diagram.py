@@ -1,6 +1,6 @@
-"""What the diagrams show, layers and units, and what they are drawn with, boxes and arrows.
+"""Describes layers and units, and draws them as boxes and arrows.
 
-Lengths are in pixels of a picture as wide as a README, with y downwards.
+Lengths are in pixels of a diagram as wide as a README. The y axis points down.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from cifar10_resnet.figures.style import (
     tint,
 )
 
-# how each kind of layer is called; after its size come the zeros that it pads
+# Each kind of layer has a label. {0} is its size; {1} and {2} are the zeros that it pads.
 TEXTS = {
     "convolution": "{0}×{0} conv",
     "norm": "BN",
@@ -53,34 +53,34 @@ COLOURS = {
 }
 SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, PAPER, VERMILLION])
 
-HEAD = 7  # an arrow's
-RADIUS = 9  # of an addition's circle
-HEIGHT, STRIP = 58, 18  # of a layer; its width where the text stands upright
-WIDTHS = {"add": 2 * RADIUS, "mean": 92, "projection": 82, "softmax": 82}  # of other layers
+HEAD = 7  # length of an arrowhead
+RADIUS = 9  # an addition's circle
+HEIGHT, STRIP = 58, 18  # a layer's height; its width if the text is upright
+WIDTHS = {"add": 2 * RADIUS, "mean": 92, "projection": 82, "softmax": 82}  # other layers
 GAP = 10  # between layers
-TAP = 12  # before a unit, where its shortcut leaves
-ARC = 49  # how far above a row of layers its shortcuts run
+TAP = 12  # from the start of a shortcut to its unit
+ARC = 49  # from the middle of a row up to its shortcuts
 FRAME = 20  # from the first layer of a unit to the frame around it
 
-SLANT = 0.8, -0.5  # the way that feature maps go back, for each unit of their depth
+SLANT = 0.8, -0.5  # x and y of the slant, per pixel of depth
 
 Point = tuple[float, float]
 
 
 class Layer(NamedTuple):
-    """One operation, and the shape of what comes out: height, width, depth, or the last alone."""
+    """An operation and the shape of its output: height, width, depth, or only the depth."""
 
     kind: str
     shape: tuple[int, ...]
-    size: int = 1  # of the kernel or the window, in pixels
+    size: int = 1  # kernel or window, in pixels
     stride: int = 1
     zeros: tuple[int, int] = (0, 0)  # padded before and after the depth
 
 
 class Unit(NamedTuple):
-    """A unit's layers, and those on its shortcut: None without one, empty for the identity.
+    """A unit's layers and its shortcut's layers: None without one, empty for the identity.
 
-    The shortcut leaves after so many of the layers: after none, it starts from the unit's input.
+    The shortcut starts after `shortcut_after` layers. If that is 0, it starts at the unit's input.
     """
 
     layers: list[Layer]
@@ -89,7 +89,7 @@ class Unit(NamedTuple):
 
 
 class Network(NamedTuple):
-    """All of a network: what comes before the blocks, the units of each block, what comes after."""
+    """A network: the layers before the blocks, the units of each block, the layers after them."""
 
     config: ModelConfig
     input_shape: tuple[int, ...]
@@ -100,16 +100,16 @@ class Network(NamedTuple):
 
 
 class Element(NamedTuple):
-    """What is drawn as one: a layer, or BN with the ReLU that follows."""
+    """A part of a diagram: a layer, or BN with the ReLU that follows."""
 
     kind: str
     text: str
     shape: tuple[int, ...]
-    end: int  # of so many layers it is the last
+    end: int  # number of its last layer, from 1
 
 
 def elements(layers: Sequence[Layer]) -> list[Element]:
-    """The layers as they are drawn."""
+    """Returns the parts to draw, with BN and the next ReLU as one."""
     found: list[Element] = []
     for end, layer in enumerate(layers, 1):
         text = TEXTS[layer.kind].format(layer.size, *layer.zeros)
@@ -122,17 +122,17 @@ def elements(layers: Sequence[Layer]) -> list[Element]:
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """A shape as it is written beside a layer: 32×32×16, or 64."""
+    """Returns a shape as text: 32×32×16, or 64."""
     return "×".join(map(str, shape))
 
 
 def example_image() -> np.ndarray:
-    """The picture that the diagrams show: a generated one, of a ring."""
+    """Returns the image that the diagrams show: a synthetic image of a ring."""
     return make_split("train", 3)[0][2]
 
 
 class Diagram:
-    """A drawing over the whole of a figure."""
+    """A drawing that covers a whole Matplotlib figure."""
 
     def __init__(self, figure: Figure):
         figure.set_layout_engine("none")
@@ -145,7 +145,7 @@ class Diagram:
     def text(
         self, x: float, y: float, text: str, size: float = NORMAL, ha: str = "center", **style: Any
     ) -> None:
-        """Lines of text, their capitals centred on y."""
+        """Draws lines of text with their capitals centred on y."""
         em = size / 0.72  # pixels
         lines = text.split("\n")
         for i, line in enumerate(lines):
@@ -153,11 +153,11 @@ class Diagram:
             self._axes.text(x, baseline, line, fontsize=size, ha=ha, zorder=6, **style)
 
     def note(self, x: float, y: float, text: str, **style: Any) -> None:
-        """Small text in grey: the shape of a feature map, mostly."""
+        """Draws small grey text, mostly the shape of a feature map."""
         self.text(x, y, text, SMALL, color=MUTED, **style)
 
     def box(self, x: float, y: float, width: float, height: float, text: str, kind: str) -> None:
-        """A layer: a box centred on a point. One that is too narrow has its text upright."""
+        """Draws a layer as a box centred on a point. A narrow box has upright text."""
         colour = COLOURS[kind]
         in_network = kind != "softmax"
         self._axes.add_patch(
@@ -181,14 +181,14 @@ class Diagram:
             self.text(x, y, text, SMALL)
 
     def sum(self, x: float, y: float, radius: float) -> None:
-        """The circle in which many values become one."""
+        """Draws the circle in which many values are added up."""
         self._axes.add_patch(
             Circle((x, y), radius, facecolor=PAPER, edgecolor=INK, linewidth=1.1, zorder=4)
         )
         self.text(x, y, "Σ", LARGE)
 
     def add(self, x: float, y: float) -> None:
-        """The circle with a plus in which a shortcut ends."""
+        """Draws the circle with a plus in which a shortcut ends."""
         self._axes.add_patch(
             Circle((x, y), RADIUS, facecolor=PAPER, edgecolor=GREEN, linewidth=1.6, zorder=4)
         )
@@ -196,13 +196,13 @@ class Diagram:
             self.line([(x - dx, y - dy), (x + dx, y + dy)], GREEN, 1.6, zorder=5)
 
     def tap(self, x: float, y: float) -> None:
-        """The dot where a shortcut leaves."""
+        """Draws the dot where a shortcut starts."""
         self._axes.add_patch(Circle((x, y), 3, facecolor=GREEN, edgecolor="none", zorder=4))
 
     def line(
         self, points: Sequence[Point], colour: str = INK, width: float = 1.1, zorder: float = 2
     ) -> None:
-        """A line through points, its corners rounded."""
+        """Draws a line through points, with rounded corners."""
         path, codes = [points[0]], [Path.MOVETO]
         for before, corner, after in zip(points, points[1:], points[2:], strict=False):
             path += [_towards(corner, before, 8), corner, _towards(corner, after, 8)]
@@ -215,7 +215,7 @@ class Diagram:
     def arrow(
         self, points: Sequence[Point], colour: str = INK, width: float = 1.1, zorder: float = 3
     ) -> None:
-        """A line whose arrowhead's tip is the last point."""
+        """Draws a line with an arrowhead. Its tip is the last point."""
         tip = points[-1]
         self.line([*points[:-1], _towards(tip, points[-2], HEAD - 1)], colour, width, zorder)
         base = _towards(tip, points[-2], HEAD)
@@ -224,7 +224,7 @@ class Diagram:
         self._axes.add_patch(Polygon(corners, facecolor=colour, edgecolor="none", zorder=zorder))
 
     def frame(self, left: float, top: float, right: float, bottom: float, text: str) -> None:
-        """A dashed frame around what stands for several, which `text` counts in its corner."""
+        """Draws a dashed frame around a repeated part, with `text` in the upper right corner."""
         self._axes.add_patch(
             FancyBboxPatch(
                 (left, top),
@@ -242,7 +242,7 @@ class Diagram:
         self.text(right - 12, top, text, weight="bold", ha="right", bbox=behind)
 
     def image(self, x: float, y: float, side: float, pixels: np.ndarray, **style: Any) -> None:
-        """An image centred on a point."""
+        """Draws an image centred on a point."""
         extent = (x - side / 2, x + side / 2, y + side / 2, y - side / 2)
         self._axes.imshow(
             pixels, extent=extent, aspect="auto", interpolation="nearest", zorder=4, **style
@@ -251,13 +251,13 @@ class Diagram:
     def signed(
         self, x: float, y: float, side: float, values: np.ndarray, colour: str, cells: int = 1
     ) -> None:
-        """Values as an image, blue below zero and orange above, with a grid of so many cells."""
+        """Draws values as an image, blue below zero and orange above, with a grid of cells."""
         limit = abs(values).max()
         self.image(x, y, side, values, cmap=SIGNED, vmin=-limit, vmax=limit)
         self.grid(x, y, side, cells, colour)
 
     def grid(self, x: float, y: float, side: float, cells: int, colour: str) -> None:
-        """Squares, so many to a side, over a square centred on a point."""
+        """Draws a square grid centred on a point, with `cells` squares per side."""
         left, top = x - side / 2, y - side / 2
         for k in range(cells + 1):
             along = k * side / cells
@@ -267,7 +267,7 @@ class Diagram:
     def maps(
         self, left: float, bottom: float, side: float, depth: float, zeros: bool = False
     ) -> None:
-        """Feature maps as a block that goes back to the upper right, from its lower left corner."""
+        """Draws feature maps as a block that recedes to the upper right from `left`, `bottom`."""
         right, top = left + side, bottom - side
         dx, dy = depth * SLANT[0], depth * SLANT[1]
         faces = {
@@ -293,12 +293,12 @@ class Diagram:
             self._axes.add_patch(face)
 
     def fan(self, *corners: Point) -> None:
-        """All the ways from an edge to a point."""
+        """Draws the lines from an edge to a point as one pale area."""
         style = {"facecolor": PURPLE, "edgecolor": PURPLE, "linewidth": 0.4}
         self._axes.add_patch(Polygon(corners, alpha=0.06, zorder=1, **style))
 
     def bar(self, left: float, y: float, width: float, height: float, share: float) -> None:
-        """A rectangle, the darker the larger its share of one."""
+        """Draws a rectangle. It is darker if `share` (0 to 1) is larger."""
         self._axes.add_patch(
             Rectangle(
                 (left, y - height / 2),
@@ -314,9 +314,9 @@ class Diagram:
     def layers(
         self, way: Sequence[Point], layers: Sequence[Layer], convolution: float
     ) -> list[tuple[float, float]]:
-        """Layers from left to right, the first at the end of a way; `convolution` is their width.
+        """Draws layers from left to right and returns each layer's left and right x.
 
-        Returns from where to where each goes.
+        The first layer is at the end of `way`. `convolution` is the width of a convolution.
         """
         spans: list[tuple[float, float]] = []
         for element in elements(layers):
@@ -332,13 +332,13 @@ class Diagram:
                 self.box(middle, y, width, HEIGHT, element.text, element.kind)
                 if width > STRIP:
                     self.note(middle, y + HEIGHT / 2 + 11, shape_text(element.shape))
-            # BN and ReLU, drawn as one, are two layers that go from here to there
+            # BN and ReLU in one box are two layers with the same ends.
             spans += [(x, x + width)] * (element.end - len(spans))
             way = [(x + width, y), (x + width + GAP, y)]
         return spans
 
     def unit(self, way: Sequence[Point], unit: Unit, convolution: float, count: int = 1) -> float:
-        """A unit with its shortcut, in a frame if it stands for several; returns where it ends."""
+        """Draws a unit with its shortcut, framed if `count` > 1, and returns its right x."""
         spans = self.layers(way, unit.layers, convolution)
         y = way[-1][1]
         top = y - HEIGHT / 2

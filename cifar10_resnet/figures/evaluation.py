@@ -1,4 +1,4 @@
-"""The pictures of an evaluation, as Matplotlib figures in the project's style."""
+"""Draws the plots of an evaluation with Matplotlib, in the project's style."""
 
 from collections.abc import Sequence
 
@@ -23,8 +23,8 @@ from cifar10_resnet.figures.style import (
     tint,
 )
 
-PIXEL = 0.72  # points, as the style draws
-SMALLEST = 4.5  # points that can still be read, in a picture of twice the pixels
+PIXEL = 0.72  # points, at the style's 100 pixels per inch
+SMALLEST = 4.5  # points; readable, because files have twice the pixels
 
 MISTAKES_SHOWN, MISTAKES_IN_A_ROW = 24, 8
 
@@ -32,7 +32,7 @@ MISTAKES_SHOWN, MISTAKES_IN_A_ROW = 24, 8
 def evaluation_figures(
     metrics: Metrics, images: np.ndarray, names: Sequence[str]
 ) -> dict[str, Figure]:
-    """The figures of an evaluation under names for their files."""
+    """Returns the plots of an evaluation. The keys are file names without their ending."""
     matrix, found = metrics.confusion_matrix, (metrics.labels, metrics.predictions)
     return {
         "confusion_matrix": confusion_matrix_figure(matrix, names),
@@ -43,9 +43,9 @@ def evaluation_figures(
 
 
 def confusion_matrix_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
-    """What the images of each class were taken for: `matrix[i, j]` of class i for class j."""
+    """Returns a plot of `matrix[i, j]`, the number of images of class i with prediction j."""
     classes = len(names)
-    width, height = 760 / classes, np.clip(700 / classes, 3, 46)  # of a cell, in pixels
+    width, height = 760 / classes, np.clip(700 / classes, 3, 46)  # pixels per cell
     subtitle = (
         "Rows: true class. Columns: predicted class. Blue: correct. "
         "Darker: larger share of the row."
@@ -54,7 +54,7 @@ def confusion_matrix_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
         height=200 + classes * height, title="Confusion matrix", subtitle=subtitle
     ) as figure:
         axes = figure.add_subplot()
-        # the square root, so that a few mistakes among hundreds can be seen
+        # The square root makes a few mistakes among hundreds visible.
         shades = np.sqrt(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1))
         colours = np.where(np.eye(classes)[..., None], to_rgb(BLUE), to_rgb(VERMILLION))
         pixels = 1 - shades[..., None] * (1 - colours)
@@ -79,7 +79,7 @@ def confusion_matrix_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
 
 
 def class_accuracy_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
-    """The share of each class's images that was recognised, from the best to the worst."""
+    """Returns a plot of each class's accuracy, from the best to the worst."""
     right, counts = np.diag(matrix), matrix.sum(axis=1)
     counted = np.where(counts, counts, np.nan)
     shares = right / counted
@@ -107,7 +107,7 @@ def class_accuracy_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
 
 
 def reliability_figure(confidences: np.ndarray, correct: np.ndarray) -> Figure:
-    """How often the network is right where it is so sure, and how often it is so sure."""
+    """Returns a plot of the accuracy and the number of images in each bin of confidence."""
     found = calibration(confidences, correct)
     edges = np.linspace(0, 1, NUM_BINS + 1)
     middles, width = (edges[1:] + edges[:-1]) / 2, 0.9 / NUM_BINS
@@ -147,7 +147,7 @@ def mistakes_figure(
     confidences: np.ndarray,
     names: Sequence[str],
 ) -> Figure:
-    """The images that were taken for something else, the surest mistakes first."""
+    """Returns a plot of up to MISTAKES_SHOWN mistakes, the most confident first."""
     wrong = np.flatnonzero(labels != predictions)
     shown = wrong[np.argsort(-confidences[wrong], kind="stable")][:MISTAKES_SHOWN]
     rows = -(-len(shown) // MISTAKES_IN_A_ROW)
@@ -173,7 +173,7 @@ def mistakes_figure(
 def _name_ticks(
     axes: Axes, axis: str, names: Sequence[str], room: float, rotation: float = 0
 ) -> None:
-    """Names the ticks of an axis where each has so many pixels: in small, or only some of them."""
+    """Labels the ticks of an axis, each `room` pixels wide. Shrinks or skips labels to fit."""
     size = SMALL if axis == "x" and not rotation else min(SMALL, 0.95 * room * PIXEL)
     every = int(np.ceil(SMALLEST / size))
     places = range(0, len(names), every)

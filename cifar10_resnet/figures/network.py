@@ -1,4 +1,4 @@
-"""The drawing of a network: its blocks in rows, as wide as fits."""
+"""Draws the diagram of a network: one row per block, as wide as fits."""
 
 import itertools
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ from cifar10_resnet.figures.diagram import (
 )
 from cifar10_resnet.figures.style import MARGIN, WIDTH, picture
 
-LEFT, RIGHT = 154, WIDTH - MARGIN  # of the layers in a row
-FIRST = 124  # how far down the first row is
-TURN = 20  # how far right of a row the way to the next one turns
-NARROWEST, WIDEST = 60, 104  # a convolution
+LEFT, RIGHT = 154, WIDTH - MARGIN  # ends of a row of layers
+FIRST = 124  # y of the first row
+TURN = 20  # from a row's last layer to the turn towards the next row
+NARROWEST, WIDEST = 60, 104  # widths of a convolution
 
-Row = list[tuple[Unit, int]]  # each with how often it stands there, one after the other
+Row = list[tuple[Unit, int]]  # each unit and the number of its repeats
 
 
 def title(network: Network) -> str:
-    """The network's name."""
+    """Returns the network's name."""
     config = network.config
     name = "ResNet" if config.shortcut_connections else "Plain"
     version = ", version 1" if config.resnet_version == 1 else ""
@@ -36,7 +36,7 @@ def title(network: Network) -> str:
 
 
 def subtitle(network: Network) -> str:
-    """How the depth adds up, and the parameters."""
+    """Returns the depth as a sum, and the number of parameters."""
     blocks, units = len(network.blocks), len(network.blocks[0])
     convolutions = sum(layer.kind == "convolution" for layer in network.blocks[0][0].layers)
     return (
@@ -47,7 +47,7 @@ def subtitle(network: Network) -> str:
 
 
 def rows_of(network: Network) -> list[Row]:
-    """The units of each block: every one if there is room, else equal ones together."""
+    """Returns the units of each block. If there is no room for all, equal neighbours become one."""
     every = [[(unit, 1) for unit in block] for block in network.blocks]
     if room_for_convolutions(every) >= NARROWEST:
         return every
@@ -58,12 +58,12 @@ def rows_of(network: Network) -> list[Row]:
 
 
 def entry(rows: Sequence[Row]) -> float:
-    """How far apart units are: further where one may have a frame around it."""
+    """Returns the distance between units, which is larger if one of them has a frame."""
     return 40 if any(count > 1 for row in rows for _, count in row) else 20
 
 
 def room_for_convolutions(rows: Sequence[Row]) -> float:
-    """The width that a convolution can have for the longest row to fit."""
+    """Returns the width of a convolution with which every row fits."""
     widths = [WIDEST]
     for row in rows:
         kinds = [element.kind for unit, _ in row for element in elements(unit.layers)]
@@ -74,7 +74,7 @@ def room_for_convolutions(rows: Sequence[Row]) -> float:
 
 
 def draw(network: Network, files: Sequence[str | Path]) -> None:
-    """Draws the network to files."""
+    """Draws the network and writes it to the files."""
     rows = rows_of(network)
     wide = room_for_convolutions(rows)
     pitch = 148 if network.config.shortcut_connections else 126
@@ -110,7 +110,7 @@ def draw(network: Network, files: Sequence[str | Path]) -> None:
 
 
 def way_to_next_row(x: float, y: float, pitch: float) -> list[Point]:
-    """From the end of a row of layers to the beginning of the next."""
+    """Returns the points of the line from the end of a row of layers to the next row."""
     right, left, between, below = x + TURN, LEFT - TURN - 8, y + 60, y + pitch
     return [(x, y), (right, y), (right, between), (left, between), (left, below), (LEFT, below)]
 

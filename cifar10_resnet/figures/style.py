@@ -1,7 +1,7 @@
-"""How all the project's pictures look: their colours, sizes and card, and how they are saved.
+"""Sets the style of all plots and diagrams, and saves them.
 
-They are made to be shown about 900 pixels wide, on light pages and dark ones: hence a card of
-their own, in colours that colour-blind readers tell apart, and in files with twice the pixels.
+Light and dark pages show them about 900 pixels wide. So each one is on a card, in colours that
+colour-blind readers can distinguish. Files have twice the pixels.
 """
 
 import contextlib
@@ -18,17 +18,17 @@ from matplotlib.text import Text
 
 from cifar10_resnet import storage
 
-WIDTH = 900  # in pixels, of which an inch has 100; so a point is 1.4 of them
+WIDTH = 900  # pixels, 100 per inch; so a point is 1.4 pixels
 MARGIN = 24
 SMALL, NORMAL, LARGE = 8, 9, 12  # points
 
 INK, MUTED, RULE, PAPER = "#1f2328", "#57606a", "#d0d7de", "#ffffff"
-# Okabe and Ito's palette
+# These colours are Okabe and Ito's palette.
 BLUE, SKY, GREEN = "#0072B2", "#56B4E9", "#009E73"
 ORANGE, VERMILLION, PURPLE = "#E69F00", "#D55E00", "#CC79A7"
 
 STYLE = {
-    "font.family": "DejaVu Sans",  # which comes with Matplotlib: the same on every machine
+    "font.family": "DejaVu Sans",  # part of Matplotlib: the same on every machine
     "font.size": NORMAL,
     "text.color": INK,
     "axes.edgecolor": MUTED,
@@ -55,7 +55,7 @@ DASHED = {"lw": 0.9, "ls": (0, (4, 2))}
 
 
 def tint(colour: str, share: float = 0.2) -> tuple[float, float, float]:
-    """A colour thinned with white."""
+    """Returns a colour mixed with white; `share` is the part of the colour."""
     red, green, blue = (1 - share * (1 - value) for value in to_rgb(colour))
     return red, green, blue
 
@@ -64,10 +64,10 @@ def tint(colour: str, share: float = 0.2) -> tuple[float, float, float]:
 def picture(
     *files: str | os.PathLike, height: float, title: str, subtitle: str = ""
 ) -> Iterator[Figure]:
-    """A figure in the project's style, so many pixels high, saved to the files at the end.
+    """Yields a figure of `height` pixels in the project's style, and then saves it to the files.
 
-    The same figure gives the same bytes, and each file appears whole or not at all. PNGs carry the
-    words in the picture as their description.
+    The same figure gives the same bytes. A failure leaves no half-written file. PNGs contain the
+    text of the figure as their description.
     """
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure((WIDTH / 100, height / 100), facecolor="none", layout="constrained")
@@ -109,21 +109,21 @@ def _save(figure: Figure, file: Path) -> None:
 
 
 def figure_to_png(figure: Figure, dpi: int = 200) -> bytes:
-    """A figure as a PNG file, with 200 dots an inch 1800 pixels wide."""
+    """Returns a figure as a PNG file. At 200 dots per inch, it is 1,800 pixels wide."""
     return encode(figure, "png", dpi)
 
 
 def encode(figure: Figure, kind: str, dpi: int = 200) -> bytes:
-    """A figure as a file of a kind ("png", "svg"); the same figure gives the same bytes."""
+    """Returns a figure as a "png" or "svg" file. The same figure gives the same bytes."""
     undated = {"png": {"Software": None}, "svg": {"Date": None}}[kind]
     buffer = io.BytesIO()
-    # Some of a figure's parts are only made while it is drawn.
+    # Matplotlib makes some parts of a figure while it saves, and they need the style too.
     with matplotlib.style.context(["default", STYLE, {"svg.hashsalt": "resnet"}]):
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=undated)
     return buffer.getvalue()
 
 
 def shortened(name: str, longest: int) -> str:
-    """A name as it is, not as a formula, up to so many characters."""
+    """Returns a name cut to `longest` characters. Escapes each $, which would start a formula."""
     cut = name if len(name) <= longest else name[: longest - 1] + "…"
     return cut.replace("$", r"\$")

@@ -1,6 +1,6 @@
-"""What a network does to a picture, layer by layer, read off TensorFlow's graph of the real one.
+"""Reads the layers of a network from its TensorFlow graph.
 
-The drawings take their sizes from here, so that they show the network as it is.
+The diagrams take their sizes from here, so they always match the real network.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ KINDS = {
 
 
 def trace(config: ModelConfig) -> Network:
-    """Builds a network, and reads its layers off the graph of its own `__call__`."""
+    """Builds a network, and returns its layers as the graph of its `__call__` contains them."""
     model = ResNet(**config.arguments())
     images = tf.TensorSpec([None, *IMAGE_SHAPE], tf.float32)
     function = tf.function(lambda images: model(images), autograph=False)
@@ -35,7 +35,7 @@ def trace(config: ModelConfig) -> Network:
     parts: dict[str, list[tf.Operation]] = {}
     part = ""
     for operation in way:
-        # Only what has variables says where it belongs; ReLUs and additions follow such.
+        # A variable's name contains the part. ReLUs and additions belong to the part before them.
         if operation.type == "Mean":
             part = "end"
         elif len(operation.inputs) > 1 and operation.inputs[1].op.name in names:
@@ -66,7 +66,7 @@ def trace(config: ModelConfig) -> Network:
 
 
 def _names_of_reads(graph: tf.Graph) -> dict[str, str]:
-    """The names of the variables, by the names of the operations that read them."""
+    """Returns the names of the variables, by the names of the operations that read them."""
     handles = {id(variable.handle): variable.name for variable in graph.variables}
     names = {inside.op.name: handles[id(outside)] for outside, inside in graph.captures}
     reads = (o for o in graph.get_operations() if o.type == "ReadVariableOp")
@@ -74,7 +74,7 @@ def _names_of_reads(graph: tf.Graph) -> dict[str, str]:
 
 
 def _part(variable: str) -> str:
-    """block2/unit1/conv1/kernel:0 is of block2/unit1; others, of the beginning or the end."""
+    """Returns block2/unit1 for block2/unit1/conv1/kernel:0, and begin or end for the others."""
     if variable.startswith("block"):
         return "/".join(variable.split("/")[:2])
     return "begin" if variable.startswith("init") else "end"
@@ -83,7 +83,7 @@ def _part(variable: str) -> str:
 def _way_to(
     tensor: tf.Tensor, starts: set[str] = frozenset()
 ) -> tuple[list[tf.Operation], tf.Operation]:
-    """The layers that lead to a tensor, and where they start: at one of `starts` or the images."""
+    """Returns the layers that lead to a tensor, and their start: one of `starts` or the images."""
     way, operation = [], tensor.op
     while operation.type != "Placeholder" and operation.name not in starts:
         if operation.type in KINDS and not _adds_a_bias(operation):

@@ -1,6 +1,6 @@
-"""From a checkpoint to files that need none of this code: a SavedModel, or a LiteRT model.
+"""Exports a checkpoint to files that do not need this code: a SavedModel, or a LiteRT model.
 
-Writing a SavedModel runs nothing of the network: one for a GPU can be written where there is none.
+Writing a SavedModel does not run the network. So a machine without a GPU can write one for a GPU.
 """
 
 import os
@@ -19,16 +19,16 @@ from resnet_model import IMAGE_SHAPE, ResNet
 
 Answers = dict[str, tf.Tensor]
 
-# The SavedModel's signatures, by what they take.
+# The SavedModel's signatures take uint8 pixels, float32 pixels and encoded photos.
 PIXELS, FLOATS, PICTURES = "serving_default", "serving_float", "serving_image_bytes"
 BATCH_SIZE = 500
 TFLITE_FILE, NAMES_FILE = "model.tflite", "labels.txt"
-# How far LiteRT's logits may be from TensorFlow's, as a share of the largest.
+# LiteRT's logits may differ from TensorFlow's by this share of the largest logit.
 TFLITE_TOLERANCE = 1e-4
 
 
 class Classifier(tf.Module):
-    """A network with what stands around it: pixels or picture files in, named classes out."""
+    """A network with its class names, which takes pixels or encoded photos."""
 
     def __init__(self, model: ResNet, class_names: Sequence[str]):
         super().__init__()
@@ -46,7 +46,7 @@ class Classifier(tf.Module):
         return found
 
     def from_floats(self, images: tf.Tensor) -> Answers:
-        """Answers for float32 images [N, 32, 32, 3] from 0 to 255."""
+        """Returns the answers for float32 images [N, 32, 32, 3] from 0 to 255."""
         logits = self.model.logits_of_raw(images)
         return {
             "logits": logits,
@@ -55,18 +55,18 @@ class Classifier(tf.Module):
         }
 
     def from_pixels(self, images: tf.Tensor) -> Answers:
-        """Answers for uint8 images [N, 32, 32, 3]."""
+        """Returns the answers for uint8 images [N, 32, 32, 3]."""
         return self.from_floats(tf.cast(images, tf.float32))
 
     def from_pictures(self, image_bytes: tf.Tensor) -> Answers:
-        """Answers for encoded JPEG and PNG pictures of any size, strings [N]."""
+        """Returns the answers for encoded JPEG and PNG photos of any size, strings [N]."""
         pixels = tf.TensorSpec(IMAGE_SHAPE, tf.uint8)
         return self.from_pixels(tf.map_fn(_decode, image_bytes, fn_output_signature=pixels))
 
 
 def _decode(encoded: tf.Tensor) -> tf.Tensor:
-    """What `photos.read_photo` does, in a graph; but EXIF does not turn the picture here."""
-    # Decodes PNG too. The default method is faster and, in a JPEG, up to ten levels off.
+    """Decodes a photo in a graph as `photos.read_photo` does, except that it ignores EXIF."""
+    # This decodes PNG too. The default method is faster but, in a JPEG, up to ten levels off.
     image = tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
     height, width = tf.unstack(tf.shape(image)[:2])
     side = tf.minimum(height, width)
@@ -79,7 +79,7 @@ def _decode(encoded: tf.Tensor) -> tf.Tensor:
 def load_classifier(
     saved: SavedRun, data_format: str = "channels_last", dtype: str = "fp32"
 ) -> Classifier:
-    """Builds from a checkpoint what is exported."""
+    """Returns the network of a checkpoint, ready to export."""
     return Classifier(load(saved, data_format, dtype), saved.run.data.class_names)
 
 
@@ -94,7 +94,7 @@ def export_saved_model(
 
 
 def export_tflite(saved: SavedRun, export_dir: str) -> None:
-    """Writes the network for LiteRT into the new folder `export_dir`, if it computes the same."""
+    """Writes a LiteRT model to the new folder `export_dir`. Refuses one with different logits."""
     classifier = load_classifier(saved)
     with storage.new_folder(export_dir) as folder, tempfile.TemporaryDirectory() as saved_model:
         signatures = (PIXELS, FLOATS)
@@ -137,11 +137,11 @@ def _save(classifier: Classifier, folder: str, signatures: Sequence[str]) -> Non
 
 
 def _difference(lite: bytes, saved_model: str) -> float:
-    """How far the logits of a LiteRT model are from a SavedModel's, as a share of the largest."""
+    """Returns the difference of LiteRT's and a SavedModel's logits, as a share of the largest."""
     images = np.random.default_rng(0).integers(0, 256, (32, *IMAGE_SHAPE), np.uint8)
     expected = SavedNetwork(saved_model)(images, PIXELS)["logits"]
     with warnings.catch_warnings():
-        # of this interpreter's moving to a package of its own
+        # The interpreter warns that it moves to a separate package.
         warnings.simplefilter("ignore", UserWarning)
         interpreter = tf.lite.Interpreter(model_content=lite)
     differences = [

@@ -1,7 +1,7 @@
-"""TensorFlow Serving's REST form of a prediction: a request's JSON in, the answer's values out.
+"""Answers TensorFlow Serving's REST requests for predictions.
 
-A request has its pictures either in rows (`instances`) or in columns (`inputs`); the answer comes
-in the same form, as `predictions` or `outputs`.
+A request has its images either in rows (`instances`) or in columns (`inputs`). The answer has the
+same form: `predictions` or `outputs`.
 """
 
 import base64
@@ -17,14 +17,14 @@ from cifar10_resnet.formats import SIDE
 from cifar10_resnet.serving.saved_network import DEFAULT, SavedNetwork
 
 MAX_INSTANCES = 256
-MAX_SECONDS = 30  # to unpack the pictures of one request
-# Commas and opening brackets in the JSON of so many pictures in the longest form, with a few to
-# spare. Each makes an object in memory, several times as large as what stands in the request.
+MAX_SECONDS = 30  # to decode the photos of one request
+# The JSON of MAX_INSTANCES images has fewer commas and opening brackets, even in the longest form.
+# Each makes an object in memory that is several times as large as its text in the request.
 MAX_MARKS = MAX_INSTANCES * (SIDE * SIDE * 3 + SIDE * SIDE + SIDE + 8)
 
 
 def predict(network: SavedNetwork, body: bytes) -> dict[str, Any]:
-    """Answers the body of a request; refuses, in a sentence, what is not one."""
+    """Returns the answer to a request's body. Refuses an invalid body with a one-line error."""
     request = _parse(body)
     signature = request.get("signature_name") or DEFAULT
     if not isinstance(signature, str) or signature not in network.inputs:
@@ -40,8 +40,8 @@ def predict(network: SavedNetwork, body: bytes) -> dict[str, Any]:
     if len(values) > MAX_INSTANCES:
         raise UserError(f"a request has up to {MAX_INSTANCES} images, not {len(values)}.")
     if dtype == "string":
-        # The graph would unpack any picture, whatever memory that took: here they are checked
-        # first, and come out as the same pixels.
+        # The graph would decode any photo, no matter how much memory it takes. `read_photo` checks
+        # a photo first, and gives the same pixels as everywhere in this project.
         outputs = network(_pictures(values))
     else:
         outputs = network(_pixels(values, dtype.as_numpy_dtype), signature)
@@ -74,7 +74,7 @@ def _refuse_constant(constant: str) -> NoReturn:
 
 
 def _rows(instances: Any, name: str) -> Any:
-    """The input's value of each instance: itself, or in an object under the input's name."""
+    """Returns the value of each instance: itself, or in an object under the input's name."""
     if isinstance(instances, list) and any(_is_named(instance) for instance in instances):
         for i, instance in enumerate(instances):
             if not _is_named(instance) or list(instance) != [name]:
@@ -84,7 +84,7 @@ def _rows(instances: Any, name: str) -> Any:
 
 
 def _column(inputs: Any, name: str) -> Any:
-    """The input's values: a list, or in an object under the input's name."""
+    """Returns the input's values: a list, or in an object under the input's name."""
     if not _is_named(inputs):
         return inputs
     if name not in inputs:
@@ -97,7 +97,7 @@ def _is_named(value: Any) -> bool:
 
 
 def _pictures(values: list) -> np.ndarray:
-    """A batch from encoded pictures, each of the form {"b64": "…"}."""
+    """Returns a batch from encoded photos, each of the form {"b64": "…"}."""
     pictures = []
     end = time.monotonic() + MAX_SECONDS
     for i, value in enumerate(values):
@@ -109,7 +109,7 @@ def _pictures(values: list) -> np.ndarray:
         if not isinstance(value, dict) or not isinstance(value.get("b64"), str):
             raise UserError(f'instance {i} is not of the form {{"b64": "…"}}.')
         try:
-            # with or without the padding at its end and line breaks, like TensorFlow Serving
+            # Padding and line breaks are optional, as in TensorFlow Serving.
             encoded = base64.b64decode(value["b64"] + "==")
         except ValueError as error:
             raise UserError(f"instance {i} is not base64: {error}.") from error
@@ -118,8 +118,8 @@ def _pictures(values: list) -> np.ndarray:
 
 
 def _pixels(values: list, dtype: type) -> np.ndarray:
-    """A batch from nested lists: of whole numbers in 0 to 255, or of any finite numbers."""
-    # As objects first: NumPy would turn text, null and true into numbers.
+    """Returns a batch from nested lists of whole numbers from 0 to 255, or of finite numbers."""
+    # The array has objects first, because NumPy would turn text, null and true into numbers.
     array = np.array(values, dtype=object)
     if array.shape != (len(values), SIDE, SIDE, 3):
         raise UserError(
@@ -146,7 +146,7 @@ def _pixels(values: list, dtype: type) -> np.ndarray:
 
 
 def _plain(array: np.ndarray) -> list:
-    """A list for JSON. Each float32 is written with the digits that tell it apart, no more."""
+    """Returns a list for JSON. Each float32 has only the digits that distinguish it from others."""
     if array.dtype == np.float32:
         array = array.astype(str).astype(np.float64)
     return array.tolist()

@@ -1,4 +1,4 @@
-"""An exported network, loaded: its signatures, called with images."""
+"""Loads an exported network and calls its signatures with images."""
 
 import os
 from typing import Any
@@ -24,18 +24,18 @@ class SavedNetwork:
     def __init__(self, folder: str):
         storage.refuse_patterns(folder)
         try:
-            # kept, because its signatures would let go of its variables
+            # This attribute keeps the variables alive; the signatures do not.
             self._loaded = tf.saved_model.load(folder)
             with open(os.path.join(folder, FILE), "rb") as file:
                 saved = saved_model_pb2.SavedModel.FromString(file.read())
-        except Exception as error:  # a damaged file makes the loader raise whatever it runs into
+        except Exception as error:  # for a damaged file, the loader raises errors of any kind
             reason = str(error).strip().split("\n")[0]
             raise UserError(
                 f"cannot load the SavedModel in {folder}, which may be damaged ({reason}): export "
                 "it again."
             ) from error
         self._definitions = saved.meta_graphs[0].signature_def
-        # what each signature that takes one thing takes
+        # These are the inputs of the signatures that have exactly one.
         self.inputs: dict[str, tf.TensorSpec] = {}
         for name, signature in self._loaded.signatures.items():
             specs = list(signature.structured_input_signature[1].values())
@@ -61,7 +61,7 @@ class SavedNetwork:
             )
 
     def __call__(self, inputs: np.ndarray, signature: str = DEFAULT) -> dict[str, np.ndarray]:
-        """The outputs of a signature for a batch."""
+        """Returns the outputs of a signature for a batch."""
         tensor = {self.inputs[signature].name: tf.constant(inputs)}
         outputs = self._loaded.signatures[signature](**tensor)
         answer = {name: value.numpy() for name, value in outputs.items()}
@@ -73,7 +73,7 @@ class SavedNetwork:
         return answer
 
     def describe_signatures(self) -> dict[str, Any]:
-        """The signatures as plain values for JSON, under TensorFlow's own names."""
+        """Returns the signatures as plain values for JSON, under TensorFlow's names."""
         return {
             name: json_format.MessageToDict(
                 definition,

@@ -1,8 +1,8 @@
-"""The web server: a page to try the network on pictures, and TensorFlow Serving's REST addresses.
+"""Serves a page to try the network on photos, and TensorFlow Serving's REST API.
 
-One thread does all reading and writing, so that a slow client costs its connection and no more; a
-few threads do the work, on whole requests. What clients can make the server hold is bounded: the
-size of a request, the bodies of all requests together, the connections, the time to send one.
+One thread does all reading and writing, so a slow client costs only its connection. A few threads
+do the work, on whole requests. The server limits the size of a request, the bodies of all requests
+together, the number of connections, and the time to send a request.
 """
 
 import asyncio
@@ -38,13 +38,13 @@ API = f"/v1/models/{MODEL}"
 SHOWN_CLASSES = 5
 
 MAX_BODY = 16 * 2**20
-# What is longer than a body may be is still read, and forgotten: most clients hear no answer
-# before they have sent all.
+# The server reads a body up to this size, and drops it if it is over MAX_BODY. Most clients read no
+# answer before they have sent everything.
 MAX_READ = 8 * MAX_BODY
 MAX_BODIES = 16 * MAX_BODY
 MAX_HEADER = 16 * 2**10
 MAX_CONNECTIONS = 1000
-OTHER_FILES = 100  # that the process has open besides its connections, generously
+OTHER_FILES = 100  # generous limit for open files that are not connections
 WORKERS = 2  # TensorFlow spreads each request over the processors already
 SECONDS_TO_FINISH = 5
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -56,13 +56,13 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 async def serve(
     network: SavedNetwork, sockets: list[socket.socket], host: str, timeout: float
 ) -> int:
-    """Answers requests until Ctrl-C or SIGTERM; returns the number of that signal."""
+    """Answers requests until Ctrl-C or SIGTERM, and returns the number of that signal."""
     loop = asyncio.get_running_loop()
     stopped = loop.create_future()
 
     def stop(number: int) -> None:
         for each in STOP_SIGNALS:
-            loop.remove_signal_handler(each)  # a second one insists
+            loop.remove_signal_handler(each)  # a second signal stops at once
         stopped.set_result(number)
 
     for number in STOP_SIGNALS:
@@ -90,7 +90,7 @@ async def serve(
 
 
 class _Server(httpserver.HTTPServer):
-    """Tornado's server, with a bound on its connections: one too many is closed at once."""
+    """Tornado's server with a limit on its connections. It closes any further one at once."""
 
     def initialize(self, *arguments: Any, **keywords: Any) -> None:
         super().initialize(*arguments, **keywords)
@@ -111,7 +111,7 @@ class _Server(httpserver.HTTPServer):
 
 
 class _Application(web.Application):
-    """What the handlers share: the network, the workers, and what is held at the moment."""
+    """The state that handlers share: the network, the threads and the size of open requests."""
 
     def __init__(self, network: SavedNetwork, host: str):
         self.network = network
@@ -142,25 +142,25 @@ class _Application(web.Application):
         )
 
     def is_own(self, host: str) -> bool:
-        """Whether a Host header names this server.
+        """Returns whether a Host header names this server.
 
-        A page of another site whose name was pointed at this address ("DNS rebinding") sends that
-        name, never the address itself.
+        Another site can point its name at this address ("DNS rebinding"). Its page then sends that
+        name, never the address.
         """
         host = host.strip("[]")
         return host in self._hosts or (self._anywhere and netutil.is_valid_ip(host))
 
     def end_request(self, body_bytes: int) -> None:
-        """To be told of each. When all are answered, memory that large ones took is given back."""
+        """Counts a request as ended. After the last one, frees the memory of large requests."""
         self.requests -= 1
         self._answered_bytes += body_bytes
         if not self.requests and self._answered_bytes > MAX_BODY:
             self._answered_bytes = 0
-            with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+            with contextlib.suppress(AttributeError, OSError):  # the C library is not glibc
                 ctypes.CDLL(None).malloc_trim(0)
 
     async def finish(self) -> None:
-        """Waits for the requests that are being answered, but not for ever."""
+        """Waits up to SECONDS_TO_FINISH for the open requests, and stops the threads."""
         end = time.monotonic() + SECONDS_TO_FINISH
         while self.requests and time.monotonic() < end:
             await asyncio.sleep(0.05)
@@ -168,7 +168,7 @@ class _Application(web.Application):
 
 
 class _Refusal(web.HTTPError):
-    """An error status, and a sentence that says why."""
+    """An HTTP error with a sentence that contains the reason."""
 
     def __init__(self, status: int, sentence: str):
         super().__init__(status)
@@ -177,13 +177,13 @@ class _Refusal(web.HTTPError):
 
 @web.stream_request_body
 class _Handler(web.RequestHandler):
-    """Reads a whole request within bounds, then answers it: see `answer`."""
+    """A handler that reads a whole request within the limits, and then sends `answer`."""
 
     SUPPORTED_METHODS = ("GET", "HEAD")
     application: _Application
 
     async def answer(self) -> dict[str, Any] | bytes:
-        """What to send. Subclasses say so, or raise a _Refusal."""
+        """Returns what to send, or raises a _Refusal. Subclasses implement it."""
         raise NotImplementedError
 
     async def get(self) -> None:
@@ -194,7 +194,7 @@ class _Handler(web.RequestHandler):
     head = post = get
 
     async def work(self, answer: Callable[[SavedNetwork, bytes], dict[str, Any]]) -> dict[str, Any]:
-        """The answer to the request's body, from one of the workers."""
+        """Returns the answer to the request's body, computed in another thread."""
 
         def unless_gone() -> dict[str, Any]:
             if self._ended:  # the client has closed its connection
@@ -250,7 +250,7 @@ class _Handler(web.RequestHandler):
         self._refuse(413, f"the request is larger than {MAX_BODY >> 20} MiB, the limit.")
 
     def _refuse(self, status: int, sentence: str) -> None:
-        """Settles the answer; it is sent once the client has sent its request."""
+        """Sets an error as the answer, to be sent once the client has sent its request."""
         self._refusal = _Refusal(status, sentence)
         self._forget_body()
 
@@ -279,7 +279,7 @@ class _Handler(web.RequestHandler):
         self.finish({"error": getattr(error, "sentence", reason)})
 
     def log_exception(self, kind: Any, error: Any, trace: Any) -> None:
-        if not isinstance(error, web.HTTPError):  # which is the client's mistake
+        if not isinstance(error, web.HTTPError):  # an HTTPError is the client's mistake
             super().log_exception(kind, error, trace)
 
 
@@ -298,7 +298,7 @@ class _Page(_Handler):
 
 
 class _Classify(_Handler):
-    """The page's own address: the body is a picture file."""
+    """The address that the page uses. The request's body is a photo."""
 
     SUPPORTED_METHODS = ("POST",)
 
@@ -330,7 +330,7 @@ class _Predict(_Handler):
 
 
 def _classify(network: SavedNetwork, encoded: bytes) -> dict[str, Any]:
-    """What the network saw of a picture, as a data URL, and its likeliest classes, best first."""
+    """Returns what the network saw, as a data URL, and the most likely classes, best first."""
     picture = read_photo(encoded, "This file")
     probabilities = network(picture[None])["probabilities"][0]
     best = np.argsort(-probabilities, kind="stable")[:SHOWN_CLASSES]
@@ -345,7 +345,7 @@ def _classify(network: SavedNetwork, encoded: bytes) -> dict[str, Any]:
 
 
 def _page_policy(page: bytes) -> str:
-    """Lets the page run its own style and script, and nothing else from anywhere."""
+    """Returns a policy that allows the page's own style and script, and nothing from elsewhere."""
     hashes = {
         tag: base64.b64encode(hashlib.sha256(content).digest()).decode()
         for tag, content in re.findall(rb"<(style|script)>(.*?)</", page, re.S)

@@ -1,4 +1,4 @@
-"""What a run's event files say, read without TensorFlow."""
+"""Reads a run's event files without TensorFlow."""
 
 import glob
 import os
@@ -15,15 +15,15 @@ WRITERS = ("train", "eval")
 
 
 def read_history(log_path: str) -> list[dict[str, float]]:
-    """A row for each step at which something was written, in order.
+    """Returns a row for each step at which something was written, in order.
 
-    Columns are named after writer and tag (`train_loss`, `eval_accuracy`). Where a resumed run
+    Columns are named after writer and tag (`train_loss`, `eval_accuracy`). If a resumed run
     repeated steps, the later values count.
     """
     rows: dict[int, dict[str, float]] = {}
     for writer in WRITERS:
         pattern = os.path.join(glob.escape(log_path), writer, "events.out.tfevents.*")
-        for file in sorted(glob.glob(pattern)):  # by age: when it was begun is in its name
+        for file in sorted(glob.glob(pattern)):  # oldest first: names contain the start time
             for event in _events(file):
                 for value in event.summary.value:
                     if value.metadata.plugin_data.plugin_name == "scalars":
@@ -33,13 +33,13 @@ def read_history(log_path: str) -> list[dict[str, float]]:
 
 
 def _events(file: str) -> Iterator[Event]:
-    """The events of a file. One that is still being written at its end is left out."""
+    """Yields the events of a file. Skips a last event that is still being written."""
     try:
         with open(file, "rb") as opened:
             content = opened.read()
         place = 0
         while place + 12 <= len(content):
-            # of each record: its length, that number's checksum, the event, its checksum
+            # A record is its length, the length's checksum, the event, and the event's checksum.
             begin = place + 12
             end = begin + struct.unpack_from("<Q", content, place)[0]
             if end + 4 > len(content):

@@ -1,4 +1,4 @@
-"""The training loop: what is due after which step, until the run ends."""
+"""Runs the training loop: takes steps, and does what is due after each, until the run ends."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,15 +15,15 @@ from cifar10_resnet.training.progress import Silent
 from cifar10_resnet.training.signals import StopSignals
 from cifar10_resnet.training.trainer import Trainer
 
-# Several workers ask each other this often whether one was told to stop.
+# After this many steps, several workers check whether one of them received a signal to stop.
 STEPS_BETWEEN_AGREEMENTS = 10
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training ended: where it is saved, and the signal that stopped it if one did.
+    """The end of a run: its last step, its checkpoint, and the signal that stopped it, if any.
 
-    `summary` holds the rows of a table for people.
+    `summary` contains the rows of the table to print.
     """
 
     step: int
@@ -42,13 +42,13 @@ def every(count: int) -> Callable[[int], int]:
 
 
 def next_end(step: int, images: int, batch_size: int) -> int:
-    """Returns the first later step in which so many images, or a multiple of them, are through."""
+    """Returns the first later step that completes a multiple of `images` images."""
     done = step * batch_size // images
     return -(-(done + 1) * images // batch_size)
 
 
 class Agenda:
-    """What is due after which step. A duty is a function from a step to the next one it is due."""
+    """The duties of a run. Each is a function from a step to the next step when it is due."""
 
     def __init__(self, run: RunConfig, options: Options, num_images: int, num_workers: int = 1):
         self.last = options.last_step(run)
@@ -56,10 +56,10 @@ class Agenda:
         log = every(options.log_per_iterations)
         self._next = {
             "log": log,
-            # After the step before a log: the log shows the gradients of its own step.
+            # It is due one step before a log, because the log shows the last step's gradients.
             "watch": lambda step: log(step + 1) - 1,
             "save": every(options.save_per_iterations),
-            # Several workers agree now and then, and one after every call.
+            # One worker checks for a signal after every call, several workers less often.
             "agree": every(STEPS_BETWEEN_AGREEMENTS if num_workers > 1 else 1),
             "end": lambda step: self.last,
         }
@@ -70,16 +70,16 @@ class Agenda:
         if options.profile_steps:
             first, last = options.profile_steps
             self._next["profile"] = lambda step: first - 1 if step < first - 1 else last
-        # What does not interrupt a call of several steps.
+        # These duties do not interrupt a call of several steps.
         self._waits = {"agree"} if num_workers == 1 else set()
 
     def due(self, step: int) -> set[str]:
-        """Returns the duties after a step. The end is a reason to log and to save."""
+        """Returns the duties after a step. The last step is logged and saved, too."""
         due = {name for name, after in self._next.items() if after(step - 1) == step}
         return due | {"log", "save"} if "end" in due else due
 
     def until_next(self, step: int) -> int:
-        """Returns how many steps to take at once: no duty lies in their middle."""
+        """Returns how many steps to take in one call without a duty in between."""
         duties = (after(step) for name, after in self._next.items() if name not in self._waits)
         return min(self._steps_per_call, *(at - step for at in duties if at > step))
 
@@ -90,7 +90,7 @@ class Agenda:
 def reason_to_end(
     trainer: Trainer, agenda: Agenda, evaluations: "Evaluations", resume_from: str | None
 ) -> str | None:
-    """Returns why there is no step to take, if there is none."""
+    """Returns why there is no step left to take, or None if there is one."""
     step, length = trainer.steps_done, trainer.run.training.num_iterations
     if step >= agenda.last:
         reason = "finished" if step >= length else "past --max_train_steps"
@@ -101,7 +101,7 @@ def reason_to_end(
 
 
 class Evaluations:
-    """The evaluations of a run while it trains. The chief makes them, and tells the others."""
+    """The evaluations of a run while it trains. The chief evaluates for all workers."""
 
     def __init__(self, model: tf.Module, options: Options, images: RunImages, replicas: Replicas):
         is_made = options.epochs_between_evals and replicas.is_chief
@@ -113,11 +113,11 @@ class Evaluations:
 
     @property
     def scored(self):
-        """The images that are evaluated, if there are any."""
+        """Returns the images that are evaluated, if there are any."""
         return self._images.scored and self._images.scored.images
 
     def reach_threshold(self) -> bool:
-        """Evaluates, and returns whether --stop_threshold is reached: alike on all workers."""
+        """Evaluates, and returns on all workers whether --stop_threshold is reached."""
         if self._evaluate:
             self.metrics = self._evaluate(self._images.scored)
         reached = self.metrics and self.threshold and self.metrics.accuracy >= self.threshold
@@ -125,7 +125,7 @@ class Evaluations:
 
 
 class Saving:
-    """How a run is saved: by the chief, and only if its weights are sound."""
+    """The two parts of saving a run: the check of its weights, and the checkpoint."""
 
     def __init__(self, trainer: Trainer, options: Options):
         self._trainer, self._options = trainer, options
@@ -135,7 +135,7 @@ class Saving:
         self._trainer.check_finite(self._options.ckpt_path)
 
     def save(self) -> str:
-        """Saves a checkpoint and returns it."""
+        """Saves a checkpoint and returns its path."""
         trainer, options = self._trainer, self._options
         return checkpoints.save(
             trainer.checkpoint, options.ckpt_path, trainer.steps_done, options.max_ckpts
@@ -151,7 +151,7 @@ def train(
     progress: Silent,
     stop: StopSignals,
 ) -> Outcome:
-    """Takes steps, and does what is due after each, until one is due to be the last."""
+    """Takes steps, and does what is due after each. Returns how the run ended."""
     replicas, batches = trainer.replicas, iter(pipeline)
     step, stopped_by, saved = trainer.steps_done, 0, ""
     due = agenda.due(step)

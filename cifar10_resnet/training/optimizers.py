@@ -1,4 +1,4 @@
-"""What turns gradients into steps: SGD with momentum, and Muon on top of it."""
+"""Turns gradients into steps: SGD with momentum, and Muon on top of it."""
 
 import numpy as np
 import tensorflow as tf
@@ -6,13 +6,13 @@ import tensorflow as tf
 from cifar10_resnet.config import TrainingConfig
 from resnet_model import ResNet, assign
 
-# How far Muon turns a kernel at a learning rate of 1. So one --init_lr serves the kernels that Muon
-# moves and the variables that it does not.
+# Muon turns a kernel this far at a learning rate of 1. So one --init_lr suits both the kernels that
+# Muon moves and all other variables.
 MUON_STEP = 0.1
 
 
 class Momentum:
-    """Stochastic gradient descent with momentum; the L2 penalty is added to its gradients."""
+    """Stochastic gradient descent with momentum, and with the L2 penalty in its gradients."""
 
     def __init__(self, model: ResNet, training: TrainingConfig):
         self._training = training
@@ -29,14 +29,14 @@ class Momentum:
             self._move(variable, slot, gradient, learning_rate)
 
     def snapshot(self) -> list[tuple[tf.Tensor, tf.Tensor]]:
-        """The variables and their momenta as they are now: no copies, until they change."""
+        """Returns the current variables and momenta. They are copied only if they change."""
         pairs = zip(self.variables, self.slots.values(), strict=True)
         return [(variable.read_value(), slot.read_value()) for variable, slot in pairs]
 
     def gradients_since(self, before: list[tuple[tf.Tensor, tf.Tensor]]) -> dict[str, np.ndarray]:
-        """The gradients of the one step taken since a snapshot, by variable, without L2 penalty.
+        """Returns the gradients, by variable, of the step since a snapshot, without L2 penalty.
 
-        They are what the momenta gained; so that watching a step cannot change what it computes.
+        It derives them from the momenta, so watching a step cannot change what it computes.
         """
         gradients = {}
         pairs = zip(self.variables, self.slots.values(), strict=True)
@@ -51,7 +51,7 @@ class Momentum:
         self, variable: tf.Variable, slot: tf.Variable, gradient: tf.Tensor, rate: tf.Tensor
     ) -> None:
         if variable.ref() in self._decayed:
-            # the gradient of weight_decay * tf.nn.l2_loss(kernel)
+            # This adds the gradient of weight_decay * tf.nn.l2_loss(kernel).
             gradient += self._training.weight_decay * variable
         tf.raw_ops.ResourceApplyMomentum(
             var=variable.handle,
@@ -64,13 +64,12 @@ class Momentum:
 
 
 class Muon(Momentum):
-    """Momentum, but the kernels within units are turned in all directions alike.
+    """Muon for the kernels in units (orthogonalised momentum), plain momentum for the rest.
 
-    Such a kernel counts as a matrix, from what a position sees to its channels. Its momentum is
-    brought near the closest orthogonal matrix, so that directions with small gradients are learned
-    as fast as those with large ones; and it keeps a fixed length, the square root of its channels,
-    in place of weight decay. Kernels of one shape go together. All other variables (the first
-    convolution, batch norms, the projection) take plain momentum's steps.
+    A kernel counts as a matrix with a column for each of its output channels. Its step is near the
+    closest orthogonal matrix to its momentum. So directions with small gradients are learned as
+    fast as directions with large ones. Instead of weight decay, the kernel keeps a fixed length:
+    the square root of its number of channels. Kernels of one shape are computed together.
     """
 
     def __init__(self, model: ResNet, training: TrainingConfig):
@@ -111,15 +110,15 @@ OPTIMIZERS = {"momentum": Momentum, "muon": Muon}
 
 
 def orthogonal(matrices: tf.Tensor) -> tf.Tensor:
-    """Brings all singular values of the matrices [N, rows, columns] near 1 (0.7 to 1.2).
+    """Returns the matrices [N, rows, columns] with singular values near 1 (0.7 to 1.2).
 
-    Five Newton-Schulz iterations with the coefficients of Muon (Jordan et al., 2024), which give up
-    exactness for speed.
+    It repeats Newton-Schulz five times with the coefficients of Muon (Jordan et al., 2024), which
+    give up exactness for speed.
     """
     x = matrices / (tf.norm(matrices, axis=[1, 2], keepdims=True) + 1e-7)
     wide = matrices.shape[1] < matrices.shape[2]
     for _ in range(5):
-        # the smaller of the two products
+        # This is the smaller of the two products.
         gram = tf.matmul(x, x, transpose_b=True) if wide else tf.matmul(x, x, transpose_a=True)
         factor = -4.7750 * gram + 2.0315 * tf.matmul(gram, gram)
         x = 3.4445 * x + (tf.matmul(factor, x) if wide else tf.matmul(x, factor))
@@ -127,15 +126,15 @@ def orthogonal(matrices: tf.Tensor) -> tf.Tensor:
 
 
 def learning_rates(training: TrainingConfig) -> np.ndarray:
-    """The learning rate of each step, as float32 [num_iterations]."""
+    """Returns the learning rate of each step, as float32 [num_iterations]."""
     steps = np.arange(training.num_iterations)
     fraction = steps / training.num_iterations
     if training.recipe != "paper":
-        # up to the peak at a fifth of the way, then down towards zero, never quite reaching it
+        # The rate rises to its peak at a fifth of the run. Then it falls, and never reaches zero.
         rise, fall = (steps + 1) / training.num_iterations / 0.2, (1 - fraction) / 0.8
         factors = np.minimum(np.minimum(rise, fall), 1.0)
     else:
-        # 500, 32,000 and 48,000 of 64,000 steps; a run of another length keeps the proportions
+        # These boundaries are for 64,000 steps. A run of another length keeps the proportions.
         boundaries = np.round(np.array([500, 32_000, 48_000]) * training.num_iterations / 64_000)
         factors = np.array([0.1, 1.0, 0.1, 0.01])[np.searchsorted(boundaries, steps, side="right")]
     peak = training.init_lr

@@ -1,4 +1,4 @@
-"""What a training shows: a live line on a terminal, plain lines elsewhere, and TensorBoard."""
+"""Shows a run: a live line on a terminal, plain lines elsewhere, and TensorBoard's files."""
 
 import contextlib
 import shlex
@@ -16,7 +16,7 @@ from cifar10_resnet.terminal import LiveLine, duration, fitting
 from cifar10_resnet.training.summaries import Summaries
 from cifar10_resnet.training.trainer import Trainer
 
-# Depths that networks for ImageNet have too.
+# Networks for ImageNet have these depths too.
 IMAGENET_DEPTHS = (50, 152, 200)
 
 
@@ -44,24 +44,24 @@ class Silent:
         """Moves the live line."""
 
     def log_training(self, step: int, *told: object) -> None:
-        """Records the training's mean loss and accuracy since the last time."""
+        """Records the mean training loss and accuracy since the last log."""
 
     def show_once(self, step: int, *told: object) -> None:
-        """Records what there is to show once of a run."""
+        """Records the run's settings, graph and images, once."""
 
     def log_evaluation(self, step: int, *told: object) -> None:
-        """Records what an evaluation found."""
+        """Records the results of an evaluation."""
 
     def write(self, line: str) -> None:
         """Prints a line."""
 
     def finish(self, step: int, *told: object) -> dict[str, str]:
-        """Returns the rows of the table that ends a training."""
+        """Returns the rows of the table at the end of a run."""
         return {}
 
 
 class Progress(Silent):
-    """Shows a training from `first_step` on. A context manager: it leaves the terminal tidy."""
+    """The display of a run from `first_step` on. As a context, it leaves the terminal tidy."""
 
     def __init__(
         self,
@@ -78,12 +78,11 @@ class Progress(Silent):
         self._summaries = Summaries(log_path)
         self._has_shown_run = False
         self._profile_steps, self._profiling = profile_steps, False
-        # the last of what was logged: loss, accuracy, over so many steps; step, split, metrics
-        self._trained = (float("nan"), float("nan"), 0)
-        self._evaluated: tuple[int, str, Metrics] | None = None
+        self._trained = (float("nan"), float("nan"), 0)  # last log: loss, accuracy, number of steps
+        self._evaluated: tuple[int, str, Metrics] | None = None  # its step, split and metrics
         self._started = self._logged_at = time.monotonic()
         self._first_step = self._logged_step = first_step
-        # A pipe or a file gets lines that grep can read; only a terminal gets the moving one.
+        # Only a terminal gets the live line. A pipe or a file gets lines that grep can read.
         self._line = LiveLine()
 
     def __enter__(self) -> "Progress":
@@ -95,7 +94,7 @@ class Progress(Silent):
         self._summaries.close()
 
     def taking(self, step: int) -> contextlib.AbstractContextManager:
-        """Around the steps that follow this one: profiles them, if they are to be profiled."""
+        """Returns the context for the steps that follow this one. Starts and stops the profile."""
         if self._profile_steps is None:
             return contextlib.nullcontext()
         first, last = self._profile_steps
@@ -113,7 +112,7 @@ class Progress(Silent):
             self.write(f'The profile is in {self._log_path}: see TensorBoard, "Profile".')
 
     def wants_update(self) -> bool:
-        """Whether the live line is due: asked every step, so that the step itself never waits."""
+        """Returns whether the live line is due. Asked every step, so no step waits for it."""
         return self._line.is_due()
 
     def update(self, step: int, loss: float, accuracy: float, learning_rate: float) -> None:
@@ -138,7 +137,7 @@ class Progress(Silent):
         learning_rate: float,
         norms: Callable[[], dict[str, float]],
     ) -> None:
-        """Writes down the training's mean loss and accuracy since the last time."""
+        """Records the mean training loss and accuracy since the last log."""
         rate = self._rate(self._logged_step, self._logged_at, step)
         self._trained = loss, accuracy, step - self._logged_step
         self._logged_step, self._logged_at = step, time.monotonic()
@@ -165,13 +164,13 @@ class Progress(Silent):
     def show_once(
         self, step: int, graph: Callable[[], tf.Graph], images: Callable[[], np.ndarray]
     ) -> None:
-        """Writes down, the first time, what belongs to the run as a whole."""
+        """Records the run's settings, graph and images, once."""
         if not self._has_shown_run:
             self._summaries.run(step, self._run, graph(), images())
             self._has_shown_run = True
 
     def log_evaluation(self, step: int, split: str, metrics: Metrics) -> None:
-        """Writes down an evaluation made while training."""
+        """Records the results of an evaluation."""
         self._evaluated = step, split, metrics
         self.write(
             f"step {step}/{self._last_step} evaluated on {split}: loss {metrics.loss:.4f} "
@@ -182,9 +181,9 @@ class Progress(Silent):
         self._summaries.confusion_matrix(step, metrics, self._run.data.class_names)
 
     def finish(self, step: int, saved: str, images: np.ndarray | None) -> dict[str, str]:
-        """Writes down how it ended, and returns that as the rows of a table.
+        """Records the final results, and returns the rows of the table at the end of a run.
 
-        `images` are those that were evaluated.
+        `images` are the evaluated images.
         """
         rows = {}
         loss, accuracy, steps = self._trained
@@ -197,7 +196,7 @@ class Progress(Silent):
             results |= {"loss": metrics.loss, "accuracy": metrics.accuracy, "best_accuracy": best}
             self._summaries.mistakes(at, images, metrics, self._run.data.class_names)
         self._summaries.results(step, results)
-        if steps:  # --stop_threshold may end a run before its first log
+        if steps:  # --stop_threshold may end a run before its first log.
             rows["training"] = f"loss {loss:.4f}, accuracy {accuracy:.4f} in the last {steps} steps"
         seconds = time.monotonic() - self._started
         rows["time"] = f"{duration(seconds)} for {step - self._first_step} steps"
@@ -207,10 +206,10 @@ class Progress(Silent):
         return rows
 
     def _best_evaluation(self, last_step: int) -> tuple[float, int]:
-        """The best accuracy of the whole run, in earlier starts too, and its step."""
+        """Returns the best accuracy of the whole run, with earlier starts, and its step."""
         step, _, metrics = self._evaluated
         found = [(metrics.accuracy, step)]
-        # A damaged file is no reason to fail at the very end, nor is a missing TensorBoard.
+        # A damaged file or a missing TensorBoard must not make the run fail at the very end.
         with contextlib.suppress(UserError, ModuleNotFoundError):
             from cifar10_resnet.training.history import read_history
 
@@ -220,7 +219,7 @@ class Progress(Silent):
         return max(found)
 
     def write(self, line: str) -> None:
-        """Prints a line, above the live one where there is one."""
+        """Prints a line, above the live line if there is one."""
         self._line.write(line)
         sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""Which run a start belongs to, and the trainer brought to where that run left off."""
+"""Finds the run that a start belongs to, and builds its trainer, new or resumed."""
 
 import dataclasses
 import math
@@ -32,10 +32,10 @@ def prepare_run(
     train_epochs: float | None = None,
     pretrained: str | None = None,
 ) -> tuple[RunConfig, str | None]:
-    """The run in `ckpt_path` and its newest intact checkpoint; or a new run from what is given.
+    """Returns the run in `ckpt_path` and its newest intact checkpoint, or a new run and None.
 
-    A new run starts from the network of the `pretrained` checkpoint, where one is named. Without
-    `data`, a run uses its own data set in its default folder.
+    A new run has the `given` settings. It starts from the network of the `pretrained` checkpoint,
+    if there is one. Without `data`, a run uses its own data set in its default folder.
     """
     if data:
         given = {**given, "dataset": data.name}
@@ -108,7 +108,7 @@ def ready(
     resume_from: str | None,
     replicas: Replicas,
 ) -> tuple[Trainer, splits.RunImages]:
-    """Returns the trainer as the run begins or resumes with it, and the run's images."""
+    """Returns the trainer, ready to start or resume the run, and the run's images."""
     with ThreadPoolExecutor(1) as reader:
         # The files are read while the network is built and traced.
         reading = reader.submit(splits.load_run, data, run.data, bool(options.epochs_between_evals))

@@ -1,6 +1,6 @@
-"""A run's folder: its name, held against a second trainer, and cleaned for a new run.
+"""Names a run's folder, locks it against a second trainer, and cleans it for a new run.
 
-Importing this module does not import TensorFlow: folders are settled before that starts.
+Importing this module does not import TensorFlow, because folders are settled before that starts.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from cifar10_resnet.errors import UserError
 
 
 def settle(options: Options, given: dict[str, Any]) -> Options:
-    """Returns the options with the folders of the run. Refuses what TensorFlow cannot use."""
-    default = _default_folder(options, given)  # always asked: it refuses a wrong depth
+    """Returns the options with the folders of the run. Refuses paths that TensorFlow cannot use."""
+    default = _default_folder(options, given)  # Always called, because it refuses a wrong depth.
     ckpt_path = options.ckpt_path or default
     log_path = options.train_log_path or os.path.join(ckpt_path, "log")
     for path in (ckpt_path, log_path):
@@ -43,7 +43,7 @@ def _default_folder(options: Options, given: dict[str, Any]) -> str:
 
 
 def refuse_export(options: Options) -> None:
-    """Refuses an --export_dir that cannot be written, or that holds the run."""
+    """Refuses an --export_dir that cannot be written, or that contains the run."""
     storage.refuse_patterns(options.export_dir)
     apart_from = [options.ckpt_path, options.train_log_path]
     storage.refuse_unwritable_folder(options.export_dir, apart_from)
@@ -51,9 +51,9 @@ def refuse_export(options: Options) -> None:
 
 @contextlib.contextmanager
 def lock(directory: str) -> Iterator[None]:
-    """Holds a run's folder, created where missing, against a second trainer.
+    """Locks a run's folder against a second trainer. Creates the folder if it is missing.
 
-    A folder that was created and stayed empty is removed again: the start was refused.
+    A new folder that stays empty is removed again, because the start was refused.
     """
     from cifar10_resnet import checkpoints
 
@@ -69,8 +69,8 @@ def lock(directory: str) -> Iterator[None]:
             try:
                 os.makedirs(directory, exist_ok=True)
                 held.enter_context(storage.lock(directory, refusal))
-                # Clears what a process that was killed while it saved has left behind, and shows
-                # that this one may save: an older lock may be writable in a folder that is not.
+                # This clears the remains of a process that was killed while it saved. It also
+                # tests the folder, which may not be writable although an older lock in it is.
                 with checkpoints.saving_folder(directory):
                     pass
             except OSError as error:
@@ -83,10 +83,10 @@ def lock(directory: str) -> Iterator[None]:
 
 
 def clean(directory: str, log_path: str, needed: str | None = None) -> None:
-    """Deletes a run's checkpoints and summaries, and nothing that this project did not write.
+    """Deletes a run's checkpoints and summaries, and no other files.
 
-    Refuses to where the checkpoint that `needed` names is among them, or is none; and where there
-    are files, but none of a run.
+    Refuses if the `needed` checkpoint is in the folder or does not exist. Also refuses a folder
+    with another program's checkpoints, or with files but no run.
     """
     from cifar10_resnet import checkpoints
     from cifar10_resnet.training.summaries import FILE_SUFFIX

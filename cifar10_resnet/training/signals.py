@@ -1,4 +1,4 @@
-"""Being asked to stop, and output that nobody reads any more."""
+"""Handles signals to stop, and output that nobody reads any more."""
 
 import contextlib
 import errno
@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 
 
 class StopSignals:
-    """While entered, Ctrl-C, SIGTERM and a closed terminal ask for a tidy end; a second insists."""
+    """A context in which Ctrl-C, SIGTERM and a closed terminal request a tidy end.
+
+    A second Ctrl-C or SIGTERM ends the process at once.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -16,7 +19,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it.
             numbers.append(signal.SIGHUP)
         for number in numbers:
             self._handlers[number] = signal.signal(number, self._handle)
@@ -35,7 +38,7 @@ class StopSignals:
 
 @contextlib.contextmanager
 def saving_unheard(check: Callable[[], None], save: Callable[[], str]) -> Iterator[None]:
-    """Saves if nobody reads what is printed any more: the terminal, or the `| tee`, has gone."""
+    """Saves the run if its output is closed: the terminal, or the `| tee`, has ended."""
     try:
         yield
     except OSError as error:

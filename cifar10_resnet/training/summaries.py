@@ -1,7 +1,7 @@
-"""What TensorBoard shows of a run: curves, pictures, the graph, the hyperparameters.
+"""Writes TensorBoard's files of a run: curves, images, plots, the graph, the hyperparameters.
 
 Two writers in the run's log folder, `train` and `eval`, use the same tags for the same quantities,
-so that their curves share charts.
+so their curves share plots.
 """
 
 import contextlib
@@ -17,18 +17,19 @@ from cifar10_resnet.config import RunConfig
 from cifar10_resnet.errors import UserError, reason_of
 from cifar10_resnet.evaluation.metrics import Metrics
 
-GRID, GAP = 8, 2  # pictures a side, and pixels around each
-FILE_SUFFIX = ".cifar10-resnet.v2"  # by which --clean knows these event files from others
-DPI = 100  # half of what files get
-# The columns of TensorBoard's table of runs. The text "run" has all settings.
+GRID, GAP = 8, 2  # images per row, and pixels around each
+FILE_SUFFIX = ".cifar10-resnet.v2"  # --clean recognises these event files by it.
+DPI = 100  # half the resolution of plot files
+# These are the columns of TensorBoard's table of runs. The text "run" has all settings.
 SETTINGS = ("init_lr", "num_layers", "recipe", "seed", "shortcut_connections")
 RESULTS = ("accuracy", "best_accuracy", "loss", "train_accuracy", "train_loss")
 
 
 class Summaries:
-    """Writes a run's event files. Each method leaves on the disk what it was given.
+    """The event files of a run. When a method returns, its values are on the disk.
 
-    Without TensorBoard nothing is written, for `tf.summary` needs it; without Matplotlib no plot.
+    Without TensorBoard nothing is written, because `tf.summary` needs it. Without Matplotlib there
+    are no plots.
     """
 
     def __init__(self, log_path: str):
@@ -48,7 +49,7 @@ class Summaries:
 
     @property
     def are_written(self) -> bool:
-        """Whether there are any."""
+        """Returns whether event files are written."""
         return bool(self._writers)
 
     def close(self) -> None:
@@ -66,10 +67,10 @@ class Summaries:
                 tf.summary.scalar(tag, value)
 
     def run(self, step: int, run: RunConfig, graph: tf.Graph, images: np.ndarray) -> None:
-        """What there is to show once of a run: `images` are such as the network learns from."""
+        """Writes a run's settings and graph, and `images` as the network sees them in training."""
         if not self.are_written:
             return
-        # not its `api`, which wants Keras, and not before the first step, which need not wait
+        # The plugin's `api` needs Keras. A late import does not delay the first step.
         from tensorboard.plugins.hparams import summary_v2 as hp
 
         settings = run.settings()
@@ -111,7 +112,7 @@ class Summaries:
         self._pixels("eval", step, "mistakes", tf.io.decode_png(png), text)
 
     def results(self, step: int, values: Mapping[str, float]) -> None:
-        """The figures that TensorBoard shows beside a run's hyperparameters."""
+        """Writes the results that TensorBoard shows next to a run's hyperparameters."""
         self.scalars("train", step, {f"result/{name}": value for name, value in values.items()})
 
     def _pixels(
@@ -122,7 +123,7 @@ class Summaries:
 
     @contextlib.contextmanager
     def _writing(self, writer: str, step: int) -> Iterator[None]:
-        """While entered, what `tf.summary` is given is this writer's; it is on the disk after."""
+        """Makes `tf.summary` use this writer in the block, and flushes it to the disk after."""
         with self._telling(), self._writers[writer].as_default(step):
             yield
             self._writers[writer].flush()
@@ -140,7 +141,7 @@ class Summaries:
 
 
 def picture_grid(images: np.ndarray) -> np.ndarray:
-    """Pictures [N, H, W, 3] with values from 0 to 255, in rows of eight and twice as large."""
+    """Returns up to 64 images [N, H, W, 3], 0 to 255, in rows of eight and twice as large."""
     images = np.clip(np.rint(images[: GRID * GRID]), 0, 255).astype(np.uint8)
     images = images.repeat(2, axis=1).repeat(2, axis=2)
     missing = -len(images) % GRID

@@ -1,4 +1,4 @@
-"""A network in training: its weights, momentum and step, and how one step is taken."""
+"""Builds a network with its optimizer, takes training steps, and restores its state."""
 
 import contextlib
 import math
@@ -41,12 +41,12 @@ class Trainer:
             )
             self.optimizer = OPTIMIZERS[run.training.optimizer](self.model, run.training)
             self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
-            # The mean of the run's own images, by which it knows them again: the one that the
-            # network subtracts, unless that came with the network.
+            # The mean of a run's images identifies them when the run is resumed. The network
+            # subtracts this mean, unless a pretrained network brought its own.
             self.data_mean, parts = self.model.image_mean, {}
             if run.training.pretrained and not run.training.recompute_mean:
                 parts["data_mean"] = self.data_mean = tf.Variable(tf.zeros(IMAGE_SHAPE))
-            # Gathered on the device, so that no step waits for the host to read them.
+            # These stay on the device, so no step waits for the host to read them.
             self._loss_sum = tf.Variable(0.0, dtype=tf.float64, trainable=False)
             self._correct = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._first_bad_step = tf.Variable(-1, dtype=tf.int64, trainable=False)
@@ -57,13 +57,13 @@ class Trainer:
         self.checkpoint = tf.train.Checkpoint(description=self._description, **parts)
         self._loss_scale = loss_scale if dtype == "fp16" else 1.0
         self._rates = tf.constant(self.learning_rates)
-        # Moved by each replica for itself, and so to be brought together again in each step.
+        # Each replica updates its own statistics, so every step averages them again.
         self._statistics: list[tf.Variable] = []
         if replicas.count > 1 and not sync_batch_norm and not run.training.fine_tune:
             for norm in self.model.norms:
                 self._statistics += [norm.moving_mean, norm.moving_variance]
-        # Nothing in a step depends on values while it is traced: without AutoGraph, that takes half
-        # the time.
+        # No Python code in a step depends on a tensor's value. Without AutoGraph, tracing takes
+        # half the time.
         self.train_step = tf.function(
             lambda images, labels: replicas.strategy.run(self._train_step, (images, labels)),
             autograph=False,
@@ -73,7 +73,7 @@ class Trainer:
         self._watched: tuple[int, list] | None = None
 
     def train_steps(self, batches: Iterator, count: int) -> None:
-        """So many steps, in one call: a GPU need not wait for Python between them."""
+        """Takes `count` steps in one call, so a GPU does not wait for Python between them."""
         if count == 1:
             self.train_step(*next(batches))
         else:
@@ -88,20 +88,20 @@ class Trainer:
         tf.while_loop(lambda done: done < count, step, [0], parallel_iterations=1)
 
     def _train_step(self, images: tf.Tensor, labels: tf.Tensor) -> None:
-        """One step on a batch of mean-subtracted images and integer labels.
+        """Takes one step on a batch of mean-subtracted images and integer labels.
 
-        Runs on each replica, with the batch that its worker has.
+        Runs on each replica, with its worker's part of the batch.
         """
         images, labels = self.replicas.own_share(images), self.replicas.own_share(labels)
         frozen = self.run.training.fine_tune
         with tf.GradientTape() as tape:
-            # What the tape does not see has no backward pass.
+            # Layers that the tape does not record have no backward pass.
             with tape.stop_recording() if frozen else contextlib.nullcontext():
                 features = self.model.features(images, not frozen)
             logits = self.model.project(features)
             loss = tf.reduce_mean(self._cross_entropy(labels, logits))
             if self.replicas.count > 1:
-                loss /= self.replicas.count  # what this replica adds to the whole batch's mean
+                loss /= self.replicas.count  # this replica's part of the whole batch's mean
             scaled_loss = loss * self._loss_scale
         gradients = tape.gradient(scaled_loss, self.optimizer.variables)
         if self._loss_scale != 1.0:
@@ -113,7 +113,7 @@ class Trainer:
         with tf.name_scope("optimizer"):
             self.optimizer.apply(gradients, tf.gather(self._rates, self.step))
 
-        # By handle, as in `assign`: each replica has its own copies, which stay the same.
+        # Each replica changes its own copies by handle, as in `assign`. They stay equal.
         add = tf.raw_ops.AssignAddVariableOp
         add(resource=self.step.handle, value=tf.constant(1, tf.int64))
         add(resource=self._correct.handle, value=right)
@@ -124,7 +124,7 @@ class Trainer:
     def _over_replicas(
         self, gradients: list[tf.Tensor], loss: tf.Tensor, right: tf.Tensor
     ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
-        """What the replicas found, added up; and the means of the statistics they moved."""
+        """Returns the sums of the replicas' results. Averages the statistics that they updated."""
         statistics = [statistic / self.replicas.count for statistic in self._statistics]
         *sums, loss, right = self.replicas.sum(
             [*gradients, *statistics, loss, tf.cast(right, tf.float32)]
@@ -134,7 +134,7 @@ class Trainer:
         return sums[: len(gradients)], loss, tf.cast(right, tf.int64)
 
     def trace(self) -> tf.Graph:
-        """Does now what the first step would begin with: turning `train_step` into a graph."""
+        """Returns the graph of `train_step`, traced now instead of in the first step."""
         size = self.run.training.batch_size // self.replicas.num_workers
         return self.train_step.get_concrete_function(
             tf.TensorSpec([size, *IMAGE_SHAPE], tf.float32), tf.TensorSpec([size], tf.int32)
@@ -152,11 +152,11 @@ class Trainer:
 
     @property
     def steps_done(self) -> int:
-        """The number in `step`, which each replica has a copy of."""
+        """Returns the value of `step`. Each replica has a copy of it."""
         return int(self.step.numpy())
 
     def means(self, reset: bool = False) -> tuple[float, float]:
-        """Mean loss and accuracy over the steps since the last reset."""
+        """Returns the mean loss and accuracy over the steps since the last reset."""
         step = self.steps_done
         steps = max(step - self._means_since, 1)
         loss = float(self._loss_sum.numpy()) / steps
@@ -168,11 +168,11 @@ class Trainer:
         return loss, accuracy
 
     def watch_next_step(self) -> None:
-        """Has `norms` tell of the gradients of the step that comes next."""
+        """Takes the snapshot from which `norms` computes the next step's gradients."""
         self._watched = self.steps_done + 1, self.optimizer.snapshot()
 
     def norms(self) -> dict[str, float]:
-        """The norms of each block's weights, and of its gradients if the last step was watched."""
+        """Returns each block's weight norms and, if the last step was watched, gradient norms."""
         weights = {v.name: v.numpy() for v in self.model.trainable_variables}
         norms = _block_norms("weight_norm", weights)
         if self._watched and self._watched[0] == self.steps_done:
@@ -182,7 +182,7 @@ class Trainer:
         return norms
 
     def restore(self, prefix: str) -> None:
-        """Goes on from the chief's checkpoint, which other workers need not be able to read."""
+        """Restores the run from a checkpoint that only the chief has to be able to read."""
 
         def read() -> str:
             checkpoints.restore(self.checkpoint, prefix)
@@ -193,18 +193,18 @@ class Trainer:
         self.copy_from_chief()
 
     def copy_from_chief(self) -> None:
-        """Gives every worker the chief's network and momentum."""
+        """Copies the chief's network, momentum and mean image to every worker."""
         self.replicas.copy_from_chief(
             [*self.model.variables, *self.optimizer.slots.values(), self.data_mean]
         )
 
     def check_finite(self, ckpt_path: str) -> None:
-        """Stops a run whose loss or weights are no longer numbers, before it is saved so."""
+        """Refuses a loss or weights that are not finite, so they are never saved."""
         bad_step = int(self._first_bad_step.numpy())
         if bad_step >= 0:
             what = f"the loss was not finite at step {bad_step}"
         elif not all(np.isfinite(v.numpy()).all() for v in self.model.variables):
-            # ReLU turns what is not a number into zero, and so may hide it from the loss
+            # ReLU turns NaN into zero, so the loss may not show it.
             what = f"the weights were no longer finite by step {self.steps_done}"
         else:
             return
@@ -217,7 +217,7 @@ class Trainer:
 
 
 def _block_norms(kind: str, values: dict[str, np.ndarray]) -> dict[str, float]:
-    """The Euclidean norms of arrays taken together by the first part of their names."""
+    """Returns the Euclidean norms of arrays, grouped by the first part of their names."""
     squares: dict[str, float] = {}
     for name, value in values.items():
         tag = f"{kind}/{name.split('/')[0]}"

@@ -90,7 +90,9 @@ def test_a_port_that_is_taken_is_told():
     for each in (chief, other):
         with socket.create_server(each.host_and_port(each.index)) as taken:
             port = taken.getsockname()[1]
-            with pytest.raises(UserError, match=f"worker {each.index} .* cannot listen on port {port}: .*in use"):
+            with pytest.raises(
+                UserError, match=f"worker {each.index} .* cannot listen on port {port}: .*in use"
+            ):
                 cluster.meet(each, 1)
 
 
