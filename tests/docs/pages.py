@@ -6,6 +6,7 @@ from programs import PROJECT
 
 FILES = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "files/README.md"),
+    "files/pretrained/MODEL_CARD.md",
     *("benchmarks/README.md", "benchmarks/accuracy/README.md"),
     *sorted(str(file.relative_to(PROJECT)) for file in (PROJECT / "docs").glob("*.md")),
 )
