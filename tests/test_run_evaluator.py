@@ -111,7 +111,7 @@ def test_the_evaluator_writes_its_report_and_its_pictures(tmp_path, write_cifar1
     out = run(*command, cwd=tmp_path).stdout
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     score = json.loads((tmp_path / "s.json").read_text())
-    for told in (f"{100 * score['accuracy']:.2f} %", *wanted, tf.__version__, "fp32"):
+    for told in (f"{100 * score['accuracy']:.2f}%", *wanted, tf.__version__, "fp32"):
         assert told in page
     assert 0 <= score["expected_calibration_error"] <= 1
     assert score["accuracy_interval"][0] <= score["accuracy"] <= score["accuracy_interval"][1]

@@ -120,19 +120,19 @@ def draw_errors(runs: Sequence[Run], title: str, file: Path) -> None:
     if not runs:
         print(f"not drawn, for want of runs: {file}")
         return
-    subtitle = "Error in percent over iterations: thick on test images, dashed on training batches"
+    subtitle = "Error in percent by step. Thick: test images. Dashed: training batches"
     with picture(file, height=440, title=title, subtitle=subtitle) as figure:
         axes = figure.add_subplot()
         for run in runs:
             steps, accuracy = run.curve("step", "train_accuracy")
             axes.plot(steps, 100 * (1 - accuracy), color=run.look.colour, lw=0.9, ls=(0, (4, 2)))
-        text = "{}: {:.1f} %"
+        text = "{}: {:.1f}%"
         ends = [
             draw_thick(axes, run, "step", lambda accuracy: 100 * (1 - accuracy), text)
             for run in runs
         ]
         highest = max(HIGHEST_ERROR, *(1.5 * end.y for end in ends))
-        axes.set(xlabel="iteration", ylim=(0, min(highest, 100)))
+        axes.set(xlabel="step", ylim=(0, min(highest, 100)))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         label_ends(axes, ends)
 
@@ -146,13 +146,13 @@ def draw_speed(runs: Sequence[Run], file: Path) -> None:
     subtitle = "Test accuracy in percent over minutes of training on two CPU cores"
     with picture(file, height=440, title=title, subtitle=subtitle) as figure:
         axes = figure.add_subplot()
-        text = "{}: {:.1f} %, {:,.0f} min"
+        text = "{}: {:.1f}%, {:,.0f} min"
         ends = [
             draw_thick(axes, run, "minutes", lambda accuracy: 100 * accuracy, text) for run in runs
         ]
         lowest = min(LOWEST_ACCURACY, *(end.y - 5 for end in ends))
         axes.set(xlabel="minutes", ylim=(lowest, max(95, *(end.y + 2 for end in ends))))
-        paper = Look(f"ResNet-20 in the paper: {PAPERS_ACCURACY} %", MUTED, "_")
+        paper = Look(f"ResNet-20 in the paper: {PAPERS_ACCURACY}%", MUTED, "_")
         axes.axhline(PAPERS_ACCURACY, color=paper.colour, lw=0.9, ls=(0, (1, 2)))
         label_ends(axes, [*ends, End(paper, 0, PAPERS_ACCURACY, paper.label)])
 

@@ -110,8 +110,8 @@ def _table(values: Mapping[str, Any], caption: str = "") -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
+    return f"{100 * share:.2f}%"
 
 
 def _percents(low: float, high: float) -> str:
-    return f"{100 * low:.2f} to {100 * high:.2f} %"
+    return f"{100 * low:.2f}% to {100 * high:.2f}%"

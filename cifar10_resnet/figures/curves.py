@@ -54,7 +54,7 @@ def curves_figure(
                 axes.set_yscale("log")
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter("{x:g} %" if tag in ("error", "accuracy") else "{x:g}")
+            axes.yaxis.set_major_formatter("{x:g}%" if tag in ("error", "accuracy") else "{x:g}")
         lines = [Line2D([], [], label=shortened(name, 40), **looks[name]) for name in histories]
         figure.legend(handles=lines, loc="outside lower left", ncols=3, borderaxespad=1.6)
     return figure

@@ -157,14 +157,16 @@ def mistakes_figure(
             f"The {len(shown)} most confident of {len(wrong):,} mistakes. Above: prediction and "
             "confidence. Below: true class."
         )
-    with picture(height=100 + 154 * rows, title="Mistakes", subtitle=subtitle) as figure:
+    with picture(
+        height=100 + 154 * rows, title="Most confident mistakes", subtitle=subtitle
+    ) as figure:
         for place, i in enumerate(shown, 1):
             axes = figure.add_subplot(rows, MISTAKES_IN_A_ROW, place, xticks=[], yticks=[])
             axes.imshow(images[i], interpolation="nearest")
             axes.spines[:].set_visible(False)
             taken_for, label = (shortened(names[c], 16) for c in (predictions[i], labels[i]))
             small = {"fontsize": SMALL - 1}
-            sure = f"{taken_for}\n{100 * confidences[i]:.0f} %"
+            sure = f"{taken_for}\n{100 * confidences[i]:.0f}%"
             axes.set_title(sure, loc="center", pad=3, color=VERMILLION, **small)
             axes.set_xlabel(label, labelpad=3, color=INK, **small)
     return figure
@@ -186,8 +188,8 @@ def _name_ticks(
 def _percent_ticks(axes: Axes, axis: str) -> None:
     axes.set(**{f"{axis}lim": (0, 1)})
     ticks = axes.xaxis if axis == "x" else axes.yaxis
-    ticks.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    ticks.set_major_formatter(PercentFormatter(1, symbol="%"))
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}%"

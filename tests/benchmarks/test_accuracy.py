@@ -106,13 +106,13 @@ def test_curves_show_the_runs_that_are_there_and_no_others(tmp_path):
     assert f"left out: {results / 'plain20-fast.csv'} is not there" in said
 
     def labels(name: str) -> list[str]:
-        return [text for text in words_in(output / name) if re.match(r".*: [\d.]+ %", text)]
+        return [text for text in words_in(output / name) if re.match(r".*: [\d.]+%", text)]
 
-    assert labels("resnet.png") == ["20 layers: 8.8 %", "110 layers: 6.5 %"]
-    assert labels("plain.png") == ["110 layers: 60.0 %"]
+    assert labels("resnet.png") == ["20 layers: 8.8%", "110 layers: 6.5%"]
+    assert labels("plain.png") == ["110 layers: 60.0%"]
     assert labels("speed.png") == [
-        "fast recipe, 28 epochs: 91.4 %, 20 min",
-        "ResNet-20 in the paper: 91.25 %",
+        "fast recipe, 28 epochs: 91.4%, 20 min",
+        "ResNet-20 in the paper: 91.25%",
     ]
 
     again = tmp_path / "again"

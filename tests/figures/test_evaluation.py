@@ -98,8 +98,8 @@ def test_the_classes_come_from_the_best_to_the_worst_with_their_shares():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["eel", "cat", "dog"]
     assert [bar.get_width() for bar in axes.patches] == [1, 0.75, 0]
     beside = [text.get_text() for text in axes.texts]
-    assert beside == ["100.0 % of 8", "75.0 % of 4", "no images"]
-    assert any("91.7 %" in text for text in texts(figure)), "11 of 12"
+    assert beside == ["100.0% of 8", "75.0% of 4", "no images"]
+    assert any("91.7%" in text for text in texts(figure)), "11 of 12"
 
 
 def test_the_reliability_shows_each_bin():
@@ -124,7 +124,7 @@ def test_the_most_confident_mistakes_are_shown_first_and_no_more_than_fit():
     shown = [int(axes.images[0].get_array()[0, 0, 0]) for axes in figure.axes]
     assert shown == list(range(29, 5, -1))
     first = figure.axes[0]
-    assert first.get_title(loc="center") == "cat\n69 %"
+    assert first.get_title(loc="center") == "cat\n69%"
     assert first.get_xlabel() == "eel"
     assert any("The 24 most confident of 30 mistakes" in text for text in texts(figure))
 
