@@ -128,6 +128,7 @@ def _sentence(error: Exception, settings: type[Checked]) -> UserError:
         typed = [name.lstrip("-") for item in items_of(settings) for name in names_of(item)]
         names = [prefix + name.removeprefix("[no]") for name in typed for prefix in _prefixes(name)]
         near = difflib.get_close_matches(unknown, names, 1)
+        near += [name for name in names if unknown in name.split("_")]  # --lr: --init_lr
         advice = f"Did you mean --{near[0]}?" if near else "--help lists the flags."
         return UserError(f"--{unknown} is not a flag. {advice}")
     return UserError(re.sub(r"\.$", "", str(error).splitlines()[0]) + ".")
