@@ -100,6 +100,8 @@ def main(flags: "Flags") -> int:
     if flags.output_json:
         told = scores if flags.all_checkpoints else scores[0]
         storage.new_file(flags.output_json, (json.dumps(told, indent=2) + "\n").encode())
+        with quietly(flags.quiet):
+            print(f"wrote {flags.output_json}")
     if flags.report or flags.plot_dir:
         with quietly(flags.quiet):
             _draw(flags, scored, f"{flags.dtype}, {data_format}, on a {device.upper()}")

@@ -124,6 +124,7 @@ def test_the_evaluator_writes_its_report_and_its_pictures(tmp_path, write_cifar1
         with Image.open(tmp_path / "new" / "plots" / name) as picture:
             assert picture.width == 1800
     assert "wrote r.html" in out
+    assert "wrote s.json" in out
     assert {path.name for path in tmp_path.iterdir()} == {
         *("cifar-10-batches-bin", "run", "r.html", "s.json", "new"),
     }

@@ -197,7 +197,9 @@ class Progress(Silent):
             self._summaries.mistakes(at, images, metrics, self._run.data.class_names)
         self._summaries.results(step, results)
         if steps:  # --stop_threshold may end a run before its first log.
-            rows["training"] = f"loss {loss:.4f}, accuracy {accuracy:.4f} in the last {steps} steps"
+            rows["training"] = (
+                f"loss {loss:.4f}, accuracy {accuracy:.4f} on augmented images, last {steps} steps"
+            )
         seconds = time.monotonic() - self._started
         rows["time"] = f"{duration(seconds)} for {step - self._first_step} steps"
         rows["saved as"] = saved

@@ -124,7 +124,7 @@ def test_the_results_are_those_of_the_whole_run_whatever_was_interrupted(tmp_pat
         summary = progress.finish(50, "runs/a b/model.ckpt-50", images)
     assert summary["best accuracy"] == "0.8000 on test images, step 20"
     assert summary["last accuracy"] == "0.7000 on test images, step 50"
-    assert summary["training"] == "loss 1.5000, accuracy 0.2500 in the last 10 steps"
+    assert summary["training"] == "loss 1.5000, accuracy 0.2500 on augmented images, last 10 steps"
     assert summary["saved as"] == "runs/a b/model.ckpt-50"
     assert summary["time"].endswith(" for 10 steps")
     assert str(tmp_path) in summary["curves"]
