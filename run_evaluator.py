@@ -98,9 +98,9 @@ def main(flags: "Flags") -> int:
             print(scored.line() if flags.quiet else scored.report(), file=stdout, flush=True)
             scores.append(scored.as_json())
     if flags.output_json:
-        told = scores if flags.all_checkpoints else scores[0]
-        storage.new_file(flags.output_json, (json.dumps(told, indent=2) + "\n").encode())
-        with quietly(flags.quiet):
+        results = scores if flags.all_checkpoints else scores[0]
+        storage.new_file(flags.output_json, (json.dumps(results, indent=2) + "\n").encode())
+        if not flags.quiet:
             print(f"wrote {flags.output_json}")
     if flags.report or flags.plot_dir:
         with quietly(flags.quiet):

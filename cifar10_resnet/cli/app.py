@@ -21,8 +21,6 @@ from cifar10_resnet.terminal import emphasised
 if TYPE_CHECKING:
     from cifar10_resnet.cli.flags import Flags
 
-    Main = Callable[[Flags], int | None]
-
 NAMES_WIDTH = 28
 MAX_WIDTH = 100
 

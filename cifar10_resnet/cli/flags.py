@@ -41,10 +41,7 @@ def explanation(item: Field) -> str:
     text, choices = item.metadata["help"], list(map(str, item.metadata.get("choices", ())))
     if not set(choices) <= set(re.findall(r"\w+", text)):
         text = f"<{' | '.join(choices)}>: {text}"
-    default = item.default
-    shown = item.metadata.get(
-        "shown", "" if default in (MISSING, None, "", ()) else _shown(default)
-    )
+    shown = item.metadata.get("shown", _shown(item.default))
     if depends_on_recipe(item):
         shown = f"the recipe's; paper: {shown}"
     return f"{text} (default:{UNBROKEN}{shown})" if shown else text

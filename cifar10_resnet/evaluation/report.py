@@ -114,4 +114,4 @@ def _percent(share: float) -> str:
 
 
 def _percents(low: float, high: float) -> str:
-    return f"{100 * low:.2f}% to {100 * high:.2f}%"
+    return f"{_percent(low)} to {_percent(high)}"
