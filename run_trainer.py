@@ -64,10 +64,10 @@ def main(flags: "Flags") -> int:
             if replicas.is_chief:
                 print(report)
             return 0
-        run, resume_from = json.loads(
+        run, found, resume_from = json.loads(
             replicas.from_chief(lambda: _prepare(options, data, given, held))
         )
-        run = RunConfig.from_json(run)
+        run, data = RunConfig.from_json(run), data or Dataset(*found)
         if options.verbose and replicas.is_chief:
             print(table((run.settings() | dataclasses.asdict(options)).items()))
         with quietly(options.quiet):
@@ -151,19 +151,19 @@ def _evaluate(options: Options, data: Dataset | None, given: dict[str, Any]) -> 
 def _prepare(
     options: Options, data: Dataset | None, given: dict[str, Any], held: contextlib.ExitStack
 ) -> str:
-    """Returns, as JSON, the run to train and its checkpoint to resume from, if there is one."""
+    """Returns, as JSON, the run, its data set and its checkpoint to resume from, if any."""
     from cifar10_resnet.training import resume
 
     held.enter_context(run_folder.lock(options.ckpt_path))
     pretrained = options.pretrained_model_checkpoint_path
     with quietly(options.quiet):
-        run, resume_from = resume.prepare_run(
+        run, data, resume_from = resume.prepare_run(
             *(given, None if options.clean else options.ckpt_path),
             *(data, options.train_epochs, pretrained),
         )
     if options.clean:  # only now that the new run passed its checks
         run_folder.clean(options.ckpt_path, options.train_log_path, pretrained)
-    return json.dumps([run.to_json(), resume_from])
+    return json.dumps([run.to_json(), [data.name, data.folder], resume_from])
 
 
 def _show(run: RunConfig, outcome: "Outcome", options: Options, dataset_name: str | None) -> None:

@@ -1,6 +1,7 @@
 """Starts TensorFlow on a device, quietly and without idle work."""
 
 import contextlib
+import functools
 import os
 import sys
 import tempfile
@@ -62,6 +63,7 @@ def resolve_data_format(data_format: str, dtype: str, device: str = "auto") -> s
     return data_format
 
 
+@functools.cache  # It takes a second, and the answer stays.
 def _cpu_trains(data_format: str, dtype: str) -> bool:
     """Returns whether this CPU can train in this data format and precision."""
     import tensorflow as tf

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.terminal import command
 
 CHUNK_BYTES = 1 << 20
 LOCK = ".lock"
@@ -33,6 +34,13 @@ def refuse_patterns(path: str) -> None:
             f"{path} is invalid: TensorFlow cannot use paths with * ? [ ] or \\. "
             "Use another folder."
         )
+
+
+def refuse_without_saved_model(folder: StrPath) -> None:
+    """Refuses a folder that contains no SavedModel."""
+    if not os.path.isfile(os.path.join(folder, "saved_model.pb")):
+        why = f"contains no SavedModel. Run `{command('export')}` first."
+        raise UserError(why, "saved_model", folder)
 
 
 def refuse_unwritable_folder(path: StrPath, apart_from: Sequence[str] = ()) -> None:

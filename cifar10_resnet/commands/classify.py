@@ -4,19 +4,19 @@ python -m cifar10_resnet classify --ckpt_path=runs/resnet20 cat.jpg dog.png
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cifar10_resnet import storage
 from cifar10_resnet.cli import app
 from cifar10_resnet.cli.guard import tell
 from cifar10_resnet.config import Options, checkpoint
 from cifar10_resnet.device import start_tensorflow
 from cifar10_resnet.errors import UserError, printable
 from cifar10_resnet.settings import Checked, same, setting
-from cifar10_resnet.terminal import command, table
+from cifar10_resnet.terminal import table
 
 BATCH_SIZE = 500
 
@@ -43,10 +43,8 @@ def main(flags: "Flags") -> int:
         raise UserError("Pass a network: either --ckpt_path or --saved_model.")
     if not flags.arguments:
         raise UserError("No photos given. Pass photo files, or folders of photos.")
-    folder = flags.saved_model
-    if folder is not None and not os.path.isfile(os.path.join(folder, "saved_model.pb")):
-        why = f"contains no SavedModel. Run `{command('export')}` first."
-        raise UserError(why, "saved_model", folder)
+    if flags.saved_model is not None:
+        storage.refuse_without_saved_model(flags.saved_model)
     from cifar10_resnet.data.photos import read_photos  # It imports Pillow, which may be missing.
 
     answer, classes = _load(flags)

@@ -5,17 +5,16 @@ python -m cifar10_resnet serve --saved_model=savedmodels/resnet20
 
 import asyncio
 import gc
-import os
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cifar10_resnet import storage
 from cifar10_resnet.cli import app
 from cifar10_resnet.config import Options
 from cifar10_resnet.device import start_tensorflow
 from cifar10_resnet.errors import UserError, reason_of
 from cifar10_resnet.settings import Checked, same, setting
-from cifar10_resnet.terminal import command
 
 if TYPE_CHECKING:
     from cifar10_resnet.cli.flags import Flags
@@ -38,9 +37,7 @@ class Settings(Checked):
 
 def main(flags: "Flags") -> int:
     """Serves the network until it is stopped."""
-    if not os.path.isfile(os.path.join(flags.saved_model, "saved_model.pb")):
-        why = f"contains no SavedModel. Run `{command('export')}` first."
-        raise UserError(why, "saved_model", flags.saved_model)
+    storage.refuse_without_saved_model(flags.saved_model)
     sockets = _listen(flags.host, flags.port)
 
     start_tensorflow(flags.device)

@@ -88,7 +88,7 @@ def draw(network: Network, files: Sequence[str | Path]) -> None:
             "Below each layer: height × width × depth of its output\nBN: batch normalisation",
             ha="right",
         )
-        diagram.text(MARGIN, y - 36, "Picture", weight="bold", ha="left")
+        diagram.text(MARGIN, y - 36, "Image", weight="bold", ha="left")
         diagram.image(MARGIN + 22, y, 44, example_image())
         diagram.note(MARGIN, y + 35, shape_text(network.input_shape), ha="left")
         x = diagram.layers([(MARGIN + 44, y), (LEFT, y)], network.begin, wide)[-1][1]

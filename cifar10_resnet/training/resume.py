@@ -31,10 +31,11 @@ def prepare_run(
     data: Dataset | None = None,
     train_epochs: float | None = None,
     pretrained: str | None = None,
-) -> tuple[RunConfig, str | None]:
-    """Returns the run in `ckpt_path` and its newest intact checkpoint, or a new run and None.
+) -> tuple[RunConfig, Dataset, str | None]:
+    """Returns the run in `ckpt_path`, its data set and its newest intact checkpoint.
 
-    A new run has the `given` settings. It starts from the network of the `pretrained` checkpoint,
+    Without a run there, it returns a new one and no checkpoint. A new run has the `given` settings
+    and starts from the network of the `pretrained` checkpoint,
     if there is one. Without `data`, a run uses its own data set in its default folder.
     """
     if data:
@@ -66,7 +67,8 @@ def prepare_run(
             "--clean."
         )
     else:
-        run = _new_run(given, data or dataset.find(None, given.get("dataset")), pretrained)
+        data = data or dataset.find(None, given.get("dataset"))
+        run = _new_run(given, data, pretrained)
     data = data or dataset.find(None, run.data.dataset)
     examples = data.count_without_holdout(run.data.holdout)
     length = {}
@@ -75,8 +77,8 @@ def prepare_run(
         length["num_iterations"] = math.ceil(min(max(steps, 1), MAX_ITERATIONS + 1))
     if newest:
         refuse_contradictions(run, length, newest)
-        return run, newest
-    return dataclasses.replace(run, training=with_given(run.training, length)), None
+        return run, data, newest
+    return dataclasses.replace(run, training=with_given(run.training, length)), data, None
 
 
 def _new_run(given: dict[str, Any], data: Dataset, pretrained: str | None) -> RunConfig:

@@ -59,7 +59,7 @@ def train(folder: str) -> list[Sample]:
         epochs_between_evals=1,
     )
     given = {"dataset": "synthetic", "num_layers": 8, "batch_size": BATCH, "num_iterations": STEPS}
-    run, _ = resume.prepare_run(given, folder)
+    run, _, _ = resume.prepare_run(given, folder)
     checkpoints.save = watched
     try:
         run_trainer.train(run, options)

@@ -41,7 +41,7 @@ def folder(saved, tmp_path) -> Path:
 
 def assert_is_passed_over(folder: Path, capsys) -> None:
     """Training goes on from step 20 and names the other; evaluating that one is refused."""
-    run, prefix = resume.prepare_run({}, str(folder))
+    run, _, prefix = resume.prepare_run({}, str(folder))
     assert prefix.endswith("/model.ckpt-20")
     assert run == RUN
     (line,) = capsys.readouterr().err.splitlines()

@@ -314,7 +314,7 @@ def test_only_the_newest_checkpoints_are_kept_and_the_last_step_is_among_them(
 
 def test_epochs_become_the_steps_that_see_every_image_that_often(small_synthetic, tmp_path):
     given = {"dataset": "synthetic", "batch_size": 32, "holdout": 10}
-    run, resume_from = resume.prepare_run(given, str(tmp_path), train_epochs=3)
+    run, _, resume_from = resume.prepare_run(given, str(tmp_path), train_epochs=3)
     assert resume_from is None
     assert run.training.num_iterations == 7  # 3 * 70 / 32, rounded up
     assert run.data.class_names == CLASS_NAMES
@@ -359,7 +359,7 @@ def test_a_resumed_run_knows_its_data_set_and_where_that_lies_by_default(tmp_pat
 def test_a_batch_larger_than_a_small_set_of_two_classes_is_trained_on_and_evaluated(tmp_path):
     data = find(str(write_pictures(tmp_path / "pictures", 2, train=9, test=5)))
     given = {"batch_size": 32, "num_iterations": 4, "num_layers": 8, "holdout": 3}
-    run, _ = resume.prepare_run(given, str(tmp_path), data)
+    run, _, _ = resume.prepare_run(given, str(tmp_path), data)
     outcome = run_trainer.train(run, options(tmp_path, epochs_between_evals=1), data)
     assert (outcome.step, outcome.metrics.num_images) == (4, 3)
     assert outcome.metrics.confusion_matrix.shape == (2, 2)

@@ -78,7 +78,7 @@ def options(folder: Path, **changes) -> Options:
 def start(folder: Path, pretrained: str | None, stop: int | None = None, **given) -> str:
     """What the command does with these flags; returns the prefix of what it saved."""
     given = {**PLAIN_WORDS, **given}
-    run, resume_from = resume.prepare_run(given, str(folder), pretrained=pretrained)
+    run, _, resume_from = resume.prepare_run(given, str(folder), pretrained=pretrained)
     return run_trainer.train(
         run, options(folder, max_train_steps=stop), None, resume_from
     ).checkpoint
@@ -98,7 +98,7 @@ def refusal(function, *args, **keywords) -> str:
 
 
 def test_the_network_is_the_pretrained_one_but_for_its_classes(pretrained, tmp_path):
-    run, resume_from = resume.prepare_run(PLAIN_WORDS, str(tmp_path), pretrained=pretrained)
+    run, _, resume_from = resume.prepare_run(PLAIN_WORDS, str(tmp_path), pretrained=pretrained)
     assert resume_from is None
     # its hyperparameters are the new run's own
     assert run.model == dataclasses.replace(ORIGIN.model, num_classes=10, batch_norm_decay=0.99)
@@ -113,7 +113,7 @@ def test_a_networks_flags_may_be_repeated_and_the_batch_norms_decay_given_anew(
 ):
     given = {"num_layers": 11, "bottleneck": True, "shortcut_connections": False}
     given |= {"resnet_version": 1, "batch_norm_decay": 0.95}
-    run, _ = resume.prepare_run(
+    run, _, _ = resume.prepare_run(
         PLAIN_WORDS | given, str(tmp_path), pretrained=checkpoints.find(pretrained).prefix
     )
     assert run.model == dataclasses.replace(ORIGIN.model, num_classes=10, batch_norm_decay=0.95)
