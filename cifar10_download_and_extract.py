@@ -68,8 +68,8 @@ def main(flags: "Flags") -> int:
         raise  # The output was closed. The data is not the cause.
     except OSError as error:
         raise UserError(
-            f"cannot use {error.filename or flags.data_dir}: {error.strerror or error}. Solve "
-            "this or use another --data_dir, then run the same command again."
+            f"{error.filename or flags.data_dir} cannot be used: {error.strerror or error}. Fix "
+            "it, or use another --data_dir, and run the same command again."
         ) from error
     return 0
 
@@ -120,7 +120,7 @@ def fetch_and_unpack(folder: DataFolder, flags: "Flags") -> None:
     except archive.BadData as problem:
         storage.remove(part)
         raise UserError(
-            f"cannot unpack {source}: {problem}. Nothing of it was kept. Use the --url and "
+            f"{source} cannot be unpacked: {problem}. Nothing of it was kept. Use the --url and "
             f"--sha256 of an archive that contains {title}'s binary version."
         ) from None
     if source == part:

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from cifar10_resnet import storage
 from cifar10_resnet.config import RunConfig
-from cifar10_resnet.errors import UserError, reason_of
+from cifar10_resnet.errors import UserError, reason_of, unreadable
 from resnet_model import ResNet
 
 NAME = "model.ckpt"
@@ -183,13 +183,14 @@ def verify(prefix: str) -> None:
     except FileNotFoundError:
         return _verify_tensors(prefix)
     except (OSError, ValueError) as error:
-        raise UserError(f"{prefix} is damaged: {prefix}.sha256 cannot be read.") from error
+        why = f"{prefix}.sha256 cannot be read. Use another checkpoint."
+        raise UserError(f"{prefix} is damaged: {why}") from error
     for suffix in SUFFIXES[1:]:
         file = prefix + suffix
         try:
             intact = storage.digest(file) == expected.get(suffix)
         except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}.") from error
+            raise unreadable(file, error) from error
         if not intact:
             raise UserError(
                 f"{prefix} is damaged: the SHA-256 of {os.path.basename(file)} differs. Use "
@@ -223,7 +224,7 @@ def read(prefix: str) -> SavedRun:
     try:
         reader = tf.train.load_checkpoint(prefix)
         if not reader.has_tensor(DESCRIPTION_KEY):
-            raise UserError("another program wrote this checkpoint.")
+            raise UserError("another program wrote this checkpoint. Use one of run_trainer.py.")
         run = RunConfig.from_json(reader.get_tensor(DESCRIPTION_KEY).decode())
         step = int(reader.get_tensor(STEP_KEY))
         names = reader.get_variable_to_shape_map()
@@ -231,7 +232,8 @@ def read(prefix: str) -> SavedRun:
     except UserError as error:
         raise UserError(f"{prefix} cannot be used: {error}") from error
     except UNREADABLE as error:
-        raise UserError(f"{prefix} cannot be read as a checkpoint: {reason_of(error)}") from error
+        why = f"{reason_of(error)}. Use another checkpoint."
+        raise UserError(f"{prefix} is damaged: {why}") from error
 
 
 def restore(checkpoint: tf.train.Checkpoint, prefix: str) -> None:
@@ -262,7 +264,8 @@ def _restoring(prefix: str) -> Iterator[None]:
     try:
         yield
     except (*UNREADABLE, AssertionError) as error:
-        raise UserError(f"{prefix} cannot be restored: {reason_of(error)}") from error
+        why = f"{reason_of(error)}. Use another checkpoint."
+        raise UserError(f"{prefix} cannot be restored: {why}") from error
 
 
 def save_network(saved: SavedRun, directory: str) -> str:

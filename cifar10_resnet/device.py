@@ -35,7 +35,8 @@ def start_tensorflow(device: str, verbose: bool = False, num_gpus: int | None = 
         if not has_gpu:
             tf.config.optimizer.set_experimental_options(dict.fromkeys(IDLE_PASSES, False))
     if num_gpus is not None and num_gpus > found:
-        raise UserError(f"is not possible: TensorFlow finds {found} GPUs.", "num_gpus", num_gpus)
+        why = f"is not possible: TensorFlow finds {found} GPUs. Use --num_gpus={found}."
+        raise UserError(why, "num_gpus", num_gpus)
     if device == "gpu" and not has_gpu:
         raise UserError(
             "is not possible: TensorFlow finds no GPU. Run `pip install '.[gpu]'` in the project's "

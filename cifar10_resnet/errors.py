@@ -18,6 +18,19 @@ class UserError(Exception):
         return f"{self.argument}={self.value} {self.why}" if self.argument else self.why
 
 
+def unreadable(path: object, error: Exception) -> UserError:
+    """Returns the error for a file or folder that cannot be read."""
+    return UserError(f"{path} cannot be read: {reason_of(error)}. Check its path and permissions.")
+
+
+def unwritable(path: object, error: Exception) -> UserError:
+    """Returns the error for a file or folder that cannot be written."""
+    return UserError(
+        f"{path} cannot be written: {reason_of(error)}. Check the free space and the permissions, "
+        "or use another path."
+    )
+
+
 def reason_of(error: Exception) -> str:
     """Returns why something failed, in one line without TensorFlow's names of nodes and ops."""
     if isinstance(error, OSError) and error.strerror:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from cifar10_resnet.errors import UserError
+from cifar10_resnet.errors import UserError, unreadable
 
 SIDE, CHANNELS = 32, 3
 IMAGE_BYTES = SIDE * SIDE * CHANNELS  # the red, the green and the blue plane, each row by row
@@ -99,21 +99,19 @@ class Format:
             with open(file, encoding="utf-8") as lines:
                 names = tuple(line.strip() for line in lines if line.strip())
         except OSError as error:
-            raise UserError(f"cannot read the class names in {file}: {error.strerror}.") from error
+            raise unreadable(file, error) from error
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"cannot read the class names in {file}: it is not UTF-8 text."
-            ) from error
+            raise UserError(f"{file} is not UTF-8 text. Save the class names as UTF-8.") from error
         if odd := [name for name in names if not name.isprintable()]:
             raise UserError(
-                f"{file} names a class {odd[0]!a:.60}, which cannot be printed: rename it."
+                f"{file} contains a class name that cannot be printed: {odd[0]!a:.60}. Rename it."
             )
         least, most = label.num_classes or 2, label.num_classes or MAX_CLASSES
         if not least <= len(names) <= most:
             expected = most if least == most else f"{least} to {most}"
             raise UserError(
-                f"{file} names {len(names)} classes where {self.title} has {expected}: this is "
-                "another data set or a damaged file."
+                f"{file} contains {len(names)} class names, but {self.title} has {expected}. Use "
+                "the file of this data set."
             )
         return names
 

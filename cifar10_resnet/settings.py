@@ -26,9 +26,10 @@ def setting(
 
     A setting without a default must be given. `group` is its group's title in --help, and `also`
     has other names of its flag. `more` may contain bounds (`least`, `most`, `above`, `below`,
-    `multiple`), `choices`, or a `pattern` with its `meaning` in words. `shown` is the default as
-    --help shows it. `implied_by` contains the flags that set it too. With `own`, each of several
-    workers may have its own value. With `first`, --help shows it first in its group.
+    `multiple`), `choices`, or a `pattern` with its `meaning` in words. `notes` has a line of help
+    for each choice. `shown` is the default as --help shows it. `implied_by` contains the flags that
+    set it too. With `own`, each of several workers may have its own value. With `first`, --help
+    shows it first in its group.
     """
     return field(default=default, metadata={"help": help, "group": group, "also": also, **more})
 

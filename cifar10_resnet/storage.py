@@ -13,7 +13,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 
-from cifar10_resnet.errors import UserError
+from cifar10_resnet.errors import UserError, unwritable
 from cifar10_resnet.terminal import command
 
 CHUNK_BYTES = 1 << 20
@@ -64,7 +64,7 @@ def refuse_unwritable_file(path: StrPath) -> None:
     if os.path.isdir(path):
         raise UserError(f"{path} cannot be written: it is a folder. Use a file in it.")
     if not os.access(folder, os.W_OK):
-        raise UserError(f"{path} cannot be written: you may not write to its folder.")
+        raise UserError(f"{path} cannot be written: its folder is read-only. Use another folder.")
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def new_file(path: StrPath, content: bytes) -> None:
         else:
             _replace(place, content)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}.") from error
+        raise unwritable(path, error) from error
 
 
 def _replace(place: str, content: bytes) -> None:
@@ -153,7 +153,7 @@ def make_folder(path: str) -> None:
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot create the folder {path}: {error.strerror}.") from error
+        raise unwritable(path, error) from error
     refuse_unwritable_file(os.path.join(path, "file"))
 
 
@@ -170,7 +170,7 @@ def new_folder(path: StrPath) -> Iterator[str]:
     except BrokenPipeError:
         raise  # The output was closed. Nothing is wrong with the folder.
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
+        raise unwritable(path, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -187,7 +187,7 @@ def _beside(path: StrPath) -> str:
         os.makedirs(beside)
         return beside
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}.") from error
+        raise unwritable(path, error) from error
 
 
 @contextlib.contextmanager
@@ -202,7 +202,7 @@ def lock(folder: StrPath, refusal: UserError) -> Iterator[None]:
     except BlockingIOError as error:
         raise refusal from error
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}.") from error
+        raise unwritable(folder, error) from error
     try:
         yield
     finally:

@@ -50,7 +50,7 @@ def tables(module: str) -> str:
 def row(names: list[str], meaning: str) -> str:
     """Returns a flag's row of the table. Choices in <…> become code: HTML would hide them."""
     meaning = re.sub(r"^<(.*?)>", lambda found: f"`{found[1].replace(' | ', '`, `')}`", meaning)
-    meaning = meaning.replace("\N{NO-BREAK SPACE}", " ")
+    meaning = re.sub(r"\n(\w+):", r"<br>`\1`:", meaning).replace("\N{NO-BREAK SPACE}", " ")
     return f"| {', '.join(f'`{name}`' for name in names)} | {meaning} |\n"
 
 

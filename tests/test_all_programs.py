@@ -27,7 +27,7 @@ def test_a_newcomers_commands_work_one_after_the_other(tmp_path):
         "--ckpt_path=runs/plain8/model.ckpt-6",
         cwd=tmp_path,
     )
-    assert re.search(r"accuracy +0\.\d{4}", scored.stdout)
+    assert re.search(r"accuracy +\d+\.\d\d%", scored.stdout)
     assert (tmp_path / "runs/resnet8/log/train").is_dir()
     # nothing but the sentences that are meant for people
     assert (trained.stderr, scored.stderr) == ("", "")
@@ -70,7 +70,7 @@ raise SystemExit(exits_with_a_sentence(lambda: tf.zeros([10**6, 10**7]))())
 
 def test_what_does_not_fit_into_memory_ends_in_one_sentence():
     error = run_code(OUT_OF_MEMORY, status=1).stderr.splitlines()[-1]
-    assert re.search(r"error: out of memory: OOM .*; a smaller --batch_size needs less\.$", error)
+    assert re.search(r"error: The memory is full: OOM .*\. Use a smaller --batch_size\.$", error)
 
 
 def test_a_gpu_that_is_not_there_is_refused_by_name_of_what_to_install(tmp_path):
@@ -149,7 +149,7 @@ def test_the_three_programs_run_with_tensorflow_numpy_and_absl_alone(bare, tmp_p
         cwd=tmp_path,
         env=bare,
     )
-    assert re.search(r"accuracy +0\.\d{4}", scored.stdout)
+    assert re.search(r"accuracy +\d+\.\d\d%", scored.stdout)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_the_evaluator_writes_what_it_prints(data, uninterrupted, tmp_path):
     scores = json.loads(file.read_text())
     assert scores["num_images"] == 130
     assert np.sum(scores["confusion_matrix"]) == 130
-    assert f"{scores['accuracy']:.4f}" in shown
+    assert f"{scores['accuracy']:.2%}" in shown
     assert f"{scores['loss']:.4f}" in shown
     assert scores["accuracy"] == np.trace(scores["confusion_matrix"]) / 130
     assert scores["accuracy"] <= scores["top_5_accuracy"] <= 1
@@ -136,7 +136,7 @@ def test_files_that_cannot_be_written_are_refused_before_the_evaluation(tmp_path
         ("--report=none/r.html", "its folder does not exist"),
         ("--report=.", "is a folder"),
         ("--output_json=none/s.json", "its folder does not exist"),
-        ("--plot_dir=file", "cannot create the folder file"),
+        ("--plot_dir=file", "file cannot be written"),
     ):
         # nothing is at --ckpt_path either, which would be told later
         assert told in error_of("run_evaluator.py", "--ckpt_path=none", flag, cwd=tmp_path)

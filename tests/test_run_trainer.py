@@ -26,8 +26,8 @@ def test_the_end_of_a_training_says_how_to_evaluate_it_and_quiet_says_nothing_el
     shown = run(*command, "--max_train_steps=20").stdout
     lines, table = shown[: shown.index("resnet8, step 20 of 40")], table_in(shown)
     assert lines.count("evaluated on holdout") == 2  # after 16 and 20 steps
-    best = max(re.findall(r"evaluated on holdout: .* accuracy (\S+)", lines))
-    assert table["best accuracy"].startswith(f"{best} on holdout images, step ")
+    best = max(map(float, re.findall(r"evaluated on holdout: .* accuracy (\S+)%", lines)))
+    assert table["best accuracy"].startswith(f"{best:.2f}% on holdout images, step ")
     assert table["saved as"] == f"{folder}/model.ckpt-20"
     last = re.match(r"\S+", table["last accuracy"])[0]
 
@@ -41,7 +41,7 @@ def test_the_end_of_a_training_says_how_to_evaluate_it_and_quiet_says_nothing_el
     quiet = run(*command, "--quiet")
     assert quiet.stdout.startswith("resnet8, step 40 of 40\n")
     assert quiet.stderr == ""
-    assert float(table_in(quiet.stdout)["best accuracy"].split()[0]) >= float(best)
+    assert float(table_in(quiet.stdout)["best accuracy"].split("%")[0]) >= best
 
 
 def test_no_picture_is_drawn_and_nothing_waits_for_it_before_the_first_evaluation(data, tmp_path):

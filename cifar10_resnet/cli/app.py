@@ -107,13 +107,13 @@ def _flag_lines(names: str, meaning: str, width: int) -> list[str]:
     # If the terminal is narrow or the names are long, the text goes below the names.
     indent = NAMES_WIDTH if width >= 80 else 6
     below = len(names) + 3 >= indent
-    text = textwrap.fill(
-        meaning,
+    wrapper = textwrap.TextWrapper(
         width,
         initial_indent=" " * indent,
         subsequent_indent=" " * indent,
         break_on_hyphens=False,
     )
+    text = "\n".join(map(wrapper.fill, meaning.split("\n")))
     text = text.replace("\N{NO-BREAK SPACE}", " ")
     return [f"  {names}", text] if below else [f"  {names}".ljust(indent) + text[indent:]]
 
@@ -129,6 +129,8 @@ def _sentence(error: Exception, settings: type[Checked]) -> UserError:
         near += [name for name in names if unknown in name.split("_")]  # --lr: --init_lr
         advice = f"Did you mean --{near[0]}?" if near else "--help lists the flags."
         return UserError(f"--{unknown} is not a flag. {advice}")
+    if missing := re.match(r"Missing value for flag (--\S+)", str(error)):
+        return UserError(f"{missing[1]} needs a value. Write {missing[1]}=value.")
     return UserError(re.sub(r"\.$", "", str(error).splitlines()[0]) + ".")
 
 

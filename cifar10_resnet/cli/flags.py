@@ -37,14 +37,16 @@ def names_of(item: Field) -> list[str]:
 
 
 def explanation(item: Field) -> str:
-    """Returns what a flag does, its choices and its default."""
+    """Returns what a flag does, its choices and its default. Notes on choices are lines below."""
     text, choices = item.metadata["help"], list(map(str, item.metadata.get("choices", ())))
-    if not set(choices) <= set(re.findall(r"\w+", text)):
+    notes = item.metadata.get("notes", {})
+    if not notes and not set(choices) <= set(re.findall(r"\w+", text)):
         text = f"<{' | '.join(choices)}>: {text}"
     shown = item.metadata.get("shown", _shown(item.default))
     if depends_on_recipe(item):
         shown = f"the recipe's; paper: {shown}"
-    return f"{text} (default:{UNBROKEN}{shown})" if shown else text
+    text = f"{text} (default:{UNBROKEN}{shown})" if shown else text
+    return "\n".join([text, *(f"{choice}: {note}" for choice, note in notes.items())])
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-from cifar10_resnet.errors import UserError, printable, reason_of
+from cifar10_resnet.errors import UserError, printable, reason_of, unwritable
 from cifar10_resnet.terminal import RED, emphasised
 
 
@@ -59,7 +59,7 @@ def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int 
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
             _silence_stdout()
-            tell(UserError(f"cannot write {error.filename or 'the output'}: {error.strerror}."))
+            tell(unwritable(error.filename or "the output", error))
             return 1
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
@@ -70,8 +70,8 @@ def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int 
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
-            advice = "a smaller --batch_size needs less."
-            tell(UserError(f"out of memory: {reason_of(error)}; {advice}"))
+            advice = "Use a smaller --batch_size."
+            tell(UserError(f"The memory is full: {reason_of(error)}. {advice}"))
             return 1
 
     return guarded

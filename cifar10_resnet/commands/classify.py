@@ -40,7 +40,7 @@ class Settings(Checked):
 def main(flags: "Flags") -> int:
     """Prints the most likely classes of each photo."""
     if (flags.ckpt_path is None) == (flags.saved_model is None):
-        raise UserError("Pass a network: either --ckpt_path or --saved_model.")
+        raise UserError("No network given. Use either --ckpt_path or --saved_model.")
     if not flags.arguments:
         raise UserError("No photos given. Pass photo files, or folders of photos.")
     if flags.saved_model is not None:
@@ -112,7 +112,7 @@ def _table(results: list[dict[str, Any]]) -> str:
         (
             printable(result["picture"]) if i == 0 else "",
             guess["name"],
-            f"{guess['probability']:.4f}",
+            f"{guess['probability']:.2%}",
         )
         for result in results
         for i, guess in enumerate(result["classes"])

@@ -37,7 +37,7 @@ class Settings(Checked):
 def main(flags: "Flags") -> int:
     """Starts the program that follows the flags, once for each worker."""
     if not flags.arguments:
-        raise UserError(f"name the program to start: {command('launch')} -- run_trainer.py …")
+        raise UserError(f"No program given. Run `{command('launch')} -- run_trainer.py …`.")
     return launch(flags.arguments, flags.workers)
 
 

@@ -59,8 +59,8 @@ def _listen(host: str, port: int) -> list[socket.socket]:
         return bind_sockets(port, host, backlog=1024)
     except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
         raise UserError(
-            f"cannot listen on {host}, port {port}: {reason_of(error)}. Choose others with --host "
-            "and --port; --port=0 takes any free one."
+            f"Port {port} on {host} cannot be used: {reason_of(error)}. Use another --host or "
+            "--port, or --port=0 for any free port."
         ) from error
 
 

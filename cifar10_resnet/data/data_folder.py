@@ -85,7 +85,7 @@ class DataFolder:
             is_other = source != wanted
         if is_other and any(self.path.iterdir()):
             raise UserError(
-                f"{self.path} already holds other data ({source or 'of unknown origin'}). "
+                f"{self.path} already contains other data ({source or 'of unknown origin'}). "
                 "Use another --data_dir, or move that folder away."
             )
 

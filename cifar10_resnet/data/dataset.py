@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 
 from cifar10_resnet.config import DataConfig
-from cifar10_resnet.errors import UserError
+from cifar10_resnet.errors import UserError, unreadable
 from cifar10_resnet.formats import FORMATS, Format
 from cifar10_resnet.terminal import command
 
@@ -139,7 +139,7 @@ def _list(folder: str, path: str, name: str | None) -> set[str]:
             path,
         ) from error
     except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror}.") from error
+        raise unreadable(folder, error) from error
 
 
 def _count_records(file: str, file_format: Format) -> int:
@@ -156,7 +156,7 @@ def _count_records(file: str, file_format: Format) -> int:
             "another --path."
         ) from error
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}.") from error
+        raise unreadable(file, error) from error
     if problem := file_format.size_problem(file, size):
         packed = "It is packed with gzip. Unpack it first."
         raise UserError(f"{problem}. {packed if start == GZIP else DAMAGED}")

@@ -56,7 +56,7 @@ def obtain(part: Path, digest: Digest, urls: Sequence[str], timeout: float, titl
     size = storage.size(part)
     kept = f" (the {size} bytes in {part} are kept)" if size else ""
     raise UserError(
-        f"cannot download {title}: {'; '.join(problems)}. Check the network and run the same "
+        f"{title} cannot be downloaded: {'; '.join(problems)}. Check the network and run the same "
         f"command again{kept}, use a mirror with --url, or use --synthetic."
     )
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from cifar10_resnet import storage
 from cifar10_resnet.data.photos import read_photo_file
-from cifar10_resnet.errors import UserError, printable
+from cifar10_resnet.errors import UserError, printable, unreadable
 from cifar10_resnet.formats import FORMATS, MAX_CLASSES
 from cifar10_resnet.terminal import LiveLine, table
 
@@ -34,11 +34,11 @@ def find_classes(image_dir: Path) -> dict[str, list[str]]:
         entries = sorted(visible(image_dir))
         classes = {entry.name: files_below(entry) for entry in entries if entry.is_dir()}
     except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}.") from error
+        raise unreadable(error.filename, error) from error
     refuse_no_classes(image_dir, list(classes))
     for entry in entries:
         if entry.name not in classes:
-            print(f"skipped: {printable(str(entry))} is in no class's folder.")
+            print(f"skipped {printable(str(entry))}: it is not in a class folder")
     return classes
 
 
@@ -64,14 +64,15 @@ def files_below(folder: Path) -> list[str]:
 def refuse_no_classes(image_dir: Path, names: Sequence[str]) -> None:
     if len(names) < 2:
         raise UserError(
-            f"has {len(names)} sub-folders with photos. Use at least two: one per class.",
+            f"has {len(names)} sub-folders with photos. Use at least two, one per class.",
             "image_dir",
             image_dir,
         )
     if len(names) > MAX_CLASSES:
         raise UserError(
-            f"{image_dir} has {len(names)} sub-folders, each a class; up to {MAX_CLASSES} fit the "
-            "label, which is one byte."
+            f"has {len(names)} sub-folders. Use up to {MAX_CLASSES}, one per class.",
+            "image_dir",
+            image_dir,
         )
     if SPLITS.issuperset(name.lower() for name in names):
         raise UserError(
@@ -83,8 +84,8 @@ def refuse_no_classes(image_dir: Path, names: Sequence[str]) -> None:
     for name in names:
         if name != name.strip() or not name.isprintable():
             raise UserError(
-                f"the sub-folder {name!a} of {image_dir} cannot name a class, which takes one "
-                "line of text: rename it."
+                f"{str(image_dir / name)!a} is not a class name that can be printed. Rename the "
+                "folder."
             )
 
 

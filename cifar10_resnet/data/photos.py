@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from PIL import ExifTags, Image
 
-from cifar10_resnet.errors import UserError
+from cifar10_resnet.errors import UserError, unreadable
 from cifar10_resnet.formats import SIDE
 
 FORMATS = ("JPEG", "PNG", "BMP")
@@ -61,9 +61,9 @@ def _photos_in(folder: str) -> list[str]:
     try:
         names = [name for name in os.listdir(folder) if name.lower().endswith(EXTENSIONS)]
     except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror}.") from error
+        raise unreadable(folder, error) from error
     if not names:
-        raise UserError(f"there is no photo in {folder} ({', '.join(EXTENSIONS)}).")
+        raise UserError(f"{folder} contains no photo. Use a folder with JPEG, PNG or BMP files.")
     return sorted(names)
 
 
@@ -73,7 +73,7 @@ def read_photo_file(path: str) -> np.ndarray:
         with open(path, "rb") as file:
             encoded = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}.") from error
+        raise unreadable(path, error) from error
     return read_photo(encoded, path)
 
 
@@ -84,19 +84,19 @@ def read_photo(encoded: bytes, name: str) -> np.ndarray:
     reduced to 8 bits. An animation is read as its first frame.
     """
     if not encoded:
-        raise UserError(f"{name} is empty.")
+        raise UserError(f"{name} is empty. Use a JPEG, PNG or BMP photo.")
     if len(encoded) > MAX_BYTES:
-        raise UserError(f"{name} is larger than {MAX_BYTES >> 20} MiB, the limit for a photo.")
+        raise UserError(f"{name} is larger than {MAX_BYTES >> 20} MiB. Use a smaller photo.")
     with _refusing_damage(name):
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     with image:
         pixels = image.width * image.height
         if pixels > MAX_PIXELS:
             raise UserError(
-                f"{name} has {image.width} x {image.height} pixels; up to {MAX_PIXELS:,} are read."
+                f"{name} has {image.width} x {image.height} pixels. Use up to {MAX_PIXELS:,}."
             )
         if image.format in ("JPEG", "MPO") and len(SCAN.findall(encoded)) > MAX_SCANS:
-            raise UserError(f"{name} is a JPEG of more than {MAX_SCANS} scans, the limit.")
+            raise UserError(f"{name} is a JPEG with over {MAX_SCANS} scans. Save it with fewer.")
         with LARGE if pixels > LARGE_PIXELS else contextlib.nullcontext():
             with _refusing_damage(name):
                 # A large JPEG is unpacked at a half to an eighth of its size, in a fraction of the
@@ -113,9 +113,9 @@ def _refusing_damage(name: str) -> Iterator[None]:
     try:
         yield
     except Image.UnidentifiedImageError as error:
-        raise UserError(f"{name} is not a JPEG, PNG or BMP photo.") from error
+        raise UserError(f"{name} is not a JPEG, PNG or BMP photo. Convert it to JPEG.") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"{name} has too many pixels; up to {MAX_PIXELS:,} are read.") from error
+        raise UserError(f"{name} has too many pixels. Use up to {MAX_PIXELS:,}.") from error
     except Exception as error:  # Damaged bytes can make Pillow raise anything.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{name} is a damaged photo: {reason}.") from error

@@ -8,7 +8,7 @@ from cifar10_input import ImageSet, mean_image, read_records
 from cifar10_resnet.config import DataConfig
 from cifar10_resnet.data import synthetic
 from cifar10_resnet.data.dataset import DAMAGED, Dataset
-from cifar10_resnet.errors import UserError
+from cifar10_resnet.errors import UserError, unreadable
 
 
 def load(data: Dataset, split: str, coarse_labels: bool = False) -> ImageSet:
@@ -24,7 +24,7 @@ def load(data: Dataset, split: str, coarse_labels: bool = False) -> ImageSet:
     except ValueError as error:  # The files were whole a moment ago.
         raise UserError(f"{error}. Start again once it is whole.") from error
     except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}.") from error
+        raise unreadable(error.filename, error) from error
     _check_labels(labels, files, data)
     return ImageSet(images, labels[:, file_format.label_column(coarse_labels)].astype(np.int32))
 

@@ -51,8 +51,8 @@ def from_environment(strategy: str = "auto") -> Cluster | None:
     workers = _named_by_environment() if strategy in ("auto", "multi_worker") else None
     if strategy == "multi_worker" and workers is None:
         raise UserError(
-            "--distribution_strategy=multi_worker needs TF_CONFIG to name the workers, as in "
-            f"{EXAMPLE}: `{command('launch')}` sets it to try it on one machine."
+            "--distribution_strategy=multi_worker needs TF_CONFIG with all workers, such as "
+            f"{EXAMPLE}. To try it on one machine, run `{command('launch')}`."
         )
     return workers
 
@@ -78,7 +78,8 @@ def _named_by_environment() -> Cluster | None:
             f"this worker's index: {EXAMPLE}"
         ) from error
     if len(set(addresses)) < len(addresses):
-        raise UserError(f"TF_CONFIG names an address twice among {', '.join(addresses)}.")
+        why = "it lists an address twice. Use one for each worker."
+        raise UserError(f"TF_CONFIG={text} is invalid: {why}")
     return Cluster(addresses, index) if len(addresses) > 1 else None
 
 
@@ -112,7 +113,7 @@ def _own_port(cluster: Cluster) -> socket.socket:
         return socket.create_server(("", port), family=family, dualstack_ipv6=both)
     except OSError as error:
         raise UserError(
-            f"{cluster.name(cluster.index)} cannot listen on port {port}: {error.strerror}. Use "
+            f"{cluster.name(cluster.index)} cannot use port {port}: {error.strerror}. Use "
             "another port in every worker's TF_CONFIG."
         ) from error
 

@@ -143,7 +143,10 @@ class Replicas:
         for index, theirs in enumerate(others, 1):
             names = [name for name in ours if theirs.get(name) != ours[name]]
             if names:
-                listed = [", ".join(f"{n}={told.get(n)}" for n in names) for told in (theirs, ours)]
+                listed = [
+                    ", ".join(f"--{name}={values.get(name)}" for name in names)
+                    for values in (theirs, ours)
+                ]
                 raise UserError(
                     f"{self._cluster.name(index)} has {listed[0]}, {self._cluster.name(0)} has "
                     f"{listed[1]}. Run the same command, with the same data, on every worker."

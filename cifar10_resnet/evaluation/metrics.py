@@ -106,12 +106,12 @@ class Metrics:
         rows = {
             "images": self.num_images,
             "loss": f"{self.loss:.4f}",
-            "accuracy": f"{self.accuracy:.4f}",
-            f"top-{min(5, len(names))} accuracy": f"{self.top_5_accuracy:.4f}",
-            "calibration error": f"{self.calibration.error:.4f}",
+            "accuracy": f"{self.accuracy:.2%}",
+            f"top-{min(5, len(names))} accuracy": f"{self.top_5_accuracy:.2%}",
+            "calibration error": f"{self.calibration.error:.2%}",
         }
         shares = [
-            "no images" if accuracy is None else f"{accuracy:.4f}"
+            "no images" if accuracy is None else f"{accuracy:.2%}"
             for accuracy in self.per_class_accuracy
         ]
         classes = table(zip(names, shares, strict=True), indent="    ")
@@ -132,7 +132,7 @@ class Scored:
     def line(self) -> str:
         """Returns the accuracy and the loss in one line."""
         return (
-            f"{self.checkpoint} on {self.split} images: accuracy {self.metrics.accuracy:.4f}, "
+            f"{self.checkpoint} on {self.split} images: accuracy {self.metrics.accuracy:.2%}, "
             f"loss {self.metrics.loss:.4f}"
         )
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from cifar10_resnet import storage
 from cifar10_resnet.checkpoints import SavedRun, load
-from cifar10_resnet.errors import UserError, reason_of
+from cifar10_resnet.errors import UserError, unwritable
 from cifar10_resnet.serving.saved_network import SavedNetwork
 from resnet_model import IMAGE_SHAPE, ResNet
 
@@ -103,9 +103,9 @@ def export_tflite(saved: SavedRun, export_dir: str) -> None:
         difference = _difference(lite, saved_model)
         if not difference <= TFLITE_TOLERANCE:
             raise UserError(
-                f"the LiteRT model of {saved.prefix} is refused: its logits differ from the "
-                f"SavedModel's by {difference:.1e} of the largest, where "
-                f"{TFLITE_TOLERANCE:.0e} is allowed."
+                f"{saved.prefix} cannot be exported for LiteRT: the logits differ from the "
+                f"SavedModel's by {difference:.1e} of the largest, and {TFLITE_TOLERANCE:.0e} is "
+                "allowed. Use --format=saved_model."
             )
         with open(os.path.join(folder, TFLITE_FILE), "wb") as file:
             file.write(lite)
@@ -133,7 +133,7 @@ def _save(classifier: Classifier, folder: str, signatures: Sequence[str]) -> Non
     try:
         tf.saved_model.save(classifier, folder, traced)
     except tf.errors.OpError as error:
-        raise UserError(f"cannot write {folder}: {reason_of(error)}.") from error
+        raise unwritable(folder, error) from error
 
 
 def _difference(lite: bytes, saved_model: str) -> float:

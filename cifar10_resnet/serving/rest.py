@@ -28,17 +28,17 @@ def predict(network: SavedNetwork, body: bytes) -> dict[str, Any]:
     request = _parse(body)
     signature = request.get("signature_name") or DEFAULT
     if not isinstance(signature, str) or signature not in network.inputs:
-        there = ", ".join(sorted(network.inputs))
-        raise UserError(f"there is no signature {signature!r:.60}; there are {there}.")
+        known = ", ".join(sorted(network.inputs))
+        raise UserError(f"The signature {signature!r:.60} is invalid: it must be one of {known}.")
     name, dtype = network.inputs[signature].name, network.inputs[signature].dtype
     if ("instances" in request) == ("inputs" in request):
-        raise UserError("a request has either 'instances' (rows) or 'inputs' (columns).")
+        raise UserError("The request must have either 'instances' (rows) or 'inputs' (columns).")
     rowwise = "instances" in request
     values = _rows(request["instances"], name) if rowwise else _column(request["inputs"], name)
     if not isinstance(values, list) or not values:
-        raise UserError("a request needs a list of one or more images.")
+        raise UserError("The request must have a list of one or more images.")
     if len(values) > MAX_INSTANCES:
-        raise UserError(f"a request has up to {MAX_INSTANCES} images, not {len(values)}.")
+        raise UserError(f"The request has {len(values)} images. Send up to {MAX_INSTANCES}.")
     if dtype == "string":
         # The graph would decode any photo, no matter how much memory it takes. `read_photo` checks
         # a photo first, and gives the same pixels as everywhere in this project.
@@ -57,20 +57,18 @@ def predict(network: SavedNetwork, body: bytes) -> dict[str, Any]:
 
 def _parse(body: bytes) -> dict[str, Any]:
     if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_MARKS:
-        raise UserError(
-            f"a request has up to {MAX_INSTANCES} images: this one has too many values."
-        )
+        raise UserError(f"The request has too many values. Send up to {MAX_INSTANCES} images.")
     try:
         request = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"the request is not JSON: {error}.") from error
+        raise UserError(f"The request is not JSON: {error}.") from error
     if not isinstance(request, dict):
-        raise UserError("the request is not a JSON object.")
+        raise UserError("The request is not a JSON object.")
     return request
 
 
 def _refuse_constant(constant: str) -> NoReturn:
-    raise UserError(f"{constant} is not a pixel value.")
+    raise UserError(f"{constant} is not a pixel value. Send finite numbers.")
 
 
 def _rows(instances: Any, name: str) -> Any:
@@ -103,7 +101,7 @@ def _pictures(values: list) -> np.ndarray:
     for i, value in enumerate(values):
         if time.monotonic() > end:
             raise UserError(
-                f"reading the first {i} photos took {MAX_SECONDS} seconds. Send fewer or smaller "
+                f"Reading the first {i} photos took {MAX_SECONDS} seconds. Send fewer or smaller "
                 "ones."
             )
         if not isinstance(value, dict) or not isinstance(value.get("b64"), str):
@@ -123,25 +121,25 @@ def _pixels(values: list, dtype: type) -> np.ndarray:
     array = np.array(values, dtype=object)
     if array.shape != (len(values), SIDE, SIDE, 3):
         raise UserError(
-            f"each instance must be a list of {SIDE} rows of {SIDE} pixels of 3 numbers; "
-            f"the whole is of shape {list(array.shape)}."
+            f"The request has the shape {list(array.shape)}. Send each image as {SIDE} rows of "
+            f"{SIDE} pixels of 3 numbers."
         )
     kinds = set(map(type, array.flat))
     if dtype == np.uint8:
         if kinds != {int} or array.min() < 0 or array.max() > 255:
             raise UserError(
-                f"the pixels of {DEFAULT} are whole numbers from 0 to 255; for others there is "
+                "A pixel is not a whole number from 0 to 255. For other numbers, use the signature "
                 "serving_float."
             )
     elif not kinds <= {int, float}:
-        raise UserError("pixels are numbers.")
+        raise UserError("A pixel is not a number.")
     try:
         with np.errstate(over="ignore"):
             pixels = array.astype(dtype)
     except OverflowError:
         pixels = np.array(np.inf)
     if not np.isfinite(pixels).all():
-        raise UserError("a pixel is too large for a float32.")
+        raise UserError("A pixel is too large for a float32.")
     return pixels
 
 

@@ -31,8 +31,7 @@ class SavedNetwork:
         except Exception as error:  # for a damaged file, the loader raises errors of any kind
             reason = str(error).strip().split("\n")[0]
             raise UserError(
-                f"cannot load the SavedModel in {folder}, which may be damaged ({reason}): export "
-                "it again."
+                f"cannot be loaded: {reason}. Export it again.", "saved_model", folder
             ) from error
         self._definitions = saved.meta_graphs[0].signature_def
         # These are the inputs of the signatures that have exactly one.
@@ -49,15 +48,18 @@ class SavedNetwork:
                 fits = probabilities.shape == (1, len(self.class_names))
         except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError) as error:
             raise UserError(
-                f"the network in {folder} does not run on this machine: TensorFlow has no kernels "
-                "for its data format or precision. Export it with --data_format=channels_last."
+                "does not run on this machine: TensorFlow has no kernels for its data format or "
+                "precision. Export it again with --data_format=channels_last and --dtype=fp32.",
+                "saved_model",
+                folder,
             ) from error
         except (AttributeError, KeyError, TypeError, ValueError, tf.errors.OpError):
             fits = False
         if not fits:
             raise UserError(
-                f"another program wrote the SavedModel in {folder}. Use one that "
-                f"`{command('export')}` wrote."
+                f"is another program's SavedModel. Use one that `{command('export')}` wrote.",
+                "saved_model",
+                folder,
             )
 
     def __call__(self, inputs: np.ndarray, signature: str = DEFAULT) -> dict[str, np.ndarray]:
@@ -67,8 +69,8 @@ class SavedNetwork:
         answer = {name: value.numpy() for name, value in outputs.items()}
         if not all(np.isfinite(value).all() for value in answer.values()):
             raise UserError(
-                "the network's output has values that are not finite: the images are too bright "
-                "for its precision, or its weights are damaged."
+                "The network's output is not finite. Send pixels from 0 to 255, or export the "
+                "network again with --dtype=fp32."
             )
         return answer
 

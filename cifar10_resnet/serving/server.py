@@ -79,7 +79,7 @@ async def serve(
     shown = "127.0.0.1" if host in ANYWHERE else f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{sockets[0].getsockname()[1]}"
     print(
-        f"Open {address} in a browser; programs post to {address}{API}:predict. Ctrl-C ends it.",
+        f"Open {address} in a browser. REST API: {address}{API}:predict. Press Ctrl-C to stop.",
         flush=True,
     )
     stopped_by = await stopped
@@ -227,10 +227,10 @@ class _Handler(web.RequestHandler):
         length = self.request.headers.get("Content-Length", "")
         if not self.application.is_own(self.request.host_name):
             name = f"{self.request.host_name:.100}"
-            advice = f"ask for it by its IP address, or start it with --host={name}"
-            self._refuse(421, f"this server is not {name}: {advice}.")
+            advice = f"Use its IP address, or start it with --host={name}."
+            self._refuse(421, f"this server is not {name}. {advice}")
         elif origin and origin.partition("://")[2] != self.request.host:
-            self._refuse(403, "pages of other sites get no answers here.")
+            self._refuse(403, "requests from other websites are not allowed.")
         elif length.isdecimal() and int(length[:20]) > MAX_READ:
             self._refuse_size()
             raise self._refusal
@@ -244,10 +244,10 @@ class _Handler(web.RequestHandler):
         if len(self.body) > MAX_BODY:
             self._refuse_size()
         elif self.application.body_bytes > MAX_BODIES:
-            self._refuse(503, "there are too many large requests at once: try again in a moment.")
+            self._refuse(503, "too many large requests. Try again in a moment.")
 
     def _refuse_size(self) -> None:
-        self._refuse(413, f"the request is larger than {MAX_BODY >> 20} MiB, the limit.")
+        self._refuse(413, f"the request is larger than {MAX_BODY >> 20} MiB.")
 
     def _refuse(self, status: int, sentence: str) -> None:
         """Sets an error as the answer, to be sent once the client has sent its request."""
@@ -287,7 +287,7 @@ class _NothingThere(_Handler):
     SUPPORTED_METHODS = ("GET", "HEAD", "POST")
 
     async def answer(self) -> bytes:
-        raise _Refusal(404, f"there is nothing here; there is a page at / and a network at {API}.")
+        raise _Refusal(404, f"not found. The page is at /, the API at {API}.")
 
 
 class _Page(_Handler):

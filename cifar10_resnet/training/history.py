@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.util.tensor_util import make_ndarray
 
-from cifar10_resnet.errors import UserError
+from cifar10_resnet.errors import UserError, unreadable
 
 WRITERS = ("train", "eval")
 
@@ -47,6 +47,8 @@ def _events(file: str) -> Iterator[Event]:
             yield Event.FromString(content[begin:end])
             place = end + 4
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}.") from error
+        raise unreadable(file, error) from error
     except DecodeError as error:
-        raise UserError(f"{file} is damaged, or no event file of TensorBoard's.") from error
+        raise UserError(
+            f"{file} is not an intact event file of TensorBoard. Move it away."
+        ) from error

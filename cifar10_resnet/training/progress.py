@@ -123,7 +123,7 @@ class Progress(Silent):
             f"{step}/{self._last_step}",
             f"left {self._left(step, rate)}",
             f"loss {loss:.3f}",
-            f"acc {accuracy:.3f}",
+            f"accuracy {accuracy:.1%}",
             f"{rate:,.0f} images/s",
             f"epoch {step / self._steps_per_epoch:.2f}",
             f"lr {learning_rate:.4g}",
@@ -143,12 +143,12 @@ class Progress(Silent):
         self._logged_step, self._logged_at = step, time.monotonic()
         parts = [
             f"step {step}/{self._last_step}",
-            f"epoch {step / self._steps_per_epoch:.2f}",
-            f"loss {loss:.4f}",
-            f"accuracy {accuracy:.4f}",
-            f"lr {learning_rate:.4g}",
-            f"images/s {rate:.0f}",
             f"left {self._left(step, rate)}",
+            f"loss {loss:.4f}",
+            f"accuracy {accuracy:.1%}",
+            f"images/s {rate:.0f}",
+            f"epoch {step / self._steps_per_epoch:.2f}",
+            f"lr {learning_rate:.4g}",
         ]
         room = self._line.columns if self._line.is_live else sys.maxsize
         self.write(fitting(parts, " ", room))
@@ -174,7 +174,7 @@ class Progress(Silent):
         self._evaluated = step, split, metrics
         self.write(
             f"step {step}/{self._last_step} evaluated on {split}: loss {metrics.loss:.4f} "
-            f"accuracy {metrics.accuracy:.4f}"
+            f"accuracy {metrics.accuracy:.2%}"
         )
         values = {"loss": metrics.loss, "accuracy": metrics.accuracy}
         self._summaries.scalars("eval", step, values)
@@ -191,14 +191,14 @@ class Progress(Silent):
         if self._evaluated:
             at, split, metrics = self._evaluated
             best, best_at = self._best_evaluation(step)
-            rows["best accuracy"] = f"{best:.4f} on {split} images, step {best_at}"
-            rows["last accuracy"] = f"{metrics.accuracy:.4f} on {split} images, step {at}"
+            rows["best accuracy"] = f"{best:.2%} on {split} images, step {best_at}"
+            rows["last accuracy"] = f"{metrics.accuracy:.2%} on {split} images, step {at}"
             results |= {"loss": metrics.loss, "accuracy": metrics.accuracy, "best_accuracy": best}
             self._summaries.mistakes(at, images, metrics, self._run.data.class_names)
         self._summaries.results(step, results)
         if steps:  # --stop_threshold may end a run before its first log.
             rows["training"] = (
-                f"loss {loss:.4f}, accuracy {accuracy:.4f} on augmented images, last {steps} steps"
+                f"loss {loss:.4f}, accuracy {accuracy:.2%} on augmented images, last {steps} steps"
             )
         seconds = time.monotonic() - self._started
         rows["time"] = f"{duration(seconds)} for {step - self._first_step} steps"

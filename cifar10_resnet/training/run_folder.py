@@ -12,7 +12,7 @@ from typing import Any
 
 from cifar10_resnet import storage
 from cifar10_resnet.config import ModelConfig, Options, with_given
-from cifar10_resnet.errors import UserError
+from cifar10_resnet.errors import UserError, unwritable
 
 
 def settle(options: Options, given: dict[str, Any]) -> Options:
@@ -74,7 +74,7 @@ def lock(directory: str) -> Iterator[None]:
                 with checkpoints.saving_folder(directory):
                     pass
             except OSError as error:
-                raise UserError(f"cannot write to {directory}: {error.strerror}.") from error
+                raise unwritable(directory, error) from error
             yield
     finally:
         if is_new:
@@ -128,4 +128,4 @@ def clean(directory: str, log_path: str, needed: str | None = None) -> None:
         for file in events + profiles:
             os.remove(file)
     except OSError as error:
-        raise UserError(f"cannot clean {directory}: {error.strerror}.") from error
+        raise unwritable(directory, error) from error

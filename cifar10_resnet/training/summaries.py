@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from cifar10_resnet import storage
 from cifar10_resnet.config import RunConfig
 from cifar10_resnet.errors import UserError, reason_of
 from cifar10_resnet.evaluation.metrics import Metrics
@@ -36,21 +37,11 @@ class Summaries:
         self._log_path = log_path
         self._writers: dict[str, tf.summary.SummaryWriter] = {}
         self._plots = importlib.util.find_spec("matplotlib") is not None
-        if importlib.util.find_spec("tensorboard") is None:
+        self.are_written = importlib.util.find_spec("tensorboard") is not None
+        if self.are_written:
+            storage.make_folder(log_path)  # A folder that cannot be written is refused at once.
+        else:
             print("No learning curves are written: TensorBoard is not installed.", flush=True)
-            return
-        with self._telling():
-            self._writers = {
-                name: tf.summary.create_file_writer(
-                    os.path.join(log_path, name), filename_suffix=FILE_SUFFIX
-                )
-                for name in ("train", "eval")
-            }
-
-    @property
-    def are_written(self) -> bool:
-        """Returns whether event files are written."""
-        return bool(self._writers)
 
     def close(self) -> None:
         """Closes the files."""
@@ -124,9 +115,17 @@ class Summaries:
     @contextlib.contextmanager
     def _writing(self, writer: str, step: int) -> Iterator[None]:
         """Makes `tf.summary` use this writer in the block, and flushes it to the disk after."""
-        with self._telling(), self._writers[writer].as_default(step):
+        with self._telling(), self._writer(writer).as_default(step):
             yield
-            self._writers[writer].flush()
+            self._writer(writer).flush()
+
+    def _writer(self, name: str) -> tf.summary.SummaryWriter:
+        """Returns a writer. Opens it when it is first used, so TensorBoard lists no empty run."""
+        if name not in self._writers:
+            self._writers[name] = tf.summary.create_file_writer(
+                os.path.join(self._log_path, name), filename_suffix=FILE_SUFFIX
+            )
+        return self._writers[name]
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
@@ -134,9 +133,8 @@ class Summaries:
             yield
         except tf.errors.OpError as error:
             raise UserError(
-                f"cannot write TensorBoard's files in {self._log_path}: {reason_of(error)}. The "
-                "checkpoints are unchanged. Free some space, fix the folder or use another "
-                "--train_log_path, and run the same command."
+                f"{self._log_path} cannot be written: {reason_of(error)}. The checkpoints are "
+                "unchanged. Free some space, or use another --train_log_path."
             ) from error
 
 

@@ -253,7 +253,7 @@ def test_answer_that_is_not_http_ends_in_a_sentence(get, site):
 
 def test_nobody_listening_ends_in_a_sentence(run, site, data_dir):
     url, _ = site.url, site.server.socket.close()
-    assert "cannot download" in run(f"--url={url}", status=1)
+    assert "cannot be downloaded" in run(f"--url={url}", status=1)
     assert os.listdir(data_dir) == []
 
 

@@ -91,7 +91,7 @@ def test_a_port_that_is_taken_is_told():
         with socket.create_server(each.host_and_port(each.index)) as taken:
             port = taken.getsockname()[1]
             with pytest.raises(
-                UserError, match=f"worker {each.index} .* cannot listen on port {port}: .*in use"
+                UserError, match=f"worker {each.index} .* cannot use port {port}: .*in use"
             ):
                 cluster.meet(each, 1)
 

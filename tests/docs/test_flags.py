@@ -8,7 +8,7 @@ from pages import PAGES
 from programs import PROGRAMS, run_code
 
 from cifar10_resnet.cli.flags import items_of
-from cifar10_resnet.config import TrainingConfig
+from cifar10_resnet.config import RECIPE_NOTES, RECIPES, TrainingConfig
 
 
 def section(heading: str) -> str:
@@ -50,6 +50,16 @@ def test_the_values_of_the_papers_recipe_are_told():
     for name, value in told.items():
         actual = getattr(TrainingConfig(), name)
         assert value == str(actual).lower() or float(value) == actual, name
+
+
+def test_the_accuracies_in_the_recipes_help_are_those_of_the_results_page():
+    row = r"^\| resnet20 \|[^|]*\| \*\*(\S+%)\*\* \|[^|]*\| `(\w+)` \| (\d+) \|"
+    results = re.findall(row, PAGES["docs/results.md"], re.M)
+    for recipe, note in RECIPE_NOTES.items():
+        if "reaches" in note:
+            accuracy, epochs = re.search(r"reaches (\S+%) in (\d+) epochs", note).groups()
+            assert (accuracy, recipe, epochs) in results
+    assert RECIPE_NOTES.keys() == RECIPES.keys()
 
 
 def test_no_page_has_a_table_of_flags_beside_this_one():

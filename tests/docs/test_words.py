@@ -79,7 +79,7 @@ def test_help_is_plain_and_short(program):
     module = PROGRAMS[program]
     groups = groups_of(importlib.import_module(module).Settings)
     items = [item for group in groups.values() for item in group]
-    assert_plain([first_line(module), *groups, *(item.metadata["help"] for item in items)])
+    assert_plain([first_line(module), *groups, *map(explanation, items)])
     for item in items:
         assert len(item.metadata["help"].split()) <= 12, item.name
         assert explanation(item)[-1] != "."

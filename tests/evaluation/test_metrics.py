@@ -28,12 +28,12 @@ def test_the_report_has_the_figures_and_the_names():
     assert lines == [
         ["images", "8"],
         ["loss", "1.2500"],
-        ["accuracy", "0.6250"],
-        ["top-3", "accuracy", "0.8750"],
-        ["calibration", "error", "0.0750"],
-        ["cat", "0.7500"],
+        ["accuracy", "62.50%"],
+        ["top-3", "accuracy", "87.50%"],
+        ["calibration", "error", "7.50%"],
+        ["cat", "75.00%"],
         ["dog", "no", "images"],
-        ["eel", "0.5000"],
+        ["eel", "50.00%"],
     ]
 
 

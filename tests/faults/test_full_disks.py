@@ -150,8 +150,11 @@ def test_a_chief_whose_disk_fills_up_says_so_and_its_workers_whom_they_lost(
 def test_summaries_that_do_not_fit_stop_the_training_in_a_sentence(make_disk):
     disk = make_disk("256k")
     disk.fill()
-    with pytest.raises(UserError, match=rf"cannot write TensorBoard's files in .*{FULL}"):
-        Progress(RunConfig(), 0, 10, 400, str(disk.path / "log"))
+    with (
+        pytest.raises(UserError, match=rf"/log cannot be written: .*{FULL}"),
+        Progress(RunConfig(), 0, 10, 400, str(disk.path / "log")) as progress,
+    ):
+        progress.log_training(1, 1.0, 0.5, 0.1, dict)
     os.remove(disk.path / "ballast")
 
     def train() -> None:
@@ -177,7 +180,10 @@ def test_an_output_that_does_not_fit_ends_in_a_sentence():
                 text=True,
             )
         assert ended.returncode == 1
-        assert ended.stderr == f"-c: error: cannot write the output: {FULL}.\n"
+        assert ended.stderr == (
+            f"-c: error: the output cannot be written: {FULL}. Check the free space and the "
+            "permissions, or use another path.\n"
+        )
 
 
 def test_figures_that_do_not_fit_leave_the_earlier_ones(make_disk):
@@ -186,7 +192,7 @@ def test_figures_that_do_not_fit_leave_the_earlier_ones(make_disk):
     storage.new_file(file, b"{}")
     disk.fill()
     before = contents(disk.path)
-    with pytest.raises(UserError, match=rf"cannot write \S+scores\.json: {FULL}"):
+    with pytest.raises(UserError, match=rf"scores\.json cannot be written: {FULL}"):
         storage.new_file(file, bytes(400_000))
     assert contents(disk.path) == before
 
@@ -198,7 +204,7 @@ def test_figures_that_do_not_fit_leave_the_earlier_ones(make_disk):
 def test_an_export_that_does_not_fit_leaves_nothing(make_disk, prefix, form, capfd):
     disk = make_disk()
     disk.fill(100_000)
-    with pytest.raises(UserError, match=rf"cannot write .*{FULL}") as refused:
+    with pytest.raises(UserError, match=rf"cannot be written: {FULL}") as refused:
         form(checkpoints.read(prefix), str(disk.path / "exported"))
     assert "{{" not in str(refused.value)
     assert os.listdir(disk.path) == ["ballast"]

@@ -319,7 +319,7 @@ def test_an_export_that_does_not_fit_leaves_nothing(prefix, tmp_path):
     # as many bytes as a file may have; the variables need three times as many
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"cannot write .*File too large"):
+        with pytest.raises(UserError, match=r"cannot be written: .*File too large"):
             export.export_saved_model(checkpoints.read(prefix), str(tmp_path / "new"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

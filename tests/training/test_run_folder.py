@@ -159,7 +159,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     for directory in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError) as refused, run_folder.lock(str(directory)):
             pass
-        assert f"cannot write to {directory}" in str(refused.value)
+        assert f"{directory} cannot be written: " in str(refused.value)
 
 
 def test_a_folder_that_may_not_be_written_to_is_named(tmp_path, monkeypatch, as_nobody):
@@ -168,7 +168,7 @@ def test_a_folder_that_may_not_be_written_to_is_named(tmp_path, monkeypatch, as_
     monkeypatch.chdir(tmp_path / "run")
     with as_nobody(), pytest.raises(UserError) as refused, run_folder.lock("."):
         pass
-    assert str(refused.value) == "cannot write to .: Permission denied."
+    assert str(refused.value).startswith(". cannot be written: Permission denied. ")
 
 
 def test_a_run_folder_that_has_become_read_only_is_refused_before_training(
@@ -182,7 +182,7 @@ def test_a_run_folder_that_has_become_read_only_is_refused_before_training(
     monkeypatch.chdir(tmp_path / "run")
     with as_nobody(), pytest.raises(UserError) as refused, run_folder.lock("."):
         pass
-    assert str(refused.value) == "cannot write to .: Permission denied."
+    assert str(refused.value).startswith(". cannot be written: Permission denied. ")
 
 
 # --- Cleaning -------------------------------------------------------------------------------------

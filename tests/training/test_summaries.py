@@ -141,7 +141,23 @@ def test_tensorboard_shows_a_run_with_all_its_curves_pictures_and_settings(tmp_p
         results = {each["name"]["tag"]: each["value"] for each in group["metricValues"]}
         assert set(results) == RESULTS
         assert results["result/accuracy"] == pytest.approx(last.metrics.accuracy)
-        assert last.summary["best accuracy"].startswith(f"{results['result/best_accuracy']:.4f}")
+        assert last.summary["best accuracy"].startswith(
+            f"{results['result/best_accuracy']:.2%} on test"
+        )
+
+
+def test_a_run_without_evaluations_has_no_empty_run_in_tensorboard(tmp_path):
+    run_trainer.train(make_run(num_iterations=2), options(tmp_path))
+    folders = {path.name for path in (tmp_path / "log").iterdir() if path.is_dir()}
+    assert folders == {"train"}
+    (file,) = (tmp_path / "log/train").iterdir()
+    points = tf.compat.v1.train.summary_iterator(str(file))
+    assert any(value.tag == "loss" for event in points for value in event.summary.value)
+
+
+def test_a_run_that_ends_before_its_first_point_leaves_no_event_file(tmp_path):
+    summaries.Summaries(str(tmp_path / "log")).close()
+    assert list((tmp_path / "log").iterdir()) == []
 
 
 def test_the_grid_shows_the_very_batch_that_is_learned_from(tmp_path):
