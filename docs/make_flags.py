@@ -18,6 +18,8 @@ from cifar10_resnet.terminal import PROJECT
 HEAD = """\
 # Flags
 
+Which flags does each program have?
+
 <!-- `python docs/make_flags.py` writes this page. A test compares it with the programs. -->
 
 `--help` of each program lists its flags too. Some flags have two names. A `~` at the start of a

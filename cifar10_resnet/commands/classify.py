@@ -117,7 +117,7 @@ def _table(results: list[dict[str, Any]]) -> str:
         for result in results
         for i, guess in enumerate(result["classes"])
     ]
-    return table(rows, indent="")
+    return table(rows, "<<>", indent="")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def _names(runs: Sequence[str]) -> list[str]:
     """Returns the folders' names, with as much of their paths as makes them unique."""
     paths = [os.path.realpath(run).removesuffix(os.sep + "log").split(os.sep) for run in runs]
     if len(set(map(tuple, paths))) < len(paths):
-        raise UserError("--run contains the same run twice. Remove one of them.")
+        raise UserError("--run names the same run twice.")
     for parts in itertools.count(1):
         names = [os.sep.join(path[-parts:]) for path in paths]
         if len(set(names)) == len(names):

@@ -38,7 +38,7 @@ def find_classes(image_dir: Path) -> dict[str, list[str]]:
     refuse_no_classes(image_dir, list(classes))
     for entry in entries:
         if entry.name not in classes:
-            print(f"skipped {printable(str(entry))}: it is not in a class folder")
+            print(f"skipped: {printable(str(entry))} is not in a class folder.")
     return classes
 
 
@@ -64,13 +64,13 @@ def files_below(folder: Path) -> list[str]:
 def refuse_no_classes(image_dir: Path, names: Sequence[str]) -> None:
     if len(names) < 2:
         raise UserError(
-            f"has {len(names)} sub-folders with photos. Use at least two, one per class.",
+            "is invalid: it has fewer than two sub-folders. Use one per class.",
             "image_dir",
             image_dir,
         )
     if len(names) > MAX_CLASSES:
         raise UserError(
-            f"has {len(names)} sub-folders. Use up to {MAX_CLASSES}, one per class.",
+            f"is invalid: it has {len(names)} sub-folders. Use up to {MAX_CLASSES}, one per class.",
             "image_dir",
             image_dir,
         )

@@ -114,7 +114,7 @@ class Metrics:
             "no images" if accuracy is None else f"{accuracy:.2%}"
             for accuracy in self.per_class_accuracy
         ]
-        classes = table(zip(names, shares, strict=True), indent="    ")
+        classes = table(zip(names, shares, strict=True), "<>", indent="    ")
         return f"{table(rows.items())}\n{classes}"
 
 

@@ -72,7 +72,7 @@ def test_good_pictures_are_classified_and_bad_ones_told_of(prefix, pictures):
     assert len(rows) == 2 * len(files)
     for i, (file, guesses) in enumerate(zip(files, expected, strict=True)):
         for row, start, (name, share) in zip(rows[2 * i :], (file, ""), guesses, strict=False):
-            assert row == f"{start:<14}  {name:<5}  {share:.2%}"
+            assert row == f"{start:<14}  {name:<5}  {share:>6.2%}"
     problems = done.stderr.splitlines()
     assert all(line.startswith("cifar10_resnet classify: error: ") for line in problems)
     for problem, said in zip(

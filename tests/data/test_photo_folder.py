@@ -195,7 +195,7 @@ def test_files_that_cannot_be_read_are_reported_and_change_nothing_else(run, ima
         "ant/notes.txt": (b"not a picture", "is not a JPEG, PNG or BMP photo"),
         "bee/empty.png": (b"", "is empty"),
         "cat/2024/line\nbreak\x1b[31m.png": (b"x", "cat/2024/line?break?[31m.png is not"),
-        "loose.png": (whole, "is in no class's folder"),
+        "loose.png": (whole, "is not in a class folder"),
     }
     for name, (data, _) in spoilt.items():
         (image_dir / name).parent.mkdir(exist_ok=True)
@@ -239,21 +239,21 @@ def make_classes(folder: Path, *names: str, pictures: int = 2) -> Path:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda folder: folder, "source: No such file"),
-        (lambda folder: folder.touch() or folder, "source: Not a directory"),
-        (lambda folder: folder.mkdir() or folder, "has 0 sub-folders"),
-        (lambda folder: save(folder / "a.png", 0) or folder, "has 0 sub-folders"),
-        (lambda folder: make_classes(folder, "cat"), "has 1 sub-folders"),
-        (lambda folder: make_classes(folder, "cat", ".hidden"), "has 1 sub-folders"),
+        (lambda folder: folder, "source cannot be read: No such file"),
+        (lambda folder: folder.touch() or folder, "source cannot be read: Not a directory"),
+        (lambda folder: folder.mkdir() or folder, "has fewer than two sub-folders"),
+        (lambda folder: save(folder / "a.png", 0) or folder, "has fewer than two sub-folders"),
+        (lambda folder: make_classes(folder, "cat"), "has fewer than two sub-folders"),
+        (lambda folder: make_classes(folder, "cat", ".hidden"), "has fewer than two sub-folders"),
         (
             lambda folder: make_classes(folder, *(f"c{i}" for i in range(257)), pictures=0),
-            "257 sub-folders, each a class; up to 256",
+            "has 257 sub-folders. Use up to 256",
         ),
         (lambda folder: make_classes(folder, "a", "b", pictures=0), r"Too few files in a \(0\), b"),
         (lambda folder: make_classes(folder, "a", "b", pictures=1), r"Too few files in a \(1\), b"),
         (lambda folder: make_classes(folder, "Train", "test"), "is already split into"),
-        (lambda folder: make_classes(folder, "a", "b\nc"), r"'b\\nc' .*rename"),
-        (lambda folder: make_classes(folder, "a", " b"), "' b' .*rename"),
+        (lambda folder: make_classes(folder, "a", "b\nc"), r"/b\\nc' .*Rename"),
+        (lambda folder: make_classes(folder, "a", " b"), "/ b' .*Rename"),
     ],
     ids=[
         *("missing", "a file", "empty", "pictures without classes", "one class", "one and hidden"),

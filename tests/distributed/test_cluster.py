@@ -33,7 +33,7 @@ def test_a_tf_config_that_names_no_place_for_this_process_is_refused(text, monke
 
 def test_a_tf_config_with_an_address_twice_is_refused(monkeypatch):
     monkeypatch.setenv("TF_CONFIG", cluster.to_tf_config(["a:1", "b:1", "a:1"], 1))
-    with pytest.raises(UserError, match="names an address twice among a:1, b:1, a:1"):
+    with pytest.raises(UserError, match=r"a:1.* is invalid: it lists an address twice"):
         cluster.from_environment()
 
 

@@ -45,13 +45,13 @@ def lengthened(command: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A copy of the project as it is cloned, and the photos that the README speaks of."""
+    """Returns a copy of the project as it is cloned, with photos for the import command."""
     folder = tmp_path_factory.mktemp("clone") / "project"
     made = shutil.ignore_patterns(".*", "__pycache__", "runs", "savedmodels", "cifar-*")
     shutil.copytree(PROJECT, folder, ignore=made)
     rng = np.random.default_rng(0)
     photos = [f"photos/{name}/{i}.jpg" for name in ("cat", "dog") for i in range(5)]
-    for file in (*photos, "new-photo.jpg"):
+    for file in photos:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8)).save(folder / file)
     return folder
@@ -75,7 +75,7 @@ def test_the_readmes_commands_run_in_their_order(checkout):
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         if "--top=3" in words:
             assert_shown(done.stdout)
-    for made in ("report.html", "curves.png", "exported/saved_model.pb", "runs/resnet20-fast"):
+    for made in ("photos-bin", "curves.png", "saved/saved_model.pb", "runs/resnet20-fast"):
         assert (checkout / made).exists(), made
 
 
