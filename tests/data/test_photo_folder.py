@@ -313,7 +313,10 @@ def test_a_place_among_the_pictures_is_refused_also_behind_a_link(refusal, image
 def test_a_folder_that_may_not_be_read_is_named(image_dir, monkeypatch, as_nobody):
     (image_dir / "bee" / "closed").mkdir(mode=0)
     monkeypatch.chdir(image_dir)
-    with as_nobody(), pytest.raises(UserError, match="bee/closed: Permission denied"):
+    with (
+        as_nobody(),
+        pytest.raises(UserError, match="bee/closed cannot be read: Permission denied"),
+    ):
         photo_folder.find_classes(Path())
 
 

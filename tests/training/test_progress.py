@@ -51,18 +51,20 @@ def terminal(monkeypatch):
     ("columns", "told", "dropped"),
     [
         (160, ["loss 1.235", "accuracy 54.3%", "images/s", "epoch 31.25", "lr 0.1"], []),
-        (100, ["loss 1.235", "accuracy 54.3%", "images/s", "epoch 31.25"], []),
-        (80, ["loss 1.235", "accuracy 54.3%"], ["epoch", "lr"]),
+        (100, ["loss 1.235", "accuracy 54.3%", "images/s", "epoch 31.25"], ["lr"]),
+        (80, ["loss 1.235", "accuracy 54.3%", "1,000 images/s"], ["epoch", "lr"]),
         (60, ["loss 1.235"], ["images/s", "epoch", "lr"]),
         (40, ["12500/64000"], ["accuracy", "images/s"]),
     ],
 )
 def test_the_live_line_keeps_to_its_terminal_and_drops_the_least_important_first(
-    terminal, tmp_path, columns, told, dropped
+    terminal, tmp_path, monkeypatch, columns, told, dropped
 ):
-    read = terminal(columns)
+    read, now = terminal(columns), [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     with Progress(RunConfig(), 12_000, 64_000, 400, str(tmp_path)) as progress:
         assert not progress.wants_update()
+        now[0] = 64.0  # 500 steps of 128 images: 1,000 images/s
         read()
         progress.update(12_500, 1.23456, 0.54321, 0.1)
         shown = read()
@@ -72,7 +74,7 @@ def test_the_live_line_keeps_to_its_terminal_and_drops_the_least_important_first
     assert len(drawn) == 1
     assert len(drawn[0]) <= columns
     assert re.match(r" 20% #*\.+ ", drawn[0])
-    assert " 12500/64000, left " in drawn[0]
+    assert " 12500/64000, left 1:49:52" in drawn[0]
     for part in told:
         assert part in drawn[0]
     for part in dropped:
