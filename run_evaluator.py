@@ -115,11 +115,11 @@ def _draw(flags: "Flags", scored: "Scored", computed_in: str) -> None:
 
     names = scored.run.data.class_names
     figures = evaluation_figures(scored.metrics, scored.images, names)
-    pictures = {name: figure_to_png(figure) for name, figure in figures.items()}
+    plots = {name: figure_to_png(figure) for name, figure in figures.items()}
     if flags.plot_dir:
-        for name, picture in pictures.items():
+        for name, plot in plots.items():
             file = os.path.join(flags.plot_dir, f"{name}.png")
-            storage.new_file(file, picture)
+            storage.new_file(file, plot)
             print(f"drew {file}")
     if flags.report:
         import numpy as np
@@ -135,7 +135,7 @@ def _draw(flags: "Flags", scored: "Scored", computed_in: str) -> None:
             f"NumPy {np.__version__}",
             "machine": platform.platform(),
         }
-        page = report.html(scored, pictures, made)
+        page = report.html(scored, plots, made)
         storage.new_file(flags.report, page.encode())
         print(f"wrote {flags.report}")
 

@@ -132,7 +132,7 @@ def train(
             *(run, step, agenda.last, num_images / run.training.batch_size),
             *(options.train_log_path, options.profile_steps),
         ) as shown,
-        signals.saving_unheard(saving.check, saving.save),
+        signals.saving_on_closed_output(saving.check, saving.save),
     ):
         return loop.train(trainer, batches, agenda, evaluations, saving, shown, stop)
 

@@ -131,7 +131,7 @@ class Bench:
     @functools.cached_property
     def data(self) -> str:
         """Writes synthetic images in CIFAR-10's file format, and returns their folder."""
-        print("  writing the pictures", flush=True)
+        print("  writing the photos", flush=True)
         run_program(
             PROJECT / "cifar10_download_and_extract.py",
             "--synthetic",

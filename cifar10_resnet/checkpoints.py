@@ -105,23 +105,23 @@ def list_checkpoints(directory: str, suffix: str = ".index") -> list[tuple[int, 
 
 def newest_intact(directory: str) -> tuple[str | None, list[str]]:
     """Returns the newest intact checkpoint, or None, and what is wrong with each newer one."""
-    passed_over = []
+    problems = []
     with_index, with_digests = list_checkpoints(directory), list_checkpoints(directory, ".sha256")
     if not with_index:  # at most the remains of a first save that was killed
         refuse_foreign(directory)
         if names := named_in_state(directory):
-            passed_over.append(
+            problems.append(
                 f"{os.path.join(directory, names[-1])} is missing, but the file `{STATE}` lists "
                 "it. Copy it there, or start again with --clean."
             )
-        return None, passed_over
+        return None, problems
     for _, prefix in sorted({*with_index, *with_digests}, reverse=True):
         try:
             verify(prefix)
-            return prefix, passed_over
+            return prefix, problems
         except UserError as error:
-            passed_over.append(str(error))
-    return None, passed_over
+            problems.append(str(error))
+    return None, problems
 
 
 def refuse_foreign(directory: str) -> None:

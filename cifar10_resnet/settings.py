@@ -48,7 +48,7 @@ def type_of(item: Field) -> type:
     return item.type
 
 
-def wanted(item: Field) -> str:
+def valid_values(item: Field) -> str:
     """Returns what a setting's value must be, in words."""
     kind, more = type_of(item), item.metadata
     if choices := [str(choice) for choice in more.get("choices", ())]:
@@ -72,7 +72,7 @@ def check(item: Field, value: Any) -> None:
         if last is not Ellipsis and (len(values) != 2 or values[0] > values[1]):
             values = (None,)  # Not a first and a last value: None fails the check below.
     if not all(_is_possible(item, kind, each) for each in values):
-        raise UserError(f"is invalid: it must be {wanted(item)}.", item.name, value)
+        raise UserError(f"is invalid: it must be {valid_values(item)}.", item.name, value)
 
 
 def _is_possible(item: Field, kind: type, value: Any) -> bool:

@@ -85,8 +85,8 @@ def write_cifar100(
     return folder
 
 
-def write_pictures(folder: Path, num_classes: int, train: int = 15, test: int = 4) -> Path:
-    """Writes a data folder as the import command does, of random pictures."""
+def write_photos(folder: Path, num_classes: int, train: int = 15, test: int = 4) -> Path:
+    """Writes a data folder as the import command does, of random images."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, count, seed in (("train", train, 1), ("test", test, 2)):
         images, _ = random_images(count, seed)
@@ -178,9 +178,9 @@ def uninterrupted(data, tmp_path_factory) -> Path:
     return folder
 
 
-def words_in(picture: Path) -> list[str]:
+def words_in(plot: Path) -> list[str]:
     """The words in a PNG that the project drew."""
     from PIL import Image
 
-    with Image.open(picture) as image:
+    with Image.open(plot) as image:
         return image.info["Description"].split(" | ")

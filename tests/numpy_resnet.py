@@ -29,7 +29,7 @@ def convolve(x: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
 
 
 def average_pool(x: np.ndarray, stride: int) -> np.ndarray:
-    """Means of squares that do not overlap and tile the picture."""
+    """Means of squares that do not overlap and tile the image."""
     n, height, width, depth = x.shape
     x = x.reshape(n, height // stride, stride, width // stride, stride, depth)
     return x.mean(axis=(2, 4))

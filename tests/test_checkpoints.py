@@ -267,9 +267,9 @@ def test_a_save_that_fails_half_way_is_a_sentence_and_leaves_a_whole_one(
         text = refusal(checkpoints.save, tiny, str(tmp_path), 20, 1)
     assert prefix_of(tmp_path, 20) in text
     assert "No space left on device" in text
-    newest, passed_over = checkpoints.newest_intact(str(tmp_path))
+    newest, problems = checkpoints.newest_intact(str(tmp_path))
     assert newest in (old, prefix_of(tmp_path, 20))
-    assert all("model.ckpt-20 is incomplete" in why for why in passed_over)
+    assert all("model.ckpt-20 is incomplete" in why for why in problems)
     checkpoints.verify(old)
     assert not (tmp_path / ".saving").exists()
 
@@ -338,7 +338,7 @@ def test_nothing_else_is_inside(tensors, trainer):
 # --- Damage ---------------------------------------------------------------------------------------
 
 
-def assert_passed_over(folder: Path, named: str) -> None:
+def assert_skipped(folder: Path, named: str) -> None:
     """The checkpoint of step 30 is refused by name, and step 20 is taken in its place."""
     prefix = prefix_of(folder, 30)
     for path in (prefix, str(folder), prefix + ".data-00000-of-00001"):
@@ -356,7 +356,7 @@ def test_the_last_byte_missing_or_one_too_many_is_found(folder, part):
     whole = Path(file).read_bytes()
     for damaged in (whole[:-1], whole + b"\0"):
         Path(file).write_bytes(damaged)
-        assert_passed_over(folder, os.path.basename(file))
+        assert_skipped(folder, os.path.basename(file))
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -370,7 +370,7 @@ def test_any_flipped_bit_is_found(folder, part):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << bit
         file.write_bytes(damaged)
-        assert_passed_over(folder, "model.ckpt-30")
+        assert_skipped(folder, "model.ckpt-30")
     file.write_bytes(whole)
     assert checkpoints.find(str(folder)).prefix == prefix_of(folder, 30)
 
@@ -386,7 +386,7 @@ def test_missing_data_are_found(folder):
     assert "missing" in reasons[0]
 
 
-def test_a_checkpoint_without_its_index_is_refused_by_name_and_passed_over(folder):
+def test_a_checkpoint_without_its_index_is_refused_by_name_and_skipped(folder):
     os.remove(prefix_of(folder, 30) + ".index")
     text = refusal(checkpoints.find, prefix_of(folder, 30))
     assert "model.ckpt-30.index is missing" in text
@@ -395,7 +395,7 @@ def test_a_checkpoint_without_its_index_is_refused_by_name_and_passed_over(folde
     assert "model.ckpt-30.index is missing" in reason
 
 
-def test_several_damaged_ones_are_all_passed_over_with_their_reasons(folder):
+def test_several_damaged_ones_are_all_skipped_with_their_reasons(folder):
     for step in (20, 30):
         os.truncate(prefix_of(folder, step) + ".data-00000-of-00001", 100)
     newest, reasons = checkpoints.newest_intact(str(folder))
@@ -509,7 +509,7 @@ def test_a_description_that_does_not_describe_a_run_is_refused(tmp_path, descrip
     assert "description" in text
 
 
-def test_without_digests_a_checkpoint_that_is_still_being_copied_is_passed_over(folder):
+def test_without_digests_a_checkpoint_that_is_still_being_copied_is_skipped(folder):
     for part, share in ((".data-00000-of-00001", 0.6), (".index", 0.9)):
         copy = Path(shutil.copytree(folder, folder.with_name(f"copy{part}")))
         os.remove(prefix_of(copy, 30) + ".sha256")

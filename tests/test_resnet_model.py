@@ -68,7 +68,7 @@ def unit_of(
     return Unit("unit", convolutions, depth_in, settings, rng, first)
 
 
-def pictures(number: int, seed: int = 0) -> np.ndarray:
+def random_images(number: int, seed: int = 0) -> np.ndarray:
     # not symmetric around zero, so that a batch norm before any ReLU has a mean to remove
     rng = np.random.default_rng(seed)
     return (0.5 + rng.standard_normal((number, 32, 32, 3))).astype(np.float32)
@@ -169,7 +169,7 @@ def test_other_networks_have_the_sizes_worked_out_by_hand(network, parameters):
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("kind", ["v2", "v1", "v2 bottleneck"])
-def test_blocks_halve_the_picture_and_double_the_depth(kind, data_format):
+def test_blocks_halve_the_image_and_double_the_depth(kind, data_format):
     if data_format == "channels_first":
         skip_without_channels_first()
     num_layers, widening = (20, 4) if "bottleneck" in kind else (14, 1)
@@ -193,9 +193,9 @@ def test_blocks_halve_the_picture_and_double_the_depth(kind, data_format):
 def test_logits_are_the_projected_features(kind, depth):
     model = build(config(kind, num_classes=7))
     randomise(model)
-    features = model.features(pictures(3))
+    features = model.features(random_images(3))
     assert features.shape == (3, depth)
-    logits = model(pictures(3))
+    logits = model(random_images(3))
     assert logits.shape == (3, 7)
     expected = features.numpy().astype(np.float64) @ model.logits_kernel + model.logits_bias
     assert_close(logits, expected, 1e-5)
@@ -269,7 +269,9 @@ def test_every_batch_norm_is_computed_by_the_function_that_is_handed_in(kind):
         return batch_norm_relu(norm, x, training, relu)
 
     plain, model = build(config(kind)), build(config(kind), normalise=normalise)
-    np.testing.assert_array_equal(model(pictures(2), training=True), plain(pictures(2), True))
+    np.testing.assert_array_equal(
+        model(random_images(2), training=True), plain(random_images(2), True)
+    )
     assert {norm for norm, _, _ in asked} == set(model.norms)
     assert all(training for _, training, _ in asked)
     # In version 1, the last ReLU of a unit comes after the addition.
@@ -282,7 +284,7 @@ def test_a_shortcut_takes_x_as_the_batch_norm_returns_it():
         activation, x = batch_norm_relu(norm, x, training, relu)
         return activation, tf.zeros_like(x)
 
-    images = pictures(2)
+    images = random_images(2)
     for network in (config("v2", 14), config("plain v2", 14)):
         model = build(network)
         x = model.init_conv(images, 1, "NHWC")
@@ -323,7 +325,7 @@ def test_logits_and_moving_averages_are_those_of_an_independent_reference(networ
     units = 2 if network.num_layers == 14 else 1
     model = build(network, seed=2)
     randomise(model)
-    images = pictures(4)
+    images = random_images(4)
     before = values_of(model)
 
     reference = reference_for(network, before, training=False)
@@ -347,7 +349,7 @@ def test_logits_and_moving_averages_are_those_of_an_independent_reference(networ
 
 
 def test_moving_averages_take_a_hundredth_of_the_unbiased_statistics():
-    # 2 pictures of 3x3 are 18 values per channel: 18/17 instead of 1 is far above the tolerance
+    # 2 images of 3x3 are 18 values per channel: 18/17 instead of 1 is far above the tolerance
     rng = np.random.default_rng(0)
     x = (1 + 2 * rng.standard_normal((2, 3, 3, 4))).astype(np.float32)
     unit = unit_of(ModelConfig(), [(3, 4, 1), (3, 4, 1)], 4, rng)
@@ -366,7 +368,7 @@ def test_moving_averages_take_a_hundredth_of_the_unbiased_statistics():
 
 
 def test_a_compiled_network_computes_the_same_and_moves_its_averages_too():
-    images = pictures(4)
+    images = random_images(4)
     eager, compiled = build(config("v2")), build(config("v2"))
     step = tf.function(compiled)
     assert_close(step(images, training=True), eager(images, training=True), 1e-5)
@@ -376,10 +378,10 @@ def test_a_compiled_network_computes_the_same_and_moves_its_averages_too():
     assert_close(step(images, training=False), eager(images, training=False), 1e-5)
 
 
-def test_in_inference_a_picture_is_judged_without_regard_to_its_neighbours():
+def test_in_inference_an_image_is_judged_without_regard_to_its_neighbours():
     model = build(config("v2"))
     randomise(model)
-    images = pictures(5)
+    images = random_images(5)
     assert_close(model(images[1:2]), model(images)[1:2], 1e-5)
     # training mode does look at them, or else this would show nothing
     alone, among = model(images[1:2], training=True), model(images, training=True)[1:2]
@@ -426,7 +428,7 @@ def clear_of_kinks(
     raise AssertionError("every input has a ReLU near its kink")
 
 
-def clear_picture(network: ModelConfig, values: Values) -> np.ndarray:
+def clear_image(network: ModelConfig, values: Values) -> np.ndarray:
     # only one, since each brings 100,000 or so chances of a ReLU near its kink
     def forward(images: np.ndarray) -> NumpyResNet:
         reference = reference_for(network, values, training=True)
@@ -434,7 +436,7 @@ def clear_picture(network: ModelConfig, values: Values) -> np.ndarray:
         return reference
 
     # float32's errors have grown to 4e-6 in the last block, as a root of their mean square
-    return clear_of_kinks(lambda seed: pictures(1, seed), forward, 2e-5)
+    return clear_of_kinks(lambda seed: random_images(1, seed), forward, 2e-5)
 
 
 def clear_unit_input(
@@ -521,7 +523,7 @@ def test_gradients_of_a_whole_network_are_the_references_finite_differences(kind
     model = build(network)
     randomise(model)
     before = values_of(model)
-    images = clear_picture(network, before)
+    images = clear_image(network, before)
     weights = rng.standard_normal((1, 10))
     with tf.GradientTape() as tape:
         total = tf.reduce_sum(model(images, training=True) * weights.astype(np.float32))
@@ -567,7 +569,7 @@ def test_both_layouts_have_the_same_variables_logits_gradients_and_moving_averag
     assert_same_variables(first, last)
     for model in (last, first):
         randomise(model)
-    images = clear_picture(config(kind), values_of(last))
+    images = clear_image(config(kind), values_of(last))
     assert_close(first(images), last(images), 1e-5)
     logits, gradients = logits_and_gradients(first, images)
     expected_logits, expected = logits_and_gradients(last, images)
@@ -628,10 +630,10 @@ def test_low_precision_costs_a_few_roundoffs_and_keeps_variables_and_outputs_in_
     assert all(variable.dtype == tf.float32 for variable in low.variables)
     for model in (full, low):
         randomise(model)
-    logits, gradients = logits_and_gradients(low, pictures(4))
-    expected_logits, expected_gradients = logits_and_gradients(full, pictures(4))
+    logits, gradients = logits_and_gradients(low, random_images(4))
+    expected_logits, expected_gradients = logits_and_gradients(full, random_images(4))
     assert logits.dtype == np.float32
-    assert low.features(pictures(1)).dtype == tf.float32
+    assert low.features(random_images(1)).dtype == tf.float32
     # Some twenty roundings on the way (of activations and of kernels) are independent and add up
     # to the root of their number, less what pooling evens out. Far less than one would mean that
     # the network did not compute in this precision.
@@ -668,7 +670,7 @@ def test_plain_and_residual_networks_have_exactly_the_same_variables(kind, num_l
     plain = build(config(f"plain {kind}", num_layers), seed=9)
     assert_same_variables(residual, plain)
     # and yet they are different networks
-    assert relative_error(plain(pictures(2)), residual(pictures(2))) > 0.1
+    assert relative_error(plain(random_images(2)), residual(random_images(2))) > 0.1
 
 
 @pytest.mark.parametrize("kind", ["v2", "v1", "v2 bottleneck"])

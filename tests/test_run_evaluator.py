@@ -102,7 +102,7 @@ def test_what_the_evaluator_cannot_score_ends_in_one_sentence(data, uninterrupte
     assert "damaged" in refused(tmp_path)
 
 
-def test_the_evaluator_writes_its_report_and_its_pictures(tmp_path, write_cifar10):
+def test_the_evaluator_writes_its_report_and_its_plots(tmp_path, write_cifar10):
     write_cifar10(test=random_images(40))
     checkpoint = Trainer(RunConfig(ModelConfig(num_layers=8))).checkpoint
     checkpoints.save(checkpoint, str(tmp_path / "run"), 0)
@@ -115,14 +115,14 @@ def test_the_evaluator_writes_its_report_and_its_pictures(tmp_path, write_cifar1
         assert told in page
     assert 0 <= score["expected_calibration_error"] <= 1
     assert score["accuracy_interval"][0] <= score["accuracy"] <= score["accuracy_interval"][1]
-    pictures = sorted(path.name for path in (tmp_path / "new" / "plots").iterdir())
-    assert pictures == [
+    plots = sorted(path.name for path in (tmp_path / "new" / "plots").iterdir())
+    assert plots == [
         *("class_accuracy.png", "confusion_matrix.png", "mistakes.png", "reliability.png"),
     ]
-    for name in pictures:
+    for name in plots:
         assert f"drew new/plots/{name}" in out
-        with Image.open(tmp_path / "new" / "plots" / name) as picture:
-            assert picture.width == 1800
+        with Image.open(tmp_path / "new" / "plots" / name) as plot:
+            assert plot.width == 1800
     assert "wrote r.html" in out
     assert "wrote s.json" in out
     assert {path.name for path in tmp_path.iterdir()} == {

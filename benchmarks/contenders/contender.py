@@ -33,8 +33,8 @@ def memory_batches(batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns the batches of the bare step: float32 images minus their mean, and labels."""
     from cifar10_resnet.data import synthetic
 
-    pictures, labels = synthetic.make_split("train", BATCHES * batch_size, seed=0)
-    images = pictures.astype(np.float32) - pictures.mean(axis=0, dtype=np.float64).astype("f4")
+    pixels, labels = synthetic.make_split("train", BATCHES * batch_size, seed=0)
+    images = pixels.astype(np.float32) - pixels.mean(axis=0, dtype=np.float64).astype("f4")
     parts = np.split(images, BATCHES), np.split(labels.astype(np.int32), BATCHES)
     return list(zip(*parts, strict=True))
 
@@ -44,8 +44,8 @@ def read_split(folder: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     pattern = "data_batch_*.bin" if split == "train" else "test_batch.bin"
     files = sorted(Path(folder).glob(pattern))
     records = np.concatenate([np.fromfile(f, np.uint8).reshape(-1, 3073) for f in files])
-    pictures = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(pictures), records[:, 0].astype(np.int32)
+    pixels = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(pixels), records[:, 0].astype(np.int32)
 
 
 class Contender(abc.ABC):

@@ -79,17 +79,17 @@ def build(num_layers: int, weight_decay: float) -> keras.Model:
 
 
 def augmented_batches(folder: str) -> tf.data.Dataset:
-    pictures, labels = read_split(folder, "train")
-    mean = pictures.mean(axis=0, dtype=np.float64).astype(np.float32)
+    images, labels = read_split(folder, "train")
+    mean = images.mean(axis=0, dtype=np.float64).astype(np.float32)
 
-    def augment(picture: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        image = tf.cast(picture, tf.float32) - mean
+    def augment(pixels: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        image = tf.cast(pixels, tf.float32) - mean
         image = tf.image.pad_to_bounding_box(image, 4, 4, 40, 40)
         image = tf.image.random_crop(image, [32, 32, 3])
         return tf.image.random_flip_left_right(image), label
 
     return (
-        tf.data.Dataset.from_tensor_slices((pictures, labels))
+        tf.data.Dataset.from_tensor_slices((images, labels))
         .shuffle(len(labels))
         .repeat()
         .map(augment, num_parallel_calls=tf.data.AUTOTUNE)

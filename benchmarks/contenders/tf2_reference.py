@@ -121,8 +121,8 @@ class Training:
 
 
 def load_float_images(folder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    pictures, labels = read_split(folder, "train")
-    images = pictures.astype(np.float32)
+    pixels, labels = read_split(folder, "train")
+    images = pixels.astype(np.float32)
     mean = images.mean(axis=0, dtype=np.float64).astype(np.float32)
     images -= mean
     return images, labels, mean
@@ -214,7 +214,7 @@ def train(folder: str, layers: int, steps: int, checkpoint: str | None) -> None:
 
 
 def evaluate(folder: str, layers: int, checkpoint: str) -> None:
-    pictures, labels = read_split(folder, "test")
+    pixels, labels = read_split(folder, "test")
     model, mean = build(layers), tf.Variable(tf.zeros([32, 32, 3]))
     status = tf.train.Checkpoint(model=model, mean=mean).read(checkpoint)
     status.assert_existing_objects_matched().expect_partial()
@@ -227,7 +227,7 @@ def evaluate(folder: str, layers: int, checkpoint: str) -> None:
         loss.update_state(cross_entropy(labels, logits))
         accuracy.update_state(labels, logits)
 
-    images = pictures.astype(np.float32) - mean.numpy()
+    images = pixels.astype(np.float32) - mean.numpy()
     dataset = tf.data.Dataset.from_tensor_slices((images, labels))
     for batch_images, batch_labels in dataset.batch(EVALUATION_BATCH_SIZE).prefetch(
         tf.data.AUTOTUNE

@@ -44,7 +44,7 @@ def _run(
 
     from cifar10_resnet.cli.flags import Flags
 
-    given = Flags(settings, [_at_home(argument) for argument in sys.argv], flags.FLAGS)
+    given = Flags(settings, [_with_home(argument) for argument in sys.argv], flags.FLAGS)
 
     class Help(app.HelpFlag):
         """The --help flag, instead of absl's. It prints groups, and the exit status is 0."""
@@ -84,7 +84,7 @@ def _run(
         return end.code
 
 
-def _at_home(argument: str) -> str:
+def _with_home(argument: str) -> str:
     """Returns a flag such as --path=~/data with its ~ expanded. Shells do not expand it after =."""
     flag, equals, value = argument.partition("=")
     return flag + equals + os.path.expanduser(value) if value.startswith("~") else argument

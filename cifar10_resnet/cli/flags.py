@@ -9,7 +9,7 @@ from absl import flags
 
 from cifar10_resnet.config import depends_on_recipe
 from cifar10_resnet.errors import UserError
-from cifar10_resnet.settings import Checked, check, type_of, wanted
+from cifar10_resnet.settings import Checked, check, type_of, valid_values
 
 UNBROKEN = "\N{NO-BREAK SPACE}"  # It keeps a default's value on the line of "default:".
 
@@ -71,7 +71,7 @@ class _Parser(flags.ArgumentParser):
             value = self._convert(argument)
             check(self.item, (value,) if self.is_repeatable else value)
         except (ValueError, OverflowError, UserError) as error:
-            why = f"is invalid: it must be {wanted(self.item)}."
+            why = f"is invalid: it must be {valid_values(self.item)}."
             raise UserError(why, self.item.name, argument) from error
         return value
 

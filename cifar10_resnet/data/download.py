@@ -70,7 +70,7 @@ class Mirror:
     timeout: float
 
     def bring(self, part: Path) -> None:
-        """Completes `part` in a bounded number of tries, with growing pauses."""
+        """Completes `part` in a bounded number of tries. Waits twice as long after each."""
         furthest, tries = storage.size(part), 0
         while True:
             try:
@@ -81,9 +81,9 @@ class Mirror:
                 tries += 1
                 if tries == TRIES:
                     raise Refused(f"{problem} (tried {tries} times without progress)") from None
-                pause = RETRY_SECONDS * 2 ** (tries - 1)
-                print(f"{problem}; trying again in {pause:g} seconds", flush=True)
-                time.sleep(pause)
+                wait = RETRY_SECONDS * 2 ** (tries - 1)
+                print(f"{problem}; trying again in {wait:g} seconds", flush=True)
+                time.sleep(wait)
 
     def _fetch(self, part: Path) -> None:
         with (

@@ -121,13 +121,13 @@ def write_records(classes: Mapping[str, Sequence[str]], records: BinaryIO) -> np
     """Writes a record for each readable photo, class by class, and returns their labels."""
     expected = [label for label, files in enumerate(classes.values()) for _ in files]
     labels = bytearray()
-    pictures = read_all([file for files in classes.values() for file in files])
+    photos = read_all([file for files in classes.values() for file in files])
     with LiveLine(plain=True) as line:
-        for done, (label, picture) in enumerate(zip(expected, pictures, strict=True), 1):
-            if isinstance(picture, str):
-                line.write(f"skipped: {printable(picture)}")
+        for done, (label, photo) in enumerate(zip(expected, photos, strict=True), 1):
+            if isinstance(photo, str):
+                line.write(f"skipped: {printable(photo)}")
             else:
-                records.write(bytes([label]) + picture.transpose(2, 0, 1).tobytes())
+                records.write(bytes([label]) + photo.transpose(2, 0, 1).tobytes())
                 labels.append(label)
             line.update(done / len(expected), f"read {done} of {len(expected)} files")
     records.flush()

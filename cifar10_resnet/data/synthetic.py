@@ -139,15 +139,15 @@ def _make_block(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     middle = uniform(0.3, 0.7, 1, 1, 3)
     offset = rng.standard_normal((BLOCK_SIZE, 1, 1, 3), dtype=np.float32)
     offset *= uniform(0.12, 0.4, 1, 1, 1) / np.sqrt((offset**2).sum(-1, keepdims=True))
-    pictures = middle + offset * (2 * coverage[..., None] - 1)
+    images = middle + offset * (2 * coverage[..., None] - 1)
 
     # Images also have a gentle gradient of light and some grain.
     slope = uniform(-0.15, 0.15, 2, 1, 1) * 2 / IMAGE_SIZE
     light = slope[:, 0] * grid[None, None, :] + slope[:, 1] * grid[None, :, None]
-    pictures += light[..., None]
-    grain = rng.standard_normal(pictures.shape, dtype=np.float32)
-    pictures += uniform(0.02, 0.12, 1, 1, 1) * grain
-    return np.rint(255 * np.clip(pictures, 0, 1)).astype(np.uint8), labels
+    images += light[..., None]
+    grain = rng.standard_normal(images.shape, dtype=np.float32)
+    images += uniform(0.02, 0.12, 1, 1, 1) * grain
+    return np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8), labels
 
 
 def source(train_images: int, test_images: int, seed: int) -> str:

@@ -34,11 +34,11 @@ class Calibration(NamedTuple):
 def calibration(confidences: np.ndarray, correct: np.ndarray) -> Calibration:
     """Returns the calibration in bins of equal width. Each bin includes its upper end."""
     bins = np.searchsorted(np.linspace(0, 1, NUM_BINS + 1)[1:-1], confidences)
-    counts, right, sure = (
+    counts, right, confident = (
         np.bincount(bins, weights, NUM_BINS) for weights in (None, correct, confidences)
     )
     filled = np.where(counts, counts, np.nan)
-    return Calibration(counts, right / filled, sure / filled)
+    return Calibration(counts, right / filled, confident / filled)
 
 
 def wilson_interval(

@@ -20,7 +20,7 @@ from resnet_model import IMAGE_SHAPE, ResNet
 Answers = dict[str, tf.Tensor]
 
 # The SavedModel's signatures take uint8 pixels, float32 pixels and encoded photos.
-PIXELS, FLOATS, PICTURES = "serving_default", "serving_float", "serving_image_bytes"
+PIXELS, FLOATS, PHOTOS = "serving_default", "serving_float", "serving_image_bytes"
 BATCH_SIZE = 500
 TFLITE_FILE, NAMES_FILE = "model.tflite", "labels.txt"
 # LiteRT's logits may differ from TensorFlow's by this share of the largest logit.
@@ -58,7 +58,7 @@ class Classifier(tf.Module):
         """Returns the answers for uint8 images [N, 32, 32, 3]."""
         return self.from_floats(tf.cast(images, tf.float32))
 
-    def from_pictures(self, image_bytes: tf.Tensor) -> Answers:
+    def from_photos(self, image_bytes: tf.Tensor) -> Answers:
         """Returns the answers for encoded JPEG and PNG photos of any size, strings [N]."""
         pixels = tf.TensorSpec(IMAGE_SHAPE, tf.uint8)
         return self.from_pixels(tf.map_fn(_decode, image_bytes, fn_output_signature=pixels))
@@ -89,7 +89,7 @@ def export_saved_model(
     """Writes the network of a checkpoint as a SavedModel, the new folder `export_dir`."""
     classifier = load_classifier(saved, data_format, dtype)
     with storage.new_folder(export_dir) as folder:
-        _save(classifier, folder, (PIXELS, FLOATS, PICTURES))
+        _save(classifier, folder, (PIXELS, FLOATS, PHOTOS))
     print(f"Exported {saved.prefix} to {export_dir}: a SavedModel, {dtype}, {data_format}.")
 
 
@@ -120,11 +120,11 @@ def export_tflite(saved: SavedRun, export_dir: str) -> None:
 def _save(classifier: Classifier, folder: str, signatures: Sequence[str]) -> None:
     floats = tf.TensorSpec([None, *IMAGE_SHAPE], tf.float32, "images")
     pixels = tf.TensorSpec([None, *IMAGE_SHAPE], tf.uint8, "images")
-    pictures = tf.TensorSpec([None], tf.string, "image_bytes")
+    photos = tf.TensorSpec([None], tf.string, "image_bytes")
     functions = {
         FLOATS: (classifier.from_floats, floats),
         PIXELS: (classifier.from_pixels, pixels),
-        PICTURES: (classifier.from_pictures, pictures),
+        PHOTOS: (classifier.from_photos, photos),
     }
     traced = {}
     for name in signatures:

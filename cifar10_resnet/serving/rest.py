@@ -42,7 +42,7 @@ def predict(network: SavedNetwork, body: bytes) -> dict[str, Any]:
     if dtype == "string":
         # The graph would decode any photo, no matter how much memory it takes. `read_photo` checks
         # a photo first, and gives the same pixels as everywhere in this project.
-        outputs = network(_pictures(values))
+        outputs = network(_photos(values))
     else:
         outputs = network(_pixels(values, dtype.as_numpy_dtype), signature)
     columns = {key: _plain(value) for key, value in outputs.items()}
@@ -94,9 +94,9 @@ def _is_named(value: Any) -> bool:
     return isinstance(value, dict) and list(value) != ["b64"]
 
 
-def _pictures(values: list) -> np.ndarray:
+def _photos(values: list) -> np.ndarray:
     """Returns a batch from encoded photos, each of the form {"b64": "…"}."""
-    pictures = []
+    photos = []
     end = time.monotonic() + MAX_SECONDS
     for i, value in enumerate(values):
         if time.monotonic() > end:
@@ -111,8 +111,8 @@ def _pictures(values: list) -> np.ndarray:
             encoded = base64.b64decode(value["b64"] + "==")
         except ValueError as error:
             raise UserError(f"instance {i} is not base64: {error}.") from error
-        pictures.append(read_photo(encoded, f"instance {i}"))
-    return np.stack(pictures)
+        photos.append(read_photo(encoded, f"instance {i}"))
+    return np.stack(photos)
 
 
 def _pixels(values: list, dtype: type) -> np.ndarray:

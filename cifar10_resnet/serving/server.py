@@ -331,11 +331,11 @@ class _Predict(_Handler):
 
 def _classify(network: SavedNetwork, encoded: bytes) -> dict[str, Any]:
     """Returns what the network saw, as a data URL, and the most likely classes, best first."""
-    picture = read_photo(encoded, "This file")
-    probabilities = network(picture[None])["probabilities"][0]
+    photo = read_photo(encoded, "This file")
+    probabilities = network(photo[None])["probabilities"][0]
     best = np.argsort(-probabilities, kind="stable")[:SHOWN_CLASSES]
     png = io.BytesIO()
-    Image.fromarray(picture).save(png, "PNG")
+    Image.fromarray(photo).save(png, "PNG")
     return {
         "seen": "data:image/png;base64," + base64.b64encode(png.getvalue()).decode(),
         "classes": [

@@ -168,7 +168,7 @@ def train(
         if stopped_by:
             due |= {"log", "save", "end"}
         rate = trainer.learning_rates[step - 1]
-        if progress.wants_update():
+        if progress.is_due():
             progress.update(step, *trainer.means(), rate)
         if due & {"log", "save", "evaluate"}:
             saving.check()

@@ -23,7 +23,7 @@ IMAGENET_DEPTHS = (50, 152, 200)
 class Silent:
     """Prints and records nothing. Used by every worker except the chief."""
 
-    def __init__(self, *told: object):
+    def __init__(self, *values: object):
         pass
 
     def __enter__(self) -> "Silent":
@@ -36,26 +36,26 @@ class Silent:
         """Returns the context for the steps that follow this one."""
         return contextlib.nullcontext()
 
-    def wants_update(self) -> bool:
+    def is_due(self) -> bool:
         """Returns whether the live line is due. Asked every step, so no step waits for it."""
         return False
 
     def update(self, step: int, loss: float, accuracy: float, learning_rate: float) -> None:
         """Moves the live line."""
 
-    def log_training(self, step: int, *told: object) -> None:
+    def log_training(self, step: int, *values: object) -> None:
         """Records the mean training loss and accuracy since the last log."""
 
-    def show_once(self, step: int, *told: object) -> None:
+    def show_once(self, step: int, *values: object) -> None:
         """Records the run's settings, graph and images, once."""
 
-    def log_evaluation(self, step: int, *told: object) -> None:
+    def log_evaluation(self, step: int, *values: object) -> None:
         """Records the results of an evaluation."""
 
     def write(self, line: str) -> None:
         """Prints a line."""
 
-    def finish(self, step: int, *told: object) -> dict[str, str]:
+    def finish(self, step: int, *values: object) -> dict[str, str]:
         """Returns the rows of the table at the end of a run."""
         return {}
 
@@ -111,7 +111,7 @@ class Progress(Silent):
             self._profiling = False
             self.write(f'The profile is in {self._log_path}: see TensorBoard, "Profile".')
 
-    def wants_update(self) -> bool:
+    def is_due(self) -> bool:
         """Returns whether the live line is due. Asked every step, so no step waits for it."""
         return self._line.is_due()
 

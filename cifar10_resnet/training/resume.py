@@ -40,9 +40,9 @@ def prepare_run(
     """
     if data:
         given = {**given, "dataset": data.name}
-    newest, passed_over = checkpoints.newest_intact(ckpt_path) if ckpt_path else (None, [])
+    newest, problems = checkpoints.newest_intact(ckpt_path) if ckpt_path else (None, [])
     if newest:
-        for reason in passed_over:
+        for reason in problems:
             print(f"Skipped a damaged checkpoint: {reason}", file=sys.stderr, flush=True)
         if pretrained:
             print(f"Resuming the run in {ckpt_path}. {pretrained} is ignored.", flush=True)
@@ -61,10 +61,9 @@ def prepare_run(
                 f"{newest} cannot be resumed: it contains only the network. Start a new run with "
                 f"--pretrained_model_checkpoint_path={ckpt_path} and another --ckpt_path."
             )
-    elif passed_over:
+    elif problems:
         raise UserError(
-            f"{ckpt_path} contains no intact checkpoint: {passed_over[0]} To start again, add "
-            "--clean."
+            f"{ckpt_path} contains no intact checkpoint: {problems[0]} To start again, add --clean."
         )
     else:
         data = data or dataset.find(None, given.get("dataset"))

@@ -37,7 +37,7 @@ class StopSignals:
 
 
 @contextlib.contextmanager
-def saving_unheard(check: Callable[[], None], save: Callable[[], str]) -> Iterator[None]:
+def saving_on_closed_output(check: Callable[[], None], save: Callable[[], str]) -> Iterator[None]:
     """Saves the run if its output is closed: the terminal, or the `| tee`, has ended."""
     try:
         yield

@@ -45,7 +45,7 @@ class Summaries:
 
     def close(self) -> None:
         """Closes the files."""
-        with self._telling():
+        with self._refusing():
             for writer in self._writers.values():
                 writer.close()
 
@@ -74,7 +74,7 @@ class Summaries:
             hp.hparams_config(columns, metrics)
             hp.hparams({name: settings[name] for name in SETTINGS}, trial_id=self._log_path)
         text = "Training images as the network sees them: cropped and flipped at random."
-        self._pixels("train", step, "augmented_images", picture_grid(images), text)
+        self._pixels("train", step, "augmented_images", image_grid(images), text)
 
     def confusion_matrix(self, step: int, metrics: Metrics, names: Sequence[str]) -> None:
         """Writes the confusion matrix of an evaluation, as a plot."""
@@ -115,7 +115,7 @@ class Summaries:
     @contextlib.contextmanager
     def _writing(self, writer: str, step: int) -> Iterator[None]:
         """Makes `tf.summary` use this writer in the block, and flushes it to the disk after."""
-        with self._telling(), self._writer(writer).as_default(step):
+        with self._refusing(), self._writer(writer).as_default(step):
             yield
             self._writer(writer).flush()
 
@@ -128,7 +128,7 @@ class Summaries:
         return self._writers[name]
 
     @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
+    def _refusing(self) -> Iterator[None]:
         try:
             yield
         except tf.errors.OpError as error:
@@ -138,7 +138,7 @@ class Summaries:
             ) from error
 
 
-def picture_grid(images: np.ndarray) -> np.ndarray:
+def image_grid(images: np.ndarray) -> np.ndarray:
     """Returns up to 64 images [N, H, W, 3], 0 to 255, in rows of eight and twice as large."""
     images = np.clip(np.rint(images[: GRID * GRID]), 0, 255).astype(np.uint8)
     images = images.repeat(2, axis=1).repeat(2, axis=2)

@@ -70,7 +70,7 @@ def test_a_damaged_run_is_refused_where_it_is_damaged(lines, told, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "# a comment alone\n", "step,accuracy\n1,2\n"])
-def test_another_file_is_not_taken_for_a_run(text, tmp_path):
+def test_another_file_does_not_count_as_a_run(text, tmp_path):
     file = tmp_path / "run.csv"
     file.write_text(text)
     with pytest.raises(UserError, match="does not begin with the columns step,epoch"):

@@ -27,22 +27,22 @@ NAMES = ("tree", "house", "river")
 def prefix(tmp_path_factory) -> str:
     run = RunConfig(ModelConfig(8, num_classes=3), DataConfig(class_names=NAMES))
     trainer = Trainer(run)
-    # so that the classes are near each other, and which is the likeliest hangs on the picture
+    # so that the classes are near each other, and which is the likeliest hangs on the photo
     trainer.model.logits_kernel.assign(trainer.model.logits_kernel / 100)
     return checkpoints.save(trainer.checkpoint, str(tmp_path_factory.mktemp("run")), 1)
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """Five pictures, of which two are in a folder, among files that are none."""
-    folder = tmp_path_factory.mktemp("pictures")
+def photos(tmp_path_factory) -> Path:
+    """Five photos, of which two are in a folder, among files that are none."""
+    folder = tmp_path_factory.mktemp("photos")
     (folder / "more").mkdir()
     rng = np.random.default_rng(5)
     for name in ("big.jpg", "small.png", "old.bmp", "more/Wide.JPEG", "more/naïve.png"):
         colours = rng.integers(0, 256, (3, 4, 3), np.uint8)
         Image.fromarray(colours).resize((int(rng.integers(20, 90)), 40)).save(folder / name)
-    (folder / "more" / "notes.txt").write_text("not a picture, and not said to be one")
-    (folder / "text.png").write_text("no picture")
+    (folder / "more" / "notes.txt").write_text("not a photo, and not said to be one")
+    (folder / "text.png").write_text("no photo")
     (folder / "cut.jpg").write_bytes((folder / "big.jpg").read_bytes()[:400])
     (folder / "empty").mkdir()
     return folder
@@ -59,16 +59,16 @@ def answers_for(prefix: str, files: list[Path]) -> list[list[tuple[str, float]]]
     ]
 
 
-def test_good_pictures_are_classified_and_bad_ones_told_of(prefix, pictures):
+def test_good_photos_are_classified_and_bad_ones_told_of(prefix, photos):
     done = run(
         *("classify", "big.jpg", f"--ckpt_path={prefix}", "text.png", "more", "--top=2"),
         *("nowhere.png", "old.bmp", "empty", "cut.jpg"),
         status=1,
-        cwd=pictures,
+        cwd=photos,
     )
     rows = [line.rstrip() for line in done.stdout.splitlines()]
     files = ["big.jpg", "more/Wide.JPEG", "more/naïve.png", "old.bmp"]
-    expected = answers_for(prefix, [pictures / file for file in files])
+    expected = answers_for(prefix, [photos / file for file in files])
     assert len(rows) == 2 * len(files)
     for i, (file, guesses) in enumerate(zip(files, expected, strict=True)):
         for row, start, (name, share) in zip(rows[2 * i :], (file, ""), guesses, strict=False):
@@ -88,9 +88,9 @@ def test_good_pictures_are_classified_and_bad_ones_told_of(prefix, pictures):
         assert said in problem
 
 
-def test_a_saved_model_answers_in_json_as_the_checkpoint_does(prefix, pictures, tmp_path):
+def test_a_saved_model_answers_in_json_as_the_checkpoint_does(prefix, photos, tmp_path):
     export.export_saved_model(checkpoints.read(prefix), str(tmp_path / "exported"))
-    files = [pictures / "small.png", pictures / "big.jpg"]
+    files = [photos / "small.png", photos / "big.jpg"]
     done = run(
         *("classify", "--json", f"--saved_model={tmp_path / 'exported'}", *files),
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
@@ -105,20 +105,20 @@ def test_a_saved_model_answers_in_json_as_the_checkpoint_does(prefix, pictures, 
         np.testing.assert_allclose(shares, [share for _, share in guesses], 1e-4)
 
 
-def test_the_network_is_looked_for_before_any_picture_is_read(pictures):
-    done = run("classify", "text.png", "--ckpt_path=typo", status=1, cwd=pictures)
+def test_the_network_is_looked_for_before_any_photo_is_read(photos):
+    done = run("classify", "text.png", "--ckpt_path=typo", status=1, cwd=photos)
     assert "--ckpt_path=typo does not exist" in done.stderr
     assert "text.png" not in done.stderr
 
 
-def test_a_pictures_name_cannot_command_the_terminal(prefix, pictures, tmp_path):
-    shutil.copy(pictures / "big.jpg", tmp_path / "a\x1b]0;b\x07\nc.jpg")
+def test_a_photos_name_cannot_command_the_terminal(prefix, photos, tmp_path):
+    shutil.copy(photos / "big.jpg", tmp_path / "a\x1b]0;b\x07\nc.jpg")
     shown = run("classify", f"--ckpt_path={prefix}", "--top=1", tmp_path).stdout
     assert shown.startswith(f"{tmp_path}/a?]0;b??c.jpg  ")
     assert shown.count("\n") == 1
 
 
-def test_a_layout_that_has_no_kernels_here_is_told_of_in_a_sentence(prefix, pictures, tmp_path):
+def test_a_layout_that_has_no_kernels_here_is_told_of_in_a_sentence(prefix, photos, tmp_path):
     with contextlib.suppress(UserError):
         resolve_data_format("channels_first", "fp16", "cpu")
         pytest.skip("this CPU has them")
@@ -126,22 +126,22 @@ def test_a_layout_that_has_no_kernels_here_is_told_of_in_a_sentence(prefix, pict
         checkpoints.read(prefix), str(tmp_path / "x"), "channels_first", "fp16"
     )
     done = run(
-        *("classify", f"--saved_model={tmp_path / 'x'}", pictures / "big.jpg"),
+        *("classify", f"--saved_model={tmp_path / 'x'}", photos / "big.jpg"),
         status=1,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
     )
     assert "no kernels for its data format or precision" in done.stderr.splitlines()[-1]
 
 
-def test_what_needs_no_network_is_told_without_importing_tensorflow(prefix, pictures, tmp_path):
+def test_what_needs_no_network_is_told_without_importing_tensorflow(prefix, photos, tmp_path):
     environment = without_tensorflow(tmp_path)
 
     def stopped(*arguments: object) -> str:
-        done = run("classify", *arguments, status=1, env=environment, cwd=pictures)
+        done = run("classify", *arguments, status=1, env=environment, cwd=photos)
         return done.stdout + done.stderr
 
     checkpoint = f"--ckpt_path={prefix}"
-    shown = run("classify", "--help", env=environment, cwd=pictures).stdout
+    shown = run("classify", "--help", env=environment, cwd=photos).stdout
     assert "--saved_model" in shown
     assert "Pass a network: either --ckpt_path or --saved_model." in stopped("big.jpg")
     assert "Pass a network: either" in stopped("big.jpg", checkpoint, "--saved_model=x")

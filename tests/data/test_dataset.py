@@ -13,7 +13,7 @@ from conftest import (
     random_cifar100,
     random_images,
     write_cifar100,
-    write_pictures,
+    write_photos,
 )
 
 import cifar10_input
@@ -199,7 +199,7 @@ def test_cifar100_has_a_coarse_and_a_fine_label(tmp_path, coarse, column):
 
 
 def test_imported_pictures_have_as_many_classes_as_names(tmp_path):
-    folder = str(write_pictures(tmp_path, num_classes=3))
+    folder = str(write_photos(tmp_path, num_classes=3))
     read = splits.load(find(folder), "train")
     np.testing.assert_array_equal(read.images, random_images(15, seed=1)[0])
     np.testing.assert_array_equal(read.labels, np.arange(15) % 3)
@@ -216,7 +216,7 @@ def test_data_is_described_by_the_files_that_are_there(write_cifar10, tmp_path):
     assert find(folder).describe() == DataConfig("cifar100", fine)
     expected = DataConfig("cifar100", coarse, coarse_labels=True)
     assert find(folder).describe(coarse_labels=True) == expected
-    folder = str(write_pictures(tmp_path / "pictures", 2))
+    folder = str(write_photos(tmp_path / "pictures", 2))
     assert find(folder).describe() == DataConfig("pictures", ("class 0", "class 1"))
     assert find(None, "synthetic").describe() == DataConfig("synthetic", synthetic.CLASS_NAMES)
 
@@ -269,7 +269,7 @@ def test_a_folder_in_place_of_a_batch_is_told_so(write_cifar10):
 
 @pytest.mark.parametrize("name", ["train.bin", "fine_label_names.txt", "pictures_train.bin"])
 def test_a_missing_file_of_the_other_data_sets_is_named(tmp_path, name):
-    write_pictures(tmp_path, 3) if "pictures" in name else write_cifar100(tmp_path)
+    write_photos(tmp_path, 3) if "pictures" in name else write_cifar100(tmp_path)
     (tmp_path / name).unlink()
     data = find(str(tmp_path))
     with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
@@ -292,7 +292,7 @@ def write_data(write_cifar10, tmp_path) -> Callable[[str], Path]:
             return write_cifar10()
         if dataset == "cifar100":
             return write_cifar100(tmp_path / "100", train=random_cifar100(3))
-        return write_pictures(tmp_path / "pictures", 12, train=3)
+        return write_photos(tmp_path / "pictures", 12, train=3)
 
     return write
 

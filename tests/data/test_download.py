@@ -229,13 +229,13 @@ def test_tries_are_bounded_and_what_came_is_kept(get, site, data_dir):
 
 
 def test_pauses_between_tries_grow(get, site, monkeypatch):
-    pauses = []
+    waits = []
     monkeypatch.setattr(download, "RETRY_SECONDS", 1.0)
-    monkeypatch.setattr(download.time, "sleep", pauses.append)
+    monkeypatch.setattr(download.time, "sleep", waits.append)
     for _ in range(download.TRIES - 1):
         site.answer(500)
     get()
-    assert pauses == [1, 2, 4, 8]
+    assert waits == [1, 2, 4, 8]
 
 
 def test_missing_archive_is_not_asked_for_again(get, site, data_dir):

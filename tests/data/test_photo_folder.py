@@ -1,4 +1,4 @@
-"""From a folder of pictures to a data folder: which records, which splits, and what is refused."""
+"""From a folder of photos to a data folder: which records, which splits, and what is refused."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def save(file: Path, seed: int, size: tuple[int, int] = (32, 32)) -> None:
 
 @pytest.fixture
 def image_dir(tmp_path) -> Path:
-    """Three classes of noise, some pictures larger, some JPEG or BMP, one in a deeper folder."""
+    """Three classes of noise, some photos larger, some JPEG or BMP, one in a deeper folder."""
     folder = tmp_path / "photos"
     seed = 0
     for name, count in COUNTS.items():
@@ -44,7 +44,7 @@ def image_dir(tmp_path) -> Path:
 
 @pytest.fixture
 def run(image_dir, tmp_path, capsys) -> Callable[..., str]:
-    """Imports the pictures and returns what is said on the way."""
+    """Imports the photos and returns what is said on the way."""
 
     def run(to: str = "bin", source: Path = image_dir, **options: float) -> str:
         capsys.readouterr()
@@ -77,7 +77,7 @@ def records(folder: Path, split: str) -> np.ndarray:
 
 
 def expected_records(image_dir: Path) -> list[bytes]:
-    """The record of each picture, put together here byte by byte."""
+    """The record of each photo, put together here byte by byte."""
     made = []
     for label, name in enumerate(sorted(COUNTS)):
         for file in (image_dir / name).rglob("*.*"):
@@ -192,7 +192,7 @@ def test_files_that_cannot_be_read_are_reported_and_change_nothing_else(run, ima
     whole = (image_dir / "cat/01.jpg").read_bytes()
     spoilt = {
         "ant/cut off.jpg": (whole[:500], "damaged"),
-        "ant/notes.txt": (b"not a picture", "is not a JPEG, PNG or BMP photo"),
+        "ant/notes.txt": (b"not a photo", "is not a JPEG, PNG or BMP photo"),
         "bee/empty.png": (b"", "is empty"),
         "cat/2024/line\nbreak\x1b[31m.png": (b"x", "cat/2024/line?break?[31m.png is not"),
         "loose.png": (whole, "is not in a class folder"),
@@ -228,9 +228,9 @@ def test_files_that_cannot_be_read_are_reported_and_change_nothing_else(run, ima
 # --- What is refused ------------------------------------------------------------------------------
 
 
-def make_classes(folder: Path, *names: str, pictures: int = 2) -> Path:
+def make_classes(folder: Path, *names: str, photos: int = 2) -> Path:
     for name in names:
-        for i in range(pictures):
+        for i in range(photos):
             save(folder / name / f"{i}.png", i)
         (folder / name).mkdir(parents=True, exist_ok=True)
     return folder
@@ -246,18 +246,18 @@ def make_classes(folder: Path, *names: str, pictures: int = 2) -> Path:
         (lambda folder: make_classes(folder, "cat"), "has fewer than two sub-folders"),
         (lambda folder: make_classes(folder, "cat", ".hidden"), "has fewer than two sub-folders"),
         (
-            lambda folder: make_classes(folder, *(f"c{i}" for i in range(257)), pictures=0),
+            lambda folder: make_classes(folder, *(f"c{i}" for i in range(257)), photos=0),
             "has 257 sub-folders. Use up to 256",
         ),
-        (lambda folder: make_classes(folder, "a", "b", pictures=0), r"Too few files in a \(0\), b"),
-        (lambda folder: make_classes(folder, "a", "b", pictures=1), r"Too few files in a \(1\), b"),
+        (lambda folder: make_classes(folder, "a", "b", photos=0), r"Too few files in a \(0\), b"),
+        (lambda folder: make_classes(folder, "a", "b", photos=1), r"Too few files in a \(1\), b"),
         (lambda folder: make_classes(folder, "Train", "test"), "is already split into"),
         (lambda folder: make_classes(folder, "a", "b\nc"), r"/b\\nc' .*Rename"),
         (lambda folder: make_classes(folder, "a", " b"), "/ b' .*Rename"),
     ],
     ids=[
-        *("missing", "a file", "empty", "pictures without classes", "one class", "one and hidden"),
-        *("too many classes", "empty classes", "one picture each", "splits", "line break", "space"),
+        *("missing", "a file", "empty", "photos without classes", "one class", "one and hidden"),
+        *("too many classes", "empty classes", "one photo each", "splits", "line break", "space"),
     ],
 )
 def test_folders_that_make_no_data_set_are_refused_and_nothing_is_written(
@@ -270,8 +270,8 @@ def test_folders_that_make_no_data_set_are_refused_and_nothing_is_written(
     assert not (tmp_path / "bin.part").exists()
 
 
-def test_a_class_of_which_one_picture_can_be_read_is_refused_by_name(refusal, tmp_path):
-    source = make_classes(tmp_path / "source", "a", "b", "c", pictures=3)
+def test_a_class_of_which_one_photo_can_be_read_is_refused_by_name(refusal, tmp_path):
+    source = make_classes(tmp_path / "source", "a", "b", "c", photos=3)
     for name, damaged in (("a", 1), ("b", 2), ("c", 3)):
         for i in range(damaged):
             (source / name / f"{i}.png").write_bytes(b"x")
@@ -315,7 +315,7 @@ def test_a_folder_that_may_not_be_read_is_named(image_dir, monkeypatch, as_nobod
     monkeypatch.chdir(image_dir)
     with (
         as_nobody(),
-        pytest.raises(UserError, match="bee/closed cannot be read: Permission denied"),
+        pytest.raises(UserError, match="bee/closed cannot be read: Perm"),
     ):
         photo_folder.find_classes(Path())
 

@@ -34,7 +34,7 @@ def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
 
 
 def smooth(height: int, width: int) -> np.ndarray:
-    """A picture without two corners alike, which JPEG hardly changes."""
+    """A photo without two corners alike, which JPEG hardly changes."""
     y, x = np.mgrid[0:height, 0:width]
     planes = [255 * x / width, 255 * y / height, 255 * (x / width) * (1 - y / height)]
     return np.stack(planes, axis=-1).astype(np.uint8)
@@ -42,13 +42,13 @@ def smooth(height: int, width: int) -> np.ndarray:
 
 def picture_or_refusal(data: bytes) -> np.ndarray | str:
     try:
-        return read_photo(data, "a picture")
+        return read_photo(data, "a photo")
     except UserError as error:
         return str(error)
 
 
 def assert_is_a_sentence(text: str) -> None:
-    assert text.startswith("a picture ")
+    assert text.startswith("a photo ")
     assert text.endswith(".")
     assert "\n" not in text
 
@@ -60,7 +60,7 @@ def refusal(data: bytes) -> str:
     return text
 
 
-# --- Whole pictures -------------------------------------------------------------------------------
+# --- Whole photos ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP"])
@@ -133,7 +133,7 @@ def test_a_picture_is_turned_as_its_exif_says(orientation, turn):
     assert np.abs(seen - upright).max() <= 12
 
 
-def test_exif_that_makes_no_sense_does_not_cost_the_picture():
+def test_exif_that_makes_no_sense_does_not_cost_the_photo():
     image = noise(32, 32)
     for exif in (b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0II*\0" + b"\xff" * 40):
         np.testing.assert_array_equal(read_photo(encoded(image, exif=exif), "x"), image)
@@ -195,7 +195,7 @@ def test_the_first_picture_of_several_is_taken():
 
 
 def test_the_bytes_count_and_not_the_files_name(tmp_path):
-    file = tmp_path / "picture.bmp"
+    file = tmp_path / "photo.bmp"
     file.write_bytes(encoded(noise(32, 32)))
     np.testing.assert_array_equal(read_photo_file(str(file)), noise(32, 32))
 
@@ -265,7 +265,7 @@ def test_a_picture_cut_off_anywhere_is_refused_or_whole(kind):
             refused += 1
         else:
             np.testing.assert_array_equal(seen, whole)
-    # what follows the pixels may be missing: a second picture, the end mark
+    # what follows the pixels may be missing: a second photo, the end mark
     assert refused > (50 if kind in ("animation", "two in a jpeg") else 140)
 
 

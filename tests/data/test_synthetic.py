@@ -96,7 +96,7 @@ def test_the_mean_colour_says_next_to_nothing(train, test):
     train_colours, test_colours = (images.mean(axis=(1, 2)) for images, _ in (train, test))
     assert linear_accuracy(train_colours, train[1], test_colours, test[1]) < 0.2
 
-    # Nor do the pictures of the most similar mean colour, which would show a curved boundary.
+    # Nor do the images of the most similar mean colour, which would show a curved boundary.
     distances = ((test_colours[:, None] - train_colours[None]) ** 2).sum(axis=-1)
     nearest = np.argsort(distances, axis=1)[:, :25]
     votes = np.eye(10, dtype=int)[train[1][nearest]].sum(axis=1)
@@ -169,14 +169,14 @@ def test_synthetic_data_never_overwrites_other_data(get, run, data_dir):
     assert (data_dir / FOLDER / "data_batch_1.bin").read_bytes() == batch(1)
 
 
-def test_other_synthetic_data_is_not_taken_for_the_one_asked_for(run, data_dir):
+def test_other_synthetic_data_does_not_count_as_the_one_asked_for(run, data_dir):
     run(*SMALL)
     before = tree(data_dir)
     assert "seed 0" in run(*SMALL, "--seed=1", status=1)
     assert tree(data_dir) == before
 
 
-def test_synthetic_data_is_never_taken_for_cifar10(run, data_dir):
+def test_synthetic_data_never_counts_as_cifar10(run, data_dir):
     run(*SMALL)
     before = tree(data_dir)
     assert "synthetic images" in run("--url=file:///nowhere", status=1)

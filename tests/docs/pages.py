@@ -41,5 +41,5 @@ def anchors(page: str) -> set[str]:
 
 
 def links(page: str) -> list[str]:
-    """Returns where a page's links and pictures lead."""
+    """Returns where a page's links and images lead."""
     return re.findall(r"\]\(([^)\s]+)\)", prose(page)) + re.findall(r'src="(.*?)"', page)

@@ -10,7 +10,7 @@ NOTEBOOK = PROJECT / "docs" / "quickstart.ipynb"
 
 
 def kinds(notebook: nbformat.NotebookNode) -> list[list[str]]:
-    """For each cell, the kinds of what it put out: printed text, pictures."""
+    """For each cell, the kinds of what it put out: printed text, plots."""
     return [
         sorted({kind for output in cell.outputs for kind in output.get("data", {"text": ""})})
         for cell in notebook.cells

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import random_cifar100, random_images, write_cifar100, write_pictures
+from conftest import random_cifar100, random_images, write_cifar100, write_photos
 
 from cifar10_input import ImageSet
 from cifar10_resnet import checkpoints
@@ -35,8 +35,8 @@ def varied_images(count: int) -> np.ndarray:
     colours = rng.integers(0, 256, (count, 1, 1, 3))
     slopes = rng.integers(-8, 9, (count, 2, 1, 1, 3))
     x, y = np.arange(32)[None, None, :, None], np.arange(32)[None, :, None, None]
-    pictures = colours + slopes[:, 0] * x + slopes[:, 1] * y + rng.integers(-9, 10, (32, 32, 3))
-    return np.clip(pictures, 0, 255).astype(np.uint8)
+    images = colours + slopes[:, 0] * x + slopes[:, 1] * y + rng.integers(-9, 10, (32, 32, 3))
+    return np.clip(images, 0, 255).astype(np.uint8)
 
 
 def stir(variables, seed: int = 0) -> None:
@@ -290,7 +290,7 @@ def test_images_of_other_classes_than_the_run_knows_are_refused(saved, write_cif
 
 
 def test_other_images_will_do_if_their_classes_are_those_that_the_run_knows(saved, tmp_path):
-    folder = write_pictures(tmp_path, 10, test=30)
+    folder = write_photos(tmp_path, 10, test=30)
     (folder / "class_names.txt").write_text("\n".join(CIFAR10_NAMES))
     (scored,) = score_checkpoints(read_all(saved[:1]), find(str(folder)))
     images, _ = random_images(30, seed=2)

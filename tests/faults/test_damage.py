@@ -39,7 +39,7 @@ def folder(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
-def assert_is_passed_over(folder: Path, capsys) -> None:
+def assert_is_skipped(folder: Path, capsys) -> None:
     """Training goes on from step 20 and names the other; evaluating that one is refused."""
     run, _, prefix = resume.prepare_run({}, str(folder))
     assert prefix.endswith("/model.ckpt-20")
@@ -73,7 +73,7 @@ def test_a_damaged_file_is_told_of_and_the_checkpoint_before_it_taken(folder, pa
         # the values themselves are whole, and are known to be
         assert checkpoints.find(str(folder)).prefix == str(folder / "model.ckpt-30")
     else:
-        assert_is_passed_over(folder, capsys)
+        assert_is_skipped(folder, capsys)
 
 
 @pytest.mark.parametrize("part", checkpoints.SUFFIXES)
@@ -82,7 +82,7 @@ def test_a_file_that_may_not_be_read_is_told_of(folder, part, capsys, monkeypatc
     # from within, as the folders above pytest's are closed to anybody else
     monkeypatch.chdir(folder)
     with as_nobody():
-        assert_is_passed_over(Path("."), capsys)
+        assert_is_skipped(Path("."), capsys)
 
 
 def test_any_bit_flipped_in_any_file_is_found_or_changes_nothing(folder):
@@ -94,13 +94,13 @@ def test_any_bit_flipped_in_any_file_is_found_or_changes_nothing(folder):
         damaged = bytearray(whole)
         damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         file.write_bytes(damaged)
-        newest, passed_over = checkpoints.newest_intact(str(folder))
+        newest, problems = checkpoints.newest_intact(str(folder))
         if newest.endswith("model.ckpt-30"):
             harmless += 1
             assert file.suffix == ".sha256", "a name or a blank among the digests"
         else:
             assert newest.endswith("model.ckpt-20")
-            assert "model.ckpt-30" in passed_over[0]
+            assert "model.ckpt-30" in problems[0]
         file.write_bytes(whole)
     assert harmless < FLIPS // 6
 
@@ -116,7 +116,7 @@ def test_without_digests_a_flipped_bit_in_the_values_is_found_by_their_own_check
         assert checkpoints.newest_intact(str(folder))[0].endswith("model.ckpt-20")
 
 
-def test_a_copy_under_way_is_never_taken_for_whole(saved, tmp_path):
+def test_a_copy_under_way_never_counts_as_whole(saved, tmp_path):
     rng = random.Random(2)
     names = sorted(os.listdir(saved))
     orders = [names, names[::-1], *(rng.sample(names, len(names)) for _ in range(4))]

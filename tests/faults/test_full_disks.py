@@ -87,9 +87,9 @@ def test_a_training_that_fills_the_disk_goes_on_once_there_is_room(make_disk, wr
     error = error_of(*command)
     assert FULL in error
     assert "run the same command" in error
-    saved, passed_over = checkpoints.newest_intact(str(folder))
+    saved, problems = checkpoints.newest_intact(str(folder))
     assert saved
-    assert passed_over == []
+    assert problems == []
     assert not (folder / ".saving").exists()
 
     disk.remount("ro")

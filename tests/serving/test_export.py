@@ -40,7 +40,7 @@ for module in ("cifar10_resnet", "resnet_model", "cifar10_input"):
     assert importlib.util.find_spec(module) is None, module
 asked, folders = np.load(sys.argv[1]), sys.argv[3:]
 images, answers = asked["images"], {}
-pictures = [bytes(asked[f"picture{i}"]) for i in range(int(asked["pictures"]))]
+photos = [bytes(asked[f"photo{i}"]) for i in range(int(asked["photos"]))]
 for folder in folders:
     network = tf.saved_model.load(folder)
     answers[f"{folder} names"] = [name.decode() for name in network.class_names.numpy()]
@@ -49,7 +49,7 @@ for folder in folders:
             inputs = {
                 "serving_default": {"images": images[:count]},
                 "serving_float": {"images": images[:count].astype(np.float32)},
-                "serving_image_bytes": {"image_bytes": tf.constant(pictures[:count], tf.string)},
+                "serving_image_bytes": {"image_bytes": tf.constant(photos[:count], tf.string)},
             }[name]
             inputs = {key: tf.constant(value) for key, value in inputs.items()}
             for output, value in signature(**inputs).items():
@@ -59,7 +59,7 @@ np.savez(sys.argv[2], **answers)
 
 
 def encoded(size: tuple[int, int], mode: str = "RGB", format: str = "PNG", **options) -> bytes:
-    """A picture with edges and gentle slopes in it, as photographs have."""
+    """A photo with edges and gentle slopes in it, as photographs have."""
     y, x = np.mgrid[: size[1], : size[0]]
     planes = [x * 255 // size[0], y * 255 // size[1], 255 * ((x // 9 + y // 7) % 2)]
     file = io.BytesIO()
@@ -69,7 +69,7 @@ def encoded(size: tuple[int, int], mode: str = "RGB", format: str = "PNG", **opt
     return file.getvalue()
 
 
-PICTURES = (encoded((32, 32)), encoded((640, 426), format="JPEG"), encoded((20, 57), "RGBA"))
+PHOTOS = (encoded((32, 32)), encoded((640, 426), format="JPEG"), encoded((20, 57), "RGBA"))
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +135,8 @@ def form(request) -> str:
 def answers(exported, forms, tmp_path_factory) -> dict[str, np.ndarray]:
     """What the SavedModels answered a process that cannot see this project."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    pictures = {f"picture{i}": np.frombuffer(p, np.uint8) for i, p in enumerate(PICTURES)}
-    np.savez(elsewhere / "asked.npz", images=IMAGES, pictures=len(PICTURES), **pictures)
+    photos = {f"photo{i}": np.frombuffer(p, np.uint8) for i, p in enumerate(PHOTOS)}
+    np.savez(elsewhere / "asked.npz", images=IMAGES, photos=len(PHOTOS), **photos)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run(
         [sys.executable, "-I", "-c", STRANGER, elsewhere / "asked.npz", elsewhere / "answers.npz"]
@@ -193,8 +193,8 @@ def test_a_saved_model_names_its_classes(answers, form):
     assert tuple(answers[f"{form} names"]) == NAMES
 
 
-def test_pictures_as_bytes_are_answered_as_the_pixels_that_they_hold(answers, forms, prefix):
-    pixels = np.stack([read_photo(picture, "a picture") for picture in PICTURES])
+def test_photos_as_bytes_are_answered_as_the_pixels_that_they_hold(answers, forms, prefix):
+    pixels = np.stack([read_photo(photo, "a photo") for photo in PHOTOS])
     classifier = export.load_classifier(checkpoints.read(prefix))
     wanted = classifier.from_pixels(tf.constant(pixels))["logits"].numpy()
     for form in {"nhwc", "nchw"}.intersection(forms):
@@ -214,19 +214,19 @@ def test_pictures_as_bytes_are_answered_as_the_pixels_that_they_hold(answers, fo
         *[((50, 70), mode, "PNG", {}) for mode in ("L", "LA", "RGBA", "P", "1")],
     ],
 )
-def test_the_graph_reads_pictures_as_pictures_py_does(size, mode, format, options):
-    picture = encoded(size, mode, format, **options)
-    ours = export._decode(tf.constant(picture)).numpy().astype(int)
-    theirs = read_photo(picture, "a picture").astype(int)
+def test_the_graph_reads_photos_as_photos_py_does(size, mode, format, options):
+    photo = encoded(size, mode, format, **options)
+    ours = export._decode(tf.constant(photo)).numpy().astype(int)
+    theirs = read_photo(photo, "a photo").astype(int)
     # CMYK is turned into RGB in each library's own way
     assert np.abs(ours - theirs).max() <= (2 if mode == "CMYK" else 1)
 
 
-def test_what_is_no_picture_is_an_error_of_the_signature(exported):
+def test_what_is_not_a_photo_is_an_error_of_the_signature(exported):
     answer = tf.saved_model.load(exported / "nhwc").signatures["serving_image_bytes"]
-    for wrong in (b"", b"no picture", PICTURES[1][:500], PICTURES[0][:40]):
+    for wrong in (b"", b"no photo", PHOTOS[1][:500], PHOTOS[0][:40]):
         with pytest.raises(tf.errors.InvalidArgumentError):
-            answer(image_bytes=tf.constant([PICTURES[0], wrong]))
+            answer(image_bytes=tf.constant([PHOTOS[0], wrong]))
 
 
 def test_the_signatures_are_the_promised_ones(exported):

@@ -57,8 +57,8 @@ def save_network(folder: Path, names: tuple[str, ...] = NAMES) -> None:
         return {"logits": logits, "probabilities": probabilities, "classes": tf.argmax(logits, 1)}
 
     def decoded(encoded: tf.Tensor) -> tf.Tensor:
-        picture = tf.io.decode_image(encoded, 3, expand_animations=False)
-        return tf.image.resize(picture, [32, 32])
+        pixels = tf.io.decode_image(encoded, 3, expand_animations=False)
+        return tf.image.resize(pixels, [32, 32])
 
     def signature(function: Callable, shape: list, dtype: tf.DType, name: str) -> tf.Tensor:
         spec = tf.TensorSpec(shape, dtype, name)
@@ -174,18 +174,18 @@ def server(saved_model, tmp_path_factory) -> Iterator[Server]:
         yield server
 
 
-def encoded(picture: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
+def encoded(pixels: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, kind, **options)
+    Image.fromarray(pixels).save(file, kind, **options)
     return file.getvalue()
 
 
-def in_json(picture: bytes) -> dict[str, str]:
-    return {"b64": base64.b64encode(picture).decode()}
+def in_json(photo_bytes: bytes) -> dict[str, str]:
+    return {"b64": base64.b64encode(photo_bytes).decode()}
 
 
 def photo(height: int, width: int) -> np.ndarray:
-    """A large picture without small detail, as photographs are."""
+    """Returns a large photo without small detail, as photographs are."""
     small = np.random.default_rng(5).integers(0, 256, (5, 7, 3), np.uint8)
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -199,7 +199,7 @@ def assert_rows(rows: list[dict], answer: dict[str, np.ndarray]) -> None:
         assert row["classes"] == answer["classes"][i]
 
 
-def test_rows_are_answered_with_an_object_for_each_picture(server, expected):
+def test_rows_are_answered_with_an_object_for_each_photo(server, expected):
     images, _ = random_images(3)
     rows = server.predict(instances=images.tolist())
     assert list(rows) == ["predictions"]
@@ -228,7 +228,7 @@ def test_fractions_of_pixels_are_for_the_float_signature(server, expected):
     assert_rows(rows["predictions"], expected(images))
 
 
-def test_encoded_pictures_of_any_size_are_read_as_everywhere_in_the_project(server, expected):
+def test_encoded_photos_of_any_size_are_read_as_everywhere_in_the_project(server, expected):
     from cifar10_resnet.data.photos import read_photo
 
     files = [encoded(photo(90, 130), "JPEG"), encoded(photo(33, 32)), encoded(photo(8, 9), "BMP")]
@@ -298,7 +298,7 @@ def test_a_version_may_be_named(server):
     assert server.post(f"{API}/versions/1:predict", body) == server.post(PREDICT, body)
 
 
-def test_an_uploaded_picture_comes_back_as_the_network_saw_it_with_its_likeliest_classes(
+def test_an_uploaded_photo_comes_back_as_the_network_saw_it_with_its_likeliest_classes(
     server, expected
 ):
     from cifar10_resnet.data.photos import read_photo
@@ -394,7 +394,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("picture", "fragment"),
+    ("photo_bytes", "fragment"),
     [
         (b"", "empty"),
         (b"hello", "not a JPEG, PNG or BMP"),
@@ -404,19 +404,19 @@ def png_header(width: int, height: int) -> bytes:
         (png_header(2000, 2000), "damaged"),
     ],
 )
-def test_what_is_not_a_picture_is_refused_in_a_sentence(server, picture, fragment):
-    assert fragment in server.refusal("/classify", picture)
-    request = {"signature_name": "serving_image_bytes", "instances": [in_json(picture)]}
+def test_what_is_not_a_photo_is_refused_in_a_sentence(server, photo_bytes, fragment):
+    assert fragment in server.refusal("/classify", photo_bytes)
+    request = {"signature_name": "serving_image_bytes", "instances": [in_json(photo_bytes)]}
     in_request = server.refusal(PREDICT, json.dumps(request).encode())
     assert in_request.startswith("instance 0")
     assert fragment in in_request
 
 
 def test_base64_is_read_with_and_without_line_breaks_and_padding(server):
-    picture = encoded(photo(40, 40))
-    picture += bytes(1 + -len(picture) % 3)  # what follows a picture does not matter
-    broken = base64.encodebytes(picture).decode()
-    plain = in_json(picture)["b64"]
+    photo_bytes = encoded(photo(40, 40))
+    photo_bytes += bytes(1 + -len(photo_bytes) % 3)  # what follows a photo does not matter
+    broken = base64.encodebytes(photo_bytes).decode()
+    plain = in_json(photo_bytes)["b64"]
     assert "\n" in broken
     assert plain.endswith("==")
     rows = server.predict(
@@ -431,7 +431,7 @@ def test_a_request_that_is_long_in_unpacking_is_given_up(monkeypatch):
 
     monkeypatch.setattr(rest, "MAX_SECONDS", 0)
     with pytest.raises(UserError, match="Send fewer"):
-        rest._pictures([in_json(encoded(photo(40, 40)))] * 2)
+        rest._photos([in_json(encoded(photo(40, 40)))] * 2)
 
 
 @pytest.mark.parametrize("value", ["aGk=", {"b64": 7}, {"b64": "a"}, {"b64": "ä"}, 5, None, []])
@@ -472,7 +472,7 @@ def test_a_request_that_does_not_say_its_length_is_limited_too(server):
     ids=["cut off", "boundaries", "an end first", "empty"],
 )
 @pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "multipart/form-data; =;", ""])
-def test_forms_well_made_or_not_are_no_pictures_and_no_json(server, form, kind):
+def test_forms_well_made_or_not_are_no_photos_and_no_json(server, form, kind):
     for path in ("/classify", PREDICT):
         status, _, answer = server.ask("POST", path, form, **{"Content-Type": kind})
         assert status == 400
@@ -698,10 +698,10 @@ class Page:
         )
 
 
-def test_a_picture_chosen_in_the_browser_is_shown_with_its_classes(server, browser, tmp_path):
+def test_a_photo_chosen_in_the_browser_is_shown_with_its_classes(server, browser, tmp_path):
     upload = encoded(photo(300, 200), "JPEG")
     (tmp_path / "photo.jpg").write_bytes(upload)
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("not a photo")
     page = Page(browser, server)
     assert not page.part("answer").is_displayed()
     browser.switch_to.active_element.send_keys(Keys.TAB)
@@ -725,7 +725,7 @@ def test_a_picture_chosen_in_the_browser_is_shown_with_its_classes(server, brows
 @pytest.mark.parametrize(
     ("kind", "carrier"), [("drop", "dataTransfer"), ("paste", "clipboardData")]
 )
-def test_a_picture_may_be_dropped_or_pasted(server, browser, kind, carrier):
+def test_a_photo_may_be_dropped_or_pasted(server, browser, kind, carrier):
     upload = encoded(photo(50, 60))
     page = Page(browser, server)
     browser.execute_script(

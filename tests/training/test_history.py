@@ -50,7 +50,7 @@ def test_where_a_resumed_run_repeated_steps_the_later_values_count(tmp_path):
     assert losses == {10: 4.0, 20: 2.0, 30: 2.5, 40: 1.0}
 
 
-def test_what_is_not_a_scalar_is_passed_over(tmp_path):
+def test_what_is_not_a_scalar_is_skipped(tmp_path):
     events = tf.summary.create_file_writer(str(tmp_path / "eval"))
     with events.as_default(step=5):
         tf.summary.image("mistakes", np.zeros((2, 4, 4, 3), np.uint8))

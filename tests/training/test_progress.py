@@ -63,7 +63,7 @@ def test_the_live_line_keeps_to_its_terminal_and_drops_the_least_important_first
     read, now = terminal(columns), [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     with Progress(RunConfig(), 12_000, 64_000, 400, str(tmp_path)) as progress:
-        assert not progress.wants_update()
+        assert not progress.is_due()
         now[0] = 64.0  # 500 steps of 128 images: 1,000 images/s
         read()
         progress.update(12_500, 1.23456, 0.54321, 0.1)
@@ -103,7 +103,7 @@ def test_a_line_of_the_log_is_no_longer_than_its_terminal(terminal, tmp_path, co
 
 def test_elsewhere_nothing_moves(tmp_path, capsys):
     with Progress(RunConfig(), 0, 100, 50, str(tmp_path)) as progress:
-        assert not progress.wants_update()
+        assert not progress.is_due()
         progress.log_training(40, 1.5, 0.25, 0.1, dict)
     out, err = capsys.readouterr()
     assert re.fullmatch(

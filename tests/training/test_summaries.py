@@ -73,7 +73,7 @@ def tensorboard(folder: str) -> Iterator[Callable[..., bytes]]:
         process.communicate()
 
 
-def test_tensorboard_shows_a_run_with_all_its_curves_pictures_and_settings(tmp_path):
+def test_tensorboard_shows_a_run_with_all_its_curves_images_and_settings(tmp_path):
     run = make_run(num_iterations=20, init_lr=0.05)
     settings = options(tmp_path / "run", epochs_between_evals=1, log_per_iterations=4)
     first = run_trainer.train(run, dataclasses.replace(settings, max_train_steps=12))
@@ -106,17 +106,17 @@ def test_tensorboard_shows_a_run_with_all_its_curves_pictures_and_settings(tmp_p
         assert set(images["run/log/train"]) == {"augmented_images"}
         assert set(images["run/log/eval"]) == {"confusion_matrix", "mistakes"}
 
-        def pictures(writer: str, tag: str) -> dict[int, Image.Image]:
+        def shown_images(writer: str, tag: str) -> dict[int, Image.Image]:
             found = data("images", "images", run=f"run/log/{writer}", tag=tag, sample=0)
             page = "data/plugin/images/individualImage?"
             return {
                 each["step"]: Image.open(io.BytesIO(ask(page + each["query"]))) for each in found
             }
 
-        assert set(pictures("eval", "confusion_matrix")) == {10, 12, 20}
-        assert set(pictures("eval", "mistakes")) == {12, 20}
-        assert set(pictures("train", "augmented_images")) == {4, 16}  # of either start
-        assert all(min(each.size) > 300 for each in pictures("eval", "mistakes").values())
+        assert set(shown_images("eval", "confusion_matrix")) == {10, 12, 20}
+        assert set(shown_images("eval", "mistakes")) == {12, 20}
+        assert set(shown_images("train", "augmented_images")) == {4, 16}  # of either start
+        assert all(min(each.size) > 300 for each in shown_images("eval", "mistakes").values())
 
         (text, _) = data("text", "text", run="run/log/train", tag="run")
         assert "<td>0.05</td>" in text["text"]
@@ -182,9 +182,9 @@ def test_the_grid_shows_the_very_batch_that_is_learned_from(tmp_path):
 
 
 def test_a_grid_is_as_large_as_it_must_be():
-    assert summaries.picture_grid(np.zeros([1, 32, 32, 3])).shape == (68, 544, 3)
-    assert summaries.picture_grid(np.zeros([64, 32, 32, 3])).shape == (544, 544, 3)
-    assert summaries.picture_grid(np.zeros([500, 32, 32, 3])).shape == (544, 544, 3)
+    assert summaries.image_grid(np.zeros([1, 32, 32, 3])).shape == (68, 544, 3)
+    assert summaries.image_grid(np.zeros([64, 32, 32, 3])).shape == (544, 544, 3)
+    assert summaries.image_grid(np.zeros([500, 32, 32, 3])).shape == (544, 544, 3)
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "muon"])

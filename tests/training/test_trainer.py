@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import skip_without_channels_first, write_cifar100, write_pictures
+from conftest import skip_without_channels_first, write_cifar100, write_photos
 
 import run_trainer
 from cifar10_input import ImageSet, mean_image, training_batches
@@ -327,11 +327,11 @@ def prepare(given: dict, folder, path=None, **keywords) -> RunConfig:
 
 def test_a_new_run_learns_the_classes_that_its_files_have(tmp_path):
     hundred = write_cifar100(tmp_path / "hundred")
-    pictures = write_pictures(tmp_path / "pictures", 3)
+    photos = write_photos(tmp_path / "pictures", 3)
     for given, path, dataset, classes in (
         ({}, hundred, "cifar100", 100),
         ({"dataset": "cifar100", "coarse_labels": True}, hundred, "cifar100", 20),
-        ({"dataset": None, "coarse_labels": None}, pictures, "pictures", 3),
+        ({"dataset": None, "coarse_labels": None}, photos, "pictures", 3),
     ):
         run = prepare(given, tmp_path / "new", path)
         assert (run.data.dataset, run.model.num_classes) == (dataset, classes)
@@ -353,11 +353,11 @@ def test_a_resumed_run_knows_its_data_set_and_where_that_lies_by_default(tmp_pat
         with pytest.raises(UserError, match=reason):
             prepare(given, "run")
     with pytest.raises(UserError, match=r"dataset=pictures .* dataset=cifar100"):
-        prepare({}, "run", write_pictures(tmp_path / "pictures", 20))
+        prepare({}, "run", write_photos(tmp_path / "pictures", 20))
 
 
 def test_a_batch_larger_than_a_small_set_of_two_classes_is_trained_on_and_evaluated(tmp_path):
-    data = find(str(write_pictures(tmp_path / "pictures", 2, train=9, test=5)))
+    data = find(str(write_photos(tmp_path / "pictures", 2, train=9, test=5)))
     given = {"batch_size": 32, "num_iterations": 4, "num_layers": 8, "holdout": 3}
     run, _, _ = resume.prepare_run(given, str(tmp_path), data)
     outcome = run_trainer.train(run, options(tmp_path, epochs_between_evals=1), data)
