@@ -1,4 +1,4 @@
-"""What several test files need: data in miniature, checkpoints read, root's privileges lost."""
+"""Helpers of several test files: small data sets, readers of checkpoints, an ordinary user."""
 
 import contextlib
 import os
@@ -64,7 +64,7 @@ def write_cifar10(tmp_path) -> Callable[..., Path]:
 
 
 def random_cifar100(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Images and their labels, coarse and fine: fine ones are not to be told from coarse ones."""
+    """Returns images and their labels, coarse and fine, with the same values in both."""
     images, _ = random_images(count, seed)
     rng = np.random.default_rng(seed)
     return images, np.stack([rng.integers(0, n, count, np.uint8) for n in (20, 100)], axis=1)
@@ -97,7 +97,7 @@ def write_photos(folder: Path, num_classes: int, train: int = 15, test: int = 4)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """What the files of a folder hold, those in deeper ones too, by their paths within it."""
+    """Returns the contents of all files below a folder, by their paths within it."""
     files = (file for file in folder.rglob("*") if file.is_file())
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
@@ -179,7 +179,7 @@ def uninterrupted(data, tmp_path_factory) -> Path:
 
 
 def words_in(plot: Path) -> list[str]:
-    """The words in a PNG that the project drew."""
+    """Returns the words in a PNG that the project drew."""
     from PIL import Image
 
     with Image.open(plot) as image:

@@ -153,7 +153,7 @@ class Site:
         handler.wfile.write(body)
 
     def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-        """Adds a fault: a fixed answer. A header given as "" is left out."""
+        """Adds a fault: a fixed answer. A header given as "" is not sent."""
         self.faults.append(lambda handler: self.respond(handler, status, body, **headers))
 
     def drop_after(self, count: int) -> None:

@@ -1,7 +1,7 @@
-"""The network once more: a reference in NumPy and float64 that shares nothing with the product.
+"""The network again: a reference in NumPy and float64 that shares no code with the product.
 
-Slow and plain on purpose. Pictures are NHWC, variables a dict from their names to their values,
-and the shapes of these values are all it knows of the network's depths.
+It is slow and plain on purpose. Images are NHWC, and variables are a dict of values by name. The
+shapes of the values define the network's depths.
 """
 
 import numpy as np
@@ -12,8 +12,8 @@ Values = dict[str, np.ndarray]
 def convolve(x: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
     """TensorFlow's SAME convolution: as many results as places a stride apart, zeros around.
 
-    An odd number of padded rows has the larger half at the end, so that a 3x3 kernel of stride 2
-    on an even size is padded below and on the right only.
+    An odd number of padded rows has the larger half at the end. So a 3x3 kernel of stride 2 on an
+    even size is padded below and on the right only.
     """
     size = kernel.shape[0]
     padding = []
@@ -106,7 +106,7 @@ class NumpyResNet:
         return self.relu(branch) if self.version == 1 else branch
 
     def logits(self, images: np.ndarray, units: int) -> np.ndarray:
-        """Images to logits, through three blocks of so many units."""
+        """Returns the logits of images, through three blocks of units."""
         x = convolve(np.asarray(images, np.float64), self.values["init_conv/kernel"], 1)
         if self.version == 1:
             x = self.relu(self.norm(x, "init_norm"))

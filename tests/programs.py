@@ -40,14 +40,14 @@ def run(*command: object, status: int = 0, **keywords) -> subprocess.CompletedPr
 
 
 def error_of(*command: object, **keywords) -> str:
-    """The one sentence in which a command refuses its work."""
+    """Returns the one-line error of a command."""
     err = run(*command, status=1, **keywords).stderr
     assert len(err.strip().splitlines()) == 1, err
     return err
 
 
 def wait_for(process: subprocess.Popen, text: str) -> None:
-    """Until the process has printed it."""
+    """Waits until the process has printed the text."""
     for line in process.stdout:
         if text in line:
             return
@@ -55,7 +55,7 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
 
 
 def run_code(code: str, *arguments: object, status: int = 0, **keywords):
-    """Runs Python code that imports the project's modules, in a process of its own."""
+    """Runs Python code that imports the project's modules, in a separate process."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     keywords = {"cwd": PROJECT, "timeout": 240} | keywords
     done = subprocess.run(command, capture_output=True, text=True, **keywords)
@@ -64,7 +64,7 @@ def run_code(code: str, *arguments: object, status: int = 0, **keywords):
 
 
 def in_terminal(*command: object, columns: int = 80, **keywords) -> tuple[int, str]:
-    """Runs a program of the project in a terminal; its exit status and all that it wrote there."""
+    """Runs a program of the project in a terminal. Returns its exit status and its output."""
     here, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
@@ -83,13 +83,13 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def without_tensorflow(folder: Path) -> dict[str, str]:
-    """An environment in which importing TensorFlow ends the program."""
+    """Returns an environment in which importing TensorFlow ends the program."""
     (folder / "tensorflow.py").write_text("raise SystemExit('tensorflow was imported')")
     return {**os.environ, "PYTHONPATH": str(folder)}
 
 
 class Workers:
-    """So many processes of one command, of which each may have flags of its own."""
+    """Processes of one command. Each can have its own flags."""
 
     def __init__(self, count: int, command: list[str], *own: tuple[str, ...]):
         addresses = [f"127.0.0.1:{port}" for port in cluster.free_ports(count)]
@@ -103,11 +103,11 @@ class Workers:
         ]
 
     def wait_for(self, text: str) -> None:
-        """Until the chief has said so."""
+        """Waits until the chief has printed the text."""
         wait_for(self.processes[0], text)
 
     def ends(self) -> list[tuple[int, str]]:
-        """The status and the error output of each, once all have ended."""
+        """Returns the status and the error output of each process, when all have ended."""
         return [
             (p.returncode, error)
             for p in self.processes

@@ -1,4 +1,4 @@
-"""What goes through several programs, as their users run them."""
+"""Tasks that need several programs, as users run them."""
 
 import os
 import re
@@ -29,7 +29,7 @@ def test_a_newcomers_commands_work_one_after_the_other(tmp_path):
     )
     assert re.search(r"accuracy +\d+\.\d\d%", scored.stdout)
     assert (tmp_path / "runs/resnet8/log/train").is_dir()
-    # nothing but the sentences that are meant for people
+    # Only the program's own lines.
     assert (trained.stderr, scored.stderr) == ("", "")
 
 
@@ -111,7 +111,7 @@ def test_cifar100_is_learned_by_its_coarse_labels_too(tmp_path):
     assert "coarse 19" in scored.stdout
 
 
-# All packages but those that every program needs, as if they were not installed.
+# Returns an environment without the packages that only some programs need.
 HIDDEN = """
 import sys
 sys.modules.update(dict.fromkeys(["tensorboard", "matplotlib", "PIL", "tornado", "pytest"]))

@@ -1,4 +1,4 @@
-"""What can be lifted out of the project works where nothing else of it can be seen."""
+"""The files that can be copied out of the project work without the rest of it."""
 
 import os
 import shutil

@@ -30,7 +30,7 @@ STEPS = (10, 20, 30)
 
 
 def stirred_trainer(seed: int) -> Trainer:
-    """A trainer of which no two variables hold the same values."""
+    """Returns a trainer in which all variables differ."""
     trainer = Trainer(RUN)
     rng = np.random.default_rng(seed)
     for variable in [*trainer.model.variables, *trainer.optimizer.slots.values()]:
@@ -167,7 +167,7 @@ def test_the_same_run_saves_the_same_bytes_wherever_and_whenever(trainer, tmp_pa
 
 def test_a_save_that_cannot_write_says_so_and_leaves_the_others(folder, trainer):
     before = contents(folder)
-    # a file in the way of the folder that a save works in
+    # A file has the name of the folder in which a save works.
     (folder / ".saving").write_bytes(b"")
     text = refusal(checkpoints.save, trainer.checkpoint, str(folder), 40)
     assert prefix_of(folder, 40) in text
@@ -228,7 +228,7 @@ def test_a_save_killed_at_any_moment_leaves_the_old_or_the_new_one_whole(
             assert kept[0] == (1 if found[-1] == 20 else 0)
     assert set(found) == {expected_old, 20}
     assert found == sorted(found, key=lambda step: step == 20), "once it is there, it stays"
-    # An index beside data that are not its own is what TensorFlow by itself could not tell.
+    # TensorFlow does not notice an index with another checkpoint's data.
     for moment in kills:
         now = contents(moment)
         for step, prefix in checkpoints.list_checkpoints(str(moment)):
@@ -339,7 +339,7 @@ def test_nothing_else_is_inside(tensors, trainer):
 
 
 def assert_skipped(folder: Path, named: str) -> None:
-    """The checkpoint of step 30 is refused by name, and step 20 is taken in its place."""
+    """Checks that the checkpoint of step 30 is named as damaged, and step 20 is used."""
     prefix = prefix_of(folder, 30)
     for path in (prefix, str(folder), prefix + ".data-00000-of-00001"):
         text = refusal(checkpoints.find, path)
@@ -363,7 +363,7 @@ def test_the_last_byte_missing_or_one_too_many_is_found(folder, part):
 def test_any_flipped_bit_is_found(folder, part):
     file = Path(prefix_of(folder, 30) + part)
     whole = file.read_bytes()
-    # of the digests, the digits; a changed blank between them does no harm
+    # Only the digits of the digests: a changed blank between them does no harm.
     reach = 64 if part == ".sha256" else len(whole)
     rng = np.random.default_rng(4)
     for place, bit in zip(rng.integers(0, reach, 10), rng.integers(0, 8, 10), strict=True):

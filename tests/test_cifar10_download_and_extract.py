@@ -136,7 +136,7 @@ def cifar100_archive(**changed: bytes) -> bytes:
 
 @pytest.fixture
 def get_100(run, site, monkeypatch) -> Callable[..., str]:
-    """Downloads CIFAR-100 from its official place, which is known by an MD5 alone."""
+    """Downloads CIFAR-100 from its official address, for which only an MD5 is known."""
     site.archive = cifar100_archive()
     url = site.url.replace(ARCHIVE, "cifar-100-binary.tar.gz")
     digest = Digest("md5", hashlib.md5(site.archive).hexdigest())

@@ -116,7 +116,7 @@ def test_batches_do_not_depend_on_how_they_are_read():
     examples = numbered(50)
     expected = batches_of(examples, 16, 6)
     endless = cifar10_input.training_batches(examples, NO_MEAN + 100, 16)
-    # two readers in turn, one of them ahead of the other
+    # Two readers read alternately, one of them ahead of the other.
     ahead, behind = iter(endless), iter(endless)
     first_two = [next(ahead), next(ahead)]
     pairs = [(next(behind), next(ahead)) for _ in range(4)]
@@ -252,9 +252,9 @@ def test_padding_is_zero_after_the_mean_is_subtracted():
 
 
 def drawn_crops(batch_size: int, steps: int) -> np.ndarray:
-    """Which of the 162 crops each image got, [steps, batch_size], from an image that tells."""
+    """Returns which of the 162 crops each image got, [steps, batch_size]. The pixels show it."""
     image = np.zeros([1, 32, 32, 3], np.uint8)
-    image[0, :, :, 0] = np.arange(32)[:, None]  # a pixel knows its row
+    image[0, :, :, 0] = np.arange(32)[:, None]  # The value of a pixel is its row.
     image[0, :, :, 1] = np.arange(32)[None, :]  # and its column
     examples = ImageSet(image, np.zeros(1, np.int32))
     crops = []
@@ -282,7 +282,7 @@ def test_crops_and_flips_are_drawn_evenly_and_apart():
 def test_alternating_flips_show_an_image_in_turns_and_begin_evenly():
     image = np.zeros([200, 32, 32, 3], np.uint8)
     image[:, :, :16, 0] = 200  # the left half is red until it is flipped
-    image[:, :, :, 1] = np.arange(200)[:, None, None]  # and every pixel knows its image
+    image[:, :, :, 1] = np.arange(200)[:, None, None]  # The value of every pixel is its image.
     examples = ImageSet(image, np.arange(200, dtype=np.int32))
     seen = np.full([3, 200], -1)
     batches = cifar10_input.training_batches(

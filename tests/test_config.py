@@ -1,4 +1,4 @@
-"""What describes a run: depths, recipes, learning rates, and the JSON that checkpoints carry."""
+"""The description of a run: depths, recipes, learning rates, and the JSON in checkpoints."""
 
 import dataclasses
 import json
@@ -249,7 +249,7 @@ def test_the_papers_learning_rates_change_at_500_32000_and_48000():
         **{0: 0.01, 499: 0.01, 500: 0.1, 31_999: 0.1},
         **{32_000: 0.01, 47_999: 0.01, 48_000: 0.001, 63_999: 0.001},
     }
-    # equal to the nearest float32, give or take its last digit
+    # Equal to the nearest float32, up to its last digit.
     np.testing.assert_allclose(rates[list(expected)], list(expected.values()), rtol=2e-7)
     changes = np.flatnonzero(np.diff(rates)) + 1
     assert changes.tolist() == [500, 32_000, 48_000]

@@ -36,7 +36,7 @@ def every_kernel(monkeypatch) -> None:
 
         return compute
 
-    # What was found out on this processor, and what is found out on that one, are forgotten.
+    # Clears what `device` has found out about this processor, before and after a test.
     monkeypatch.setattr(device, "_cpu_trains", device._cpu_trains.__wrapped__)
     for name in ("conv2d", "avg_pool2d"):
         monkeypatch.setattr(tf.nn, name, by_way_of_channels_last(getattr(tf.nn, name)))

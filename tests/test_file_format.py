@@ -1,8 +1,8 @@
 """Checks the file format of checkpoints: keys, shapes and the description of a run, by hand.
 
 Users keep checkpoints for years. A key that gets another name or shape makes them unreadable, so
-every expected value below is a literal. A later version may add optional parts beside those of
-today. It must still read a checkpoint without them.
+every expected value below is a literal. A later version may add optional parts. It must still read
+a checkpoint without them.
 """
 
 import json
@@ -216,7 +216,7 @@ def saved_in(prefix: str | Path) -> tuple[dict[str, Shape], dict[str, str]]:
 
 
 def assert_has_keys(prefix: str | Path, expected: dict[str, Shape]) -> None:
-    """Checks all keys below `model/` and `momentum/`. Other parts may stand beside the known ones.
+    """Checks all keys below `model/` and `momentum/`. Other parts may exist too.
 
     Another variable of a known network would be missing in all older checkpoints.
     """
@@ -269,7 +269,7 @@ def test_a_checkpoint_with_todays_keys_alone_is_restored(kind, tmp_path):
 def write_checkpoint(
     prefix: Path, keys: dict[str, Shape], description: dict[str, object]
 ) -> dict[str, np.ndarray]:
-    """Writes a checkpoint of step 3 by TensorFlow alone, and returns its random values by key."""
+    """Writes a checkpoint of step 3 with plain TensorFlow, and returns its random values by key."""
     rng = np.random.default_rng(0)
     values = {key: rng.normal(size=shape).astype(np.float32) for key, shape in keys.items()}
     values["step"], values["description"] = np.int64(3), json.dumps(description)

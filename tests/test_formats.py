@@ -1,4 +1,4 @@
-"""What is known of each data set: its files, its records, its class names."""
+"""The formats of the data sets: files, records and class names."""
 
 import re
 from pathlib import Path

@@ -64,7 +64,7 @@ FAST = ONE_CYCLE | {
 # A smaller network for the recipes that are not the default.
 PLAIN8 = ("--num_layers=8", "--shortcut_connections=False")
 OF_PLAIN8 = {"num_layers": "8", "shortcut_connections": "False"}
-# The learning rate after so many steps. The paper's changes after 500, 32,000 and 48,000.
+# Returns the learning rate after `step` steps. The paper's changes after 500, 32,000 and 48,000.
 PAPER_RATES = {0: 0.01, 499: 0.01, 500: 0.1, 31_999: 0.1, 32_000: 0.01, 47_999: 0.01}
 PAPER_RATES |= {48_000: 0.001, 63_999: 0.001}
 # Up to the peak at a fifth of 16,000 steps, then down to almost nothing.

@@ -34,7 +34,7 @@ STANDARD_LIBRARY_ALONE = (
     *("errors", "terminal", "storage", "formats", "settings", "config", "distributed.cluster"),
     *("data.download", "data.archive", "data.data_folder", "training.signals"),
 )
-# Who may import these packages. Everyone may import NumPy, TensorFlow and protobuf.
+# These modules may import these packages. All modules may import NumPy, TensorFlow and protobuf.
 OWNERS = {
     "absl": ("cli",),
     "matplotlib": ("figures",),
@@ -92,7 +92,7 @@ def strip(module: str) -> str:
 
 
 def is_in(room: str, names: tuple[str, ...]) -> bool:
-    """Whether it is one of these rooms, or lies in one of these folders."""
+    """Returns whether a module is one of these rooms, or is in one of these folders."""
     return room in names or room.partition(".")[0] in names
 
 
@@ -151,7 +151,7 @@ for module in sys.argv[1:]:
 
 
 def import_all(*rooms: str) -> dict[str, tuple[bool, bool]]:
-    """Whether TensorFlow is there after each import, and whether the import did anything."""
+    """Returns whether TensorFlow is loaded after each import, and whether the import acted."""
     lines = run_code(IMPORT, *map(module_of, rooms)).stdout.splitlines()
     return {
         strip(module): (tensorflow, acted) for module, tensorflow, acted in map(json.loads, lines)
@@ -163,6 +163,6 @@ def test_importing_a_room_starts_nothing_and_tensorflow_only_where_it_is_needed(
     with_it = sorted(WITH_TENSORFLOW, key=list(ROOMS).index)
     found = import_all(*without)
     assert found == dict.fromkeys(without, (False, False))
-    # TensorFlow, which defines flags of its own, comes first with the network.
+    # TensorFlow defines its own flags, and is first imported with the network.
     found = import_all("resnet_model", *with_it)
     assert found == dict.fromkeys(with_it, (True, False))

@@ -1,4 +1,4 @@
-"""`load` gives a trained network to whoever imports the package."""
+"""`load` returns a trained network in any program that imports the package."""
 
 import numpy as np
 import pytest

@@ -56,7 +56,7 @@ def unit_of(
     first: bool = False,
     layout: str = "NHWC",
 ) -> Unit:
-    """A unit by itself, as this network has it."""
+    """Returns a single unit of this network."""
     settings = Settings(
         network.resnet_version,
         network.shortcut_connections,
@@ -69,7 +69,7 @@ def unit_of(
 
 
 def random_images(number: int, seed: int = 0) -> np.ndarray:
-    # not symmetric around zero, so that a batch norm before any ReLU has a mean to remove
+    # Not symmetric around zero, so a batch norm before any ReLU has a mean to remove.
     rng = np.random.default_rng(seed)
     return (0.5 + rng.standard_normal((number, 32, 32, 3))).astype(np.float32)
 
@@ -83,7 +83,7 @@ def values_of(module: tf.Module) -> Values:
 
 
 def randomise(module: tf.Module, seed: int = 1) -> None:
-    """Gives all that starts as zeros or ones other values, so that no parameter is without effect.
+    """Replaces all initial zeros and ones by other values, so every parameter has an effect.
 
     Kernels keep theirs. Variables of one name get the same values in any network.
     """
@@ -301,7 +301,7 @@ def test_a_shortcut_takes_x_as_the_batch_norm_returns_it():
 NETWORKS = [
     *map(config, ("v2", "v1", "v2 bottleneck", "v1 bottleneck")),
     *map(config, ("plain v2", "plain v1", "plain v2 bottleneck")),
-    # two units in a block, so that there are inner ones
+    # Two units in a block, so there are inner ones.
     *(config("v2", 14), config("v1", 14)),
     # so large an epsilon, and so short a memory, that taking others would show
     config("v2", batch_norm_epsilon=0.5, batch_norm_decay=0.6),
@@ -638,7 +638,7 @@ def test_low_precision_costs_a_few_roundoffs_and_keeps_variables_and_outputs_in_
     # to the root of their number, less what pooling evens out. Far less than one would mean that
     # the network did not compute in this precision.
     assert 0.05 * roundoff < relative_error(logits, expected_logits) < 5 * roundoff
-    # A ReLU for which rounding changes the side passes a wrong gradient whole, so that these
+    # If rounding changes the side of a ReLU, it passes a wrong gradient, so these
     # differ by far more than the roundoff. They still have to point the same way.
     for name, expected in expected_gradients.items():
         assert gradients[name].dtype == np.float32
@@ -697,7 +697,7 @@ def test_other_seeds_give_other_weights():
 
 
 def test_no_kernel_is_drawn_twice():
-    # equal shapes are where a generator made anew for each kernel would show
+    # Equal shapes would show a new generator for each kernel.
     kernels = [v.numpy().ravel() for v in build(config("v2", 20)).kernels]
     for i, one in enumerate(kernels):
         for other in kernels[:i]:
@@ -715,7 +715,7 @@ def test_kernels_start_from_hes_normal_distribution(kind):
         # of n numbers, the mean strays by 1/sqrt(n) deviations, the deviation by 1/sqrt(2n)
         assert abs(values.mean()) < 4.5 * deviation / np.sqrt(values.size), kernel.name
         assert values.std() == pytest.approx(deviation, rel=4.5 / np.sqrt(2 * values.size))
-        # a normal distribution has 4.6 % beyond two deviations, and is not cut off there
+        # A normal distribution has 4.6% beyond two deviations, and is not cut off there.
         assert 0.035 < np.mean(np.abs(values) > 2 * deviation) < 0.056, kernel.name
         assert np.abs(values).max() > 3 * deviation, kernel.name
 

@@ -138,7 +138,7 @@ def test_files_that_cannot_be_written_are_refused_before_the_evaluation(tmp_path
         ("--output_json=none/s.json", "its folder does not exist"),
         ("--plot_dir=file", "file cannot be written"),
     ):
-        # nothing is at --ckpt_path either, which would be told later
+        # --ckpt_path does not exist either, but this error would come later.
         assert told in error_of("run_evaluator.py", "--ckpt_path=none", flag, cwd=tmp_path)
 
 

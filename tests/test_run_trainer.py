@@ -294,7 +294,7 @@ def test_what_cannot_be_transferred_ends_in_one_sentence(data, uninterrupted, tm
     error = error_of(*command, "--num_layers=14", cwd=tmp_path)
     assert "num_layers=14" in error
     assert "num_layers=8" in error
-    # in a folder apart from that of a run from scratch
+    # The folder is not the folder of a run from scratch.
     nothing = error_of(*command, "--eval_only", cwd=tmp_path)
     assert f"the default --ckpt_path=runs/{uninterrupted.name}-transfer does not exist. " in nothing
     spared = error_of(*command, f"--ckpt_path={uninterrupted}", "--clean")
@@ -331,7 +331,7 @@ def test_a_run_whose_terminal_is_closed_saves_and_goes_on_from_there(data, tmp_p
         *command,
         **dict.fromkeys(("stdin", "stdout", "stderr"), terminal),
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # whose hanging up is told to it
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # The system sends SIGHUP to it.
     )
     os.close(terminal)
     shown = b""

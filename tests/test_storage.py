@@ -1,4 +1,4 @@
-"""Files and folders that the programs write: whole or not at all, on the disk, refused early."""
+"""Files and folders that the programs write: never half-written, on the disk, refused early."""
 
 import errno
 import fcntl
@@ -18,7 +18,7 @@ from cifar10_resnet.errors import UserError
 
 @pytest.fixture
 def events(monkeypatch) -> list[tuple[str, str]]:
-    """What is synced to the disk, and what takes its place, in this order."""
+    """Records what is synced to the disk and what is moved, in this order."""
     found = []
     fsync, replace = os.fsync, os.replace
 

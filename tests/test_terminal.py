@@ -1,4 +1,4 @@
-"""What people read on a terminal: tables that are aligned, one live line, commands to type."""
+"""Text on a terminal: aligned tables, one live line, commands to type."""
 
 import sys
 
@@ -9,7 +9,7 @@ from cifar10_resnet import terminal
 
 
 class Screen:
-    """A terminal's last line, as a person sees it after all that was written."""
+    """A terminal's lines as a person sees them after all output."""
 
     def __init__(self) -> None:
         self.lines, self.column = [""], 0

@@ -26,7 +26,7 @@ def script(monkeypatch):
 
 @pytest.fixture
 def run_all(script, tmp_path, monkeypatch):
-    """The script with three tiny runs, writing to a folder of its own."""
+    """Returns the script with three tiny runs that writes to its own folder."""
     few = ("--num_iterations=6", "--batch_size=4", "--log_per_iterations=3")
     runs = [script.Run(f"tiny{seed}", 8, seed=seed, more=few) for seed in range(3)]
     monkeypatch.setattr(script, "RUNS", runs)

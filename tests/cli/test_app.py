@@ -12,7 +12,7 @@ from cifar10_resnet.cli.flags import groups_of, names_of
 
 
 def answer(program: str, *flags: str, status: int = 1, **environment: str) -> str:
-    """What a command says on stderr, or where that is not a failure on stdout."""
+    """Returns what a command prints: on stderr if it fails, on stdout otherwise."""
     done = run(program, *flags, status=status, env=os.environ | environment)
     said, silent = (done.stderr, done.stdout) if status else (done.stdout, done.stderr)
     assert silent == ""

@@ -27,14 +27,14 @@ NAMES = ("tree", "house", "river")
 def prefix(tmp_path_factory) -> str:
     run = RunConfig(ModelConfig(8, num_classes=3), DataConfig(class_names=NAMES))
     trainer = Trainer(run)
-    # so that the classes are near each other, and which is the likeliest hangs on the photo
+    # The classes get similar probabilities, so the most likely one depends on the photo.
     trainer.model.logits_kernel.assign(trainer.model.logits_kernel / 100)
     return checkpoints.save(trainer.checkpoint, str(tmp_path_factory.mktemp("run")), 1)
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Five photos, of which two are in a folder, among files that are none."""
+    """Writes five photos, two of them in a folder, and other files. Returns their folder."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "more").mkdir()
     rng = np.random.default_rng(5)
@@ -49,7 +49,7 @@ def photos(tmp_path_factory) -> Path:
 
 
 def answers_for(prefix: str, files: list[Path]) -> list[list[tuple[str, float]]]:
-    """The classes of each file, likeliest first, with their probabilities."""
+    """Returns the classes of each file with their probabilities, the most likely class first."""
     model = checkpoints.load(checkpoints.read(prefix))
     images = tf.constant(np.stack([read_photo_file(str(file)) for file in files]), tf.float32)
     shares = tf.nn.softmax(model(images - model.image_mean)).numpy()
@@ -59,7 +59,7 @@ def answers_for(prefix: str, files: list[Path]) -> list[list[tuple[str, float]]]
     ]
 
 
-def test_good_photos_are_classified_and_bad_ones_told_of(prefix, photos):
+def test_good_photos_are_classified_and_bad_ones_are_reported(prefix, photos):
     done = run(
         *("classify", "big.jpg", f"--ckpt_path={prefix}", "text.png", "more", "--top=2"),
         *("nowhere.png", "old.bmp", "empty", "cut.jpg"),
@@ -118,7 +118,7 @@ def test_a_photos_name_cannot_command_the_terminal(prefix, photos, tmp_path):
     assert shown.count("\n") == 1
 
 
-def test_a_layout_that_has_no_kernels_here_is_told_of_in_a_sentence(prefix, photos, tmp_path):
+def test_a_data_format_without_kernels_here_is_a_one_line_error(prefix, photos, tmp_path):
     with contextlib.suppress(UserError):
         resolve_data_format("channels_first", "fp16", "cpu")
         pytest.skip("this CPU has them")
@@ -133,7 +133,7 @@ def test_a_layout_that_has_no_kernels_here_is_told_of_in_a_sentence(prefix, phot
     assert "no kernels for its data format or precision" in done.stderr.splitlines()[-1]
 
 
-def test_what_needs_no_network_is_told_without_importing_tensorflow(prefix, photos, tmp_path):
+def test_errors_that_need_no_network_come_without_importing_tensorflow(prefix, photos, tmp_path):
     environment = without_tensorflow(tmp_path)
 
     def stopped(*arguments: object) -> str:

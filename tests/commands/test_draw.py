@@ -56,7 +56,7 @@ def shapes(counted: Counter[str]) -> dict[str, int]:
 
 def test_the_drawing_of_20_layers_has_the_sizes_counted_by_hand(drawn):
     counted = drawn("resnet20")
-    # below each convolution, and once beside each block and the image
+    # below each convolution, and once next to each block and the image
     assert shapes(counted) == {"32×32×3": 1, "32×32×16": 8, "16×16×32": 7, "8×8×64": 7}
     assert counted["3×3 conv"] == counted["BN, ReLU"] == 19
     assert counted["stride 2"] == counted["10"] == 2

@@ -8,7 +8,7 @@ from programs import (
 
 from cifar10_resnet.commands import launch
 
-# tells that it is there by holding a FIFO open
+# shows that it runs by keeping a FIFO open
 IDLE_WORKER = (
     "import sys, time; f = open(sys.argv[1], 'w'); print(file=f, flush=True); time.sleep(99)"
 )

@@ -24,7 +24,7 @@ from downloads import (
     zipped,
 )
 
-# Zeros may follow a tar's end, so that nothing but the bound stops this: 640 MiB in under 1 MiB.
+# Zeros may follow the end of a tar. Only the bound stops this: 640 MiB in under 1 MiB.
 BOMB = zipped(tar_of(good_members())) + zipped(bytes(16 << 20)) * 40
 
 HOSTILE = {

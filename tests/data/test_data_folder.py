@@ -1,4 +1,4 @@
-"""A data folder that is there already, damaged, in use, or left by a run that was stopped."""
+"""A data folder that already exists, is damaged, is in use, or is left from an interrupted run."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Which data set lies where, what its files hold, and which of them are refused."""
+"""Data sets: where they are found, what their files contain, and which files are refused."""
 
 import gzip
 import os
@@ -384,7 +384,7 @@ def test_a_file_that_vanishes_while_it_is_read_is_named(write_cifar10, monkeypat
 def test_one_data_set_is_not_read_as_another(write_data, tmp_path):
     folder = write_data("cifar100")
     assert "contains CIFAR-100, not CIFAR-10" in reading_refusal(folder, name="cifar10")
-    # nor under another's names: records of one size are no whole number of the other's
+    # Nor under another's names, because the sizes of the records differ.
     disguised = tmp_path / "disguised"
     disguised.mkdir()
     (disguised / "test_batch.bin").write_bytes((folder / "test.bin").read_bytes())

@@ -184,7 +184,7 @@ def test_a_terminal_gets_one_live_line_and_a_file_gets_plain_ones(run, monkeypat
     assert "\n 50%" not in live
 
 
-# --- What is passed over --------------------------------------------------------------------------
+# --- What is skipped ------------------------------------------------------------------------------
 
 
 def test_files_that_cannot_be_read_are_reported_and_change_nothing_else(run, image_dir, tmp_path):

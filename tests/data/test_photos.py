@@ -1,4 +1,4 @@
-"""Pictures from anywhere: what the network sees of whole ones, and what becomes of the others."""
+"""Photos from anywhere: what the network sees of good photos, and how bad ones are refused."""
 
 import io
 import os
@@ -34,7 +34,7 @@ def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
 
 
 def smooth(height: int, width: int) -> np.ndarray:
-    """A photo without two corners alike, which JPEG hardly changes."""
+    """Returns a photo with four different corners, which JPEG hardly changes."""
     y, x = np.mgrid[0:height, 0:width]
     planes = [255 * x / width, 255 * y / height, 255 * (x / width) * (1 - y / height)]
     return np.stack(planes, axis=-1).astype(np.uint8)
@@ -73,7 +73,7 @@ def test_a_picture_of_32x32_comes_through_untouched(kind):
 
 
 def triangle_weights(size: int) -> np.ndarray:
-    """What each of `size` pixels gives to each of 32: a tent two output pixels wide, [32, size]."""
+    """Returns each of `size` pixels' weight in each of 32, a tent two pixels wide: [32, size]."""
     scale = max(size / 32, 1)
     centres = (np.arange(32) + 0.5) * size / 32
     distance = np.abs(np.arange(size) + 0.5 - centres[:, None]) / scale
@@ -125,7 +125,7 @@ def test_large_jpegs_are_unpacked_small_and_look_the_same():
 def test_a_picture_is_turned_as_its_exif_says(orientation, turn):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    # stored turned, as a camera held sideways would; 6 is told for what has to be turned right
+    # Stored rotated, as by a camera held sideways. Orientation 6 means: rotate it clockwise.
     upright = smooth(32, 32)
     stored = np.ascontiguousarray(turn(upright))
     np.testing.assert_array_equal(read_photo(encoded(stored, exif=exif), "x"), upright)

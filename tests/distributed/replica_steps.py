@@ -1,7 +1,7 @@
-"""Takes training steps on so many virtual CPU devices and writes down what came of them.
+"""Takes training steps on COUNT virtual CPU devices and writes the results to a file.
 
-One process cannot hold two numbers of replicas, hence a program: replica_steps.py COUNT FILE
-NETWORK...
+One process can have one number of replicas only, so this is a program:
+replica_steps.py COUNT FILE NETWORK...
 """
 
 import sys

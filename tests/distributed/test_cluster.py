@@ -47,7 +47,7 @@ def test_a_tf_config_is_read_as_it_was_written(monkeypatch):
 
 
 def clusters(count: int) -> list[cluster.Cluster]:
-    """As each of so many workers on this machine sees its cluster."""
+    """Returns the cluster as each of `count` workers on this machine sees it."""
     addresses = tuple(f"127.0.0.1:{port}" for port in cluster.free_ports(count))
     return [cluster.Cluster(addresses, index) for index in range(count)]
 

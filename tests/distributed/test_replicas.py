@@ -56,7 +56,7 @@ def test_replicas_take_the_steps_of_one_device(count, networks, tmp_path):
 
 
 def check_steps_apart(found: dict[str, np.ndarray], count: int) -> None:
-    """A step without --sync_batch_norm: means of what each part of the batch gives by itself."""
+    """Returns a step without --sync_batch_norm: the means over the parts of the batch."""
     images, labels = (values[0] for values in replica_steps.batches())
     trainer = replica_steps.make_trainer("momentum", distributed.Replicas(), False)
     before = [v.numpy() for v in trainer.model.variables]

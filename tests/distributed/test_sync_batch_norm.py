@@ -1,4 +1,4 @@
-"""Batch norm over replicas, beside the plain one."""
+"""Batch norm over replicas, compared with plain batch norm."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from resnet_model import Normalise, ResNet, batch_norm_relu
 
 
 class One:
-    """A replica alone."""
+    """A single replica."""
 
     count = 1
 

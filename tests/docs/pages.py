@@ -1,4 +1,4 @@
-"""The pages that people read, and what stands in them: blocks of code, links, sentences."""
+"""Reads the pages and returns their parts: blocks of code, links, sentences."""
 
 import re
 
@@ -14,7 +14,7 @@ PAGES = {name: (PROJECT / name).read_text("utf-8") for name in FILES}
 
 
 def blocks(page: str, language: str, marked: bool = False) -> list[str]:
-    """Returns a page's blocks in a language, or only those that are marked to be run."""
+    """Returns a page's blocks in a language, or only the blocks that are marked to be run."""
     mark = "<!-- run -->\n" if marked else ""
     return re.findall(rf"^{mark}```{language}\n(.*?)^```", page, flags=re.M | re.S)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from programs import PROJECT
 
 README = PAGES["README.md"]
-# What makes a command short, and its data synthetic.
+# These flags make a command short, and its data synthetic.
 BRIEFLY = ("--max_train_steps=2", "--batch_size=8", "--log_per_iterations=1")
 INSTEAD = {
     "run_trainer.py": BRIEFLY,

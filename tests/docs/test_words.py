@@ -1,12 +1,14 @@
 """The texts are plain English: none of the phrases in banned_phrases.txt is in them.
 
-A line with "plain: ok" is exempt. Docstrings and comments are not checked.
+A line with "plain: ok" is exempt.
 """
 
 import ast
 import importlib
 import re
+import tokenize
 from collections.abc import Iterator
+from dataclasses import Field
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,17 @@ def messages(file: Path) -> Iterator[str]:
             yield node.value
 
 
+def docstrings_and_comments(file: Path) -> Iterator[str]:
+    """Returns the paragraphs of a module's docstrings, and its comments."""
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from paragraphs(ast.get_docstring(node) or "")
+    with open(file, "rb") as lines:
+        for token in tokenize.tokenize(lines.readline):
+            if token.type == tokenize.COMMENT and "plain: ok" not in token.string:
+                yield re.sub(r"`[^`]*`", "CODE", token.string.lstrip("# "))
+
+
 @pytest.mark.parametrize("name", sorted(PAGES))
 def test_pages_are_plain(name):
     assert_plain(paragraphs(PAGES[name]))
@@ -74,12 +87,23 @@ def test_messages_are_plain(file):
     assert_plain(messages(file))
 
 
+@pytest.mark.parametrize("folder", ["cifar10_resnet", "tests", "benchmarks", "docs"])
+def test_docstrings_and_comments_are_plain(folder):
+    files = [*PROJECT.glob("*.py"), *(PROJECT / folder).rglob("*.py")]
+    assert_plain(text for file in files for text in docstrings_and_comments(file))
+
+
+def without_choices(item: Field) -> str:
+    """Returns a flag's help without the list of its choices, because these are not prose."""
+    return re.sub("^<.*?>", "", explanation(item))
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_is_plain_and_short(program):
     module = PROGRAMS[program]
     groups = groups_of(importlib.import_module(module).Settings)
     items = [item for group in groups.values() for item in group]
-    assert_plain([first_line(module), *groups, *map(explanation, items)])
+    assert_plain([first_line(module), *groups, *map(without_choices, items)])
     for item in items:
         assert len(item.metadata["help"].split()) <= 12, item.name
         assert explanation(item)[-1] != "."

@@ -1,4 +1,4 @@
-"""Evaluation: every image counts once, and the figures are those that NumPy finds."""
+"""Evaluation: every image counts once, and the numbers equal NumPy's."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def _on_the_cpu():
 
 
 def varied_images(count: int) -> np.ndarray:
-    """Images that differ enough for an untrained network to tell some of them apart."""
+    """Returns images that differ enough for an untrained network to separate some of them."""
     rng = np.random.default_rng(11)
     colours = rng.integers(0, 256, (count, 1, 1, 3))
     slopes = rng.integers(-8, 9, (count, 2, 1, 1, 3))
@@ -51,7 +51,7 @@ def model() -> ResNet:
     with tf.device("cpu"):
         model = ResNet(num_layers=8, batch_norm_decay=0.0)
         stir(model.variables)
-        # without decay, the statistics become those of this batch: the logits spread out
+        # Without decay, the statistics become this batch's, and the logits spread out.
         model(tf.constant(varied_images(COUNT) - np.float32(128)), training=True)
         model.image_mean.assign(np.random.default_rng(1).uniform(90, 150, [32, 32, 3]))
     return model
@@ -71,7 +71,7 @@ def metrics(model, examples) -> Metrics:
 
 
 def numpy_figures(model: ResNet, mean: np.ndarray, examples: ImageSet) -> dict:
-    """The same figures in plain NumPy, from the network's logits for all images at once."""
+    """Returns the same numbers in plain NumPy, from the network's logits for all images at once."""
     inputs = examples.images.astype(np.float32) - np.asarray(mean, np.float32)
     logits = model(tf.constant(inputs), training=False).numpy().astype(np.float64)
     labels, classes = examples.labels, logits.shape[1]
@@ -104,11 +104,11 @@ def assert_figures(metrics: Metrics, expected: dict) -> None:
     assert metrics.loss == pytest.approx(expected["loss"], rel=1e-5)
     assert metrics.accuracy == pytest.approx(expected["accuracy"], abs=1e-12)
     assert metrics.top_5_accuracy == pytest.approx(expected["top_5_accuracy"], abs=1e-12)
-    # approx leaves None to be equal to None alone
+    # approx compares None only with None.
     assert metrics.per_class_accuracy == pytest.approx(expected["per_class_accuracy"], abs=1e-12)
 
 
-# --- The figures ----------------------------------------------------------------------------------
+# --- The numbers ----------------------------------------------------------------------------------
 
 
 def test_the_figures_are_those_that_numpy_finds(model, examples, metrics):

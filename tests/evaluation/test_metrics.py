@@ -1,4 +1,4 @@
-"""The figures of an evaluation, by hand and beside independent counts."""
+"""The numbers of an evaluation, compared with results by hand and independent counts."""
 
 import numpy as np
 import pytest

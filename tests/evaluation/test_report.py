@@ -20,7 +20,7 @@ VOID = {"meta", "img", "br", "link"}
 
 
 class Page(html.parser.HTMLParser):
-    """A page's elements, each of which must be closed, and what is written in its cells."""
+    """Reads a page's cells, and checks that every element is closed."""
 
     def __init__(self, text: str):
         super().__init__()

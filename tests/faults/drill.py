@@ -3,9 +3,9 @@
     python tests/faults/drill.py                    # 50 kills
     python tests/faults/drill.py --kills=3 --steps=40
 
-Each life of the trainer ends by SIGKILL: while it starts, at some step, or in the middle of saving
-a checkpoint. After each kill the folder must hold what the promises say; at the end every byte of
-the last checkpoint must be that of the undisturbed run.
+SIGKILL ends the trainer while it starts, at some step, or while it saves a checkpoint. After each
+kill, the folder must contain an intact checkpoint. At the end, every byte of the last checkpoint
+must equal the uninterrupted run's.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from cifar10_resnet import checkpoints  # noqa: E402
 SAVE_EVERY = 5
 KEPT = 2
 PARTS = len(checkpoints.SUFFIXES)
-KINDS = ("while saving", "between steps", "while starting")  # in turns
+KINDS = ("while saving", "between steps", "while starting")  # one after the other
 
 
 def command(data: Path, run: Path, steps: int) -> list[str]:
@@ -76,7 +76,7 @@ def live(process: subprocess.Popen, run: Path, kind: str, rng: random.Random) ->
         if reached - began < goal or process.poll() is not None:
             continue
         if kind == "while saving":
-            # The folder a save works in is there for a few milliseconds; the moves come after it.
+            # The folder of a save exists for a few milliseconds. The moves come after it.
             while process.poll() is None and not (run / ".saving").exists():
                 pass
             time.sleep(0.012 * moment)
@@ -87,13 +87,13 @@ def live(process: subprocess.Popen, run: Path, kind: str, rng: random.Random) ->
 
 
 def complete(run: Path) -> int:
-    """The step of the newest checkpoint that restores; 0 where none has been written."""
+    """Returns the step of the newest checkpoint that restores, or 0 if none was written."""
     prefix, _ = checkpoints.newest_intact(str(run))
     return checkpoints.read(prefix).step if prefix else 0
 
 
 def drill(data: Path, folder: Path, steps: int, kills: int, seed: int) -> Counter:
-    """Kills one run so many times; returns how often and what it was doing."""
+    """Kills one run `kills` times. Returns how often, and what the run was doing."""
     rng = random.Random(seed)
     undisturbed, run = folder / "undisturbed", folder / "run"
     train(data, undisturbed, steps)
@@ -112,7 +112,7 @@ def drill(data: Path, folder: Path, steps: int, kills: int, seed: int) -> Counte
         now = complete(run)
         assert now >= there, f"step {there} was saved, and now {now} is the newest that restores"
         assert not reached or began == there, f"went on from {began}, where {there} was saved"
-        # what was saved before the last step that was told of
+        # The checkpoint before the last step that was printed.
         assert now >= (reached - 1) // SAVE_EVERY * SAVE_EVERY, f"{reached} reached, {now} saved"
         seen["steps repeated"] += max(reached - now, 0)
         there = now

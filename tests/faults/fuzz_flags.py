@@ -1,4 +1,4 @@
-"""Fuzzes the trainer's flags, in a process of its own.
+"""Fuzzes the trainer's flags in a separate process.
 
 Started by test_fuzz.py, in a folder with a small CIFAR-10.
 """
@@ -26,7 +26,7 @@ FLAGS = st.lists(st.tuples(st.sampled_from(NAMES), VALUES).map(lambda f: f"--{f[
 
 
 class Reached(Exception):
-    """All that is looked at before TensorFlow is imported was found good."""
+    """All checks before the import of TensorFlow have passed."""
 
 
 def parse(arguments: list[str]) -> None:

@@ -22,7 +22,7 @@ fuzzed = settings(
 
 
 def result_or_sentence(function: Callable[..., Any], *arguments: object) -> Any:
-    """What a function returns, or the sentence with which it refuses."""
+    """Returns the result of a function, or its one-line error."""
     said = io.StringIO()
     try:
         return function(*arguments)

@@ -2,8 +2,8 @@
 
     python tests/faults/load.py     # writes files/load.png
 
-2,000 steps with an evaluation and a checkpoint every 20 of them, then 200 evaluations of the last
-checkpoint, each with a network of its own.
+Takes 2,000 steps with an evaluation and a checkpoint every 20 steps. Then evaluates the last
+checkpoint 200 times, each time with a new network.
 """
 
 import os
@@ -77,7 +77,7 @@ def evaluate(folder: str) -> list[Sample]:
 
 
 def growth(values: list[float]) -> float:
-    """By how much the last quarter's middle value is above that of the first one once settled."""
+    """Returns by how much the last quarter's median exceeds the first settled quarter's."""
     settled = values[int(SETTLED * len(values)) :]
     quarter = max(1, len(settled) // 4)
     first, last = (sorted(part)[len(part) // 2] for part in (settled[:quarter], settled[-quarter:]))

@@ -1,4 +1,4 @@
-"""Damage to any file of a checkpoint: training goes on from the one before it and says why."""
+"""Damage to any file of a checkpoint: the run resumes from the previous one and prints why."""
 
 import os
 import random
@@ -40,7 +40,7 @@ def folder(saved, tmp_path) -> Path:
 
 
 def assert_is_skipped(folder: Path, capsys) -> None:
-    """Training goes on from step 20 and names the other; evaluating that one is refused."""
+    """Checks that a run resumes from step 20 and names step 30, which the evaluator refuses."""
     run, _, prefix = resume.prepare_run({}, str(folder))
     assert prefix.endswith("/model.ckpt-20")
     assert run == RUN

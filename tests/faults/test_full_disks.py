@@ -1,4 +1,4 @@
-"""A disk that is full or read-only costs a sentence, and nothing that was there."""
+"""A full or read-only disk is a one-line error, and existing files stay."""
 
 import os
 import re
@@ -25,7 +25,7 @@ FULL = "No space left on device"
 
 
 class Disk:
-    """A file system of its own, in memory."""
+    """A separate file system in memory."""
 
     def __init__(self, path: Path, size: str):
         self.path = path
@@ -33,7 +33,7 @@ class Disk:
         self._mount("-t", "tmpfs", "-o", f"size={size}", "none", str(path))
 
     def fill(self, spare: int = 0) -> None:
-        """Leaves no more than so many bytes free."""
+        """Leaves at most `free` bytes free."""
         with open(self.path / "ballast", "wb", buffering=0) as ballast:
             free = os.statvfs(self.path)
             os.posix_fallocate(ballast.fileno(), 0, free.f_bavail * free.f_bsize - spare)
@@ -78,7 +78,7 @@ def prefix(trainer, tmp_path_factory) -> str:
 def test_a_training_that_fills_the_disk_goes_on_once_there_is_room(make_disk, write_cifar10):
     data, disk = make_disk("4m", "data"), make_disk("3m")
     path = write_cifar10(parent=data.path)
-    data.remount("ro")  # training images are read, and nothing is written beside them
+    data.remount("ro")  # Training images are only read.
     folder = disk.path / "run"
     command = (
         *("run_trainer.py", f"--path={path}", f"--ckpt_path={folder}", *SMALL),

@@ -1,4 +1,4 @@
-"""The pictures: what they say is what was found, and it can be read whatever there is to show."""
+"""The plots show the results, and stay readable for any data."""
 
 import io
 import itertools

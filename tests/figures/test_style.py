@@ -1,4 +1,4 @@
-"""Pictures appear whole or not at all."""
+"""A failed plot leaves no half-written file."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""What is exported computes what the evaluator computes, where none of this code can be seen."""
+"""An exported network computes what the evaluator computes, without the code of this project."""
 
 import io
 import os
@@ -74,7 +74,7 @@ PHOTOS = (encoded((32, 32)), encoded((640, 426), format="JPEG"), encoded((20, 57
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory) -> str:
-    """A checkpoint of a network whose every variable is told from every other."""
+    """Saves a checkpoint of a network in which all variables differ. Returns its path."""
     trainer = Trainer(RunConfig(ModelConfig(8), DataConfig(class_names=NAMES)))
     rng = np.random.default_rng(3)
     trainer.model.image_mean.assign(rng.uniform(100, 150, [32, 32, 3]))
@@ -87,7 +87,7 @@ def prefix(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def exported(prefix, tmp_path_factory) -> Path:
-    """A folder of SavedModels, of which three were made by `make savedmodels`."""
+    """Returns a folder of SavedModels. `make savedmodels` wrote three of them."""
     project = tmp_path_factory.mktemp("project")
     for file in (*PROJECT.glob("*.py"), *PROJECT.glob("requirements*.txt"), PROJECT / "Makefile"):
         shutil.copy(file, project)
@@ -133,7 +133,7 @@ def form(request) -> str:
 
 @pytest.fixture(scope="module")
 def answers(exported, forms, tmp_path_factory) -> dict[str, np.ndarray]:
-    """What the SavedModels answered a process that cannot see this project."""
+    """Returns the answers of the SavedModels in a process without this project."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     photos = {f"photo{i}": np.frombuffer(p, np.uint8) for i, p in enumerate(PHOTOS)}
     np.savez(elsewhere / "asked.npz", images=IMAGES, photos=len(PHOTOS), **photos)

@@ -1,4 +1,4 @@
-"""The server as its users meet it: a process, asked over loopback, well and badly."""
+"""The server as users see it: a process that gets good and bad requests over loopback."""
 
 import base64
 import contextlib
@@ -92,7 +92,7 @@ def saved_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(saved_model) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    """What the network answers when TensorFlow asks it."""
+    """Returns the network's answer to TensorFlow."""
     import tensorflow as tf
 
     loaded = tf.saved_model.load(saved_model)
@@ -129,7 +129,7 @@ class Server:
         return answer
 
     def refusal(self, path: str, body: bytes, status: int = 400) -> str:
-        """The sentence that refuses a request."""
+        """Returns the one-line error of a request."""
         found, answer = self.post(path, body)
         assert found == status, answer
         assert list(answer) == ["error"]
@@ -618,7 +618,7 @@ def storm(server) -> Callable[[], None]:
         return server.post(*requests[i % len(requests)][:2])
 
     def best(answer: dict) -> object:
-        """What does not depend on how TensorFlow shares the work among its threads."""
+        """Returns the parts that do not depend on TensorFlow's threads."""
         if "predictions" in answer:
             return [row["classes"] for row in answer["predictions"]]
         return answer["classes"][0]["name"] if "classes" in answer else answer
@@ -663,7 +663,7 @@ def browser(tmp_path_factory) -> Iterator[webdriver.Chrome]:
 
 
 class Page:
-    """The page in a browser, opened anew."""
+    """The page, newly opened in a browser."""
 
     def __init__(self, browser: webdriver.Chrome, server: Server):
         self.browser = browser
@@ -673,7 +673,7 @@ class Page:
         return self.browser.find_element("id", name)
 
     def said(self) -> str:
-        """What the page says once it has an answer."""
+        """Returns the text of the page when it has an answer."""
         message = self.part("message")
         assert eventually(lambda: message.text not in ("", "Looking …"))
         return message.text

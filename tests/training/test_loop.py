@@ -1,4 +1,4 @@
-"""What is due after which step, worked out by hand."""
+"""The duties after each step, worked out by hand."""
 
 import pytest
 

@@ -1,8 +1,7 @@
-"""Whatever makes the step fast must not change what it computes: 500 steps beside a plain version.
+"""A fast step computes what a plain version computes: 500 steps of both.
 
-Training amplifies rounding, so two right versions drift apart too. How far is measured with the
-plain version itself, started once more with its weights changed by less than float32 can tell in
-a sum; the fast step may drift from it no further than that.
+Training amplifies rounding, so two correct versions drift apart too. The limit is the drift of the
+plain version itself, after a change of its weights that a float32 sum does not show.
 """
 
 import numpy as np

@@ -12,7 +12,7 @@ from resnet_model import ResNet
 
 
 def newton_schulz(matrix: np.ndarray) -> np.ndarray:
-    """Five iterations of the quintic 3.4445 x - 4.775 x^3 + 2.0315 x^5, in float64."""
+    """Applies the quintic 3.4445 x - 4.775 x^3 + 2.0315 x^5 five times, in float64."""
     x = matrix.astype(np.float64) / np.linalg.norm(matrix)
     for _ in range(5):
         cube = x @ x.T @ x

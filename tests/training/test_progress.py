@@ -15,7 +15,7 @@ from cifar10_resnet.config import RunConfig
 from cifar10_resnet.evaluation.metrics import Metrics
 from cifar10_resnet.training.progress import Progress
 
-END = "\x03"  # marks how far a terminal is to be read
+END = "\x03"  # marks the end of what a test reads from a terminal
 
 
 def metrics(right: int, count: int = 10) -> Metrics:
@@ -26,7 +26,7 @@ def metrics(right: int, count: int = 10) -> Metrics:
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Puts a terminal of so many columns in stdout's place; returns how to read what it got."""
+    """Replaces stdout by a terminal. Returns a function that reads its output."""
     here, there = pty.openpty()
 
     def of(columns: int):
@@ -79,7 +79,7 @@ def test_the_live_line_keeps_to_its_terminal_and_drops_the_least_important_first
         assert part in drawn[0]
     for part in dropped:
         assert part not in drawn[0]
-    # the line of the log stands alone, and the live one below it is drawn anew
+    # The line of the log is whole, and the live line is drawn again below it.
     lines = [line.strip() for line in re.split(r"[\r\n]+", log)]
     assert "a line of the log" in lines
     assert drawn[0].strip() in lines
@@ -144,7 +144,7 @@ def test_a_damaged_event_file_of_an_earlier_start_is_no_reason_to_fail_at_the_en
     assert summary["best accuracy"].startswith("70.00%")
 
 
-def test_a_run_that_was_never_evaluated_tells_of_its_training_alone(tmp_path):
+def test_a_run_without_evaluations_reports_only_its_training(tmp_path):
     with Progress(RunConfig(), 0, 100, 50, str(tmp_path)) as progress:
         progress.log_training(100, 1.5, 0.25, 0.1, dict)
         assert list(progress.finish(100, "x", None)) == ["training", "time", "saved as", "curves"]

@@ -79,7 +79,7 @@ def test_folders_that_are_named_stay_and_a_wrong_depth_is_still_refused():
 
 # --- The lock -------------------------------------------------------------------------------------
 
-# takes the lock as another trainer does, without its seconds of imports; then waits to be told
+# Takes the lock as another trainer does, without its slow imports. Then waits for input.
 HOLDER = """
 import fcntl, os, sys
 os.makedirs(sys.argv[1], exist_ok=True)

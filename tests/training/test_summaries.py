@@ -1,4 +1,4 @@
-"""What TensorBoard gets of a run, as its own server tells it, and that watching changes nothing."""
+"""TensorBoard shows a run, and watching a run does not change it."""
 
 import contextlib
 import dataclasses

@@ -41,7 +41,7 @@ def make_batch(seed: int = 0) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def gradients_of(trainer: Trainer, batch) -> list[np.ndarray]:
-    """Gradients of the cross-entropy alone, in their own plain words."""
+    """Returns the gradients of the cross-entropy without other terms."""
     images, labels = batch
     with tf.GradientTape() as tape:
         logits = trainer.model(images, training=True)

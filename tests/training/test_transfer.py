@@ -1,4 +1,4 @@
-"""Runs that start from a pretrained network: what they take over, train, and go on from."""
+"""Runs that start from a pretrained network: what they restore, train and resume."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ PLAIN_WORDS = {"dataset": "synthetic", "batch_size": 8, "num_iterations": 12, "i
 
 
 def save_pretrained(folder: Path, origin: RunConfig, step: int = 50) -> str:
-    """A checkpoint of which no two variables hold the same values, the mean image included."""
+    """Saves a checkpoint in which all variables differ, the mean image too. Returns its path."""
     trainer = Trainer(origin)
     rng = np.random.default_rng(step)
     for variable in trainer.model.variables:
@@ -76,7 +76,7 @@ def options(folder: Path, **changes) -> Options:
 
 
 def start(folder: Path, pretrained: str | None, stop: int | None = None, **given) -> str:
-    """What the command does with these flags; returns the prefix of what it saved."""
+    """Runs the trainer with these flags. Returns the checkpoint that it saved."""
     given = {**PLAIN_WORDS, **given}
     run, _, resume_from = resume.prepare_run(given, str(folder), pretrained=pretrained)
     return run_trainer.train(
@@ -333,14 +333,14 @@ def test_a_run_knows_its_images_again_whatever_mean_it_subtracts(
     start(tmp_path, None, 6)
 
 
-# --- Going on -------------------------------------------------------------------------------------
+# --- Resuming -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fine_tune", [False, True])
 def test_a_resumed_run_ends_with_the_bits_of_one_never_interrupted(pretrained, tmp_path, fine_tune):
     whole = start(tmp_path / "whole", pretrained, fine_tune=fine_tune)
     start(tmp_path / "parts", pretrained, 5, fine_tune=fine_tune)
-    resumed = start(tmp_path / "parts", None)  # it knows by itself what it is
+    resumed = start(tmp_path / "parts", None)  # The run folder contains its settings.
     ours, theirs = values_in(whole), values_in(resumed)
     assert ours.keys() == theirs.keys()
     assert {"data_mean/.ATTRIBUTES/VARIABLE_VALUE"} < ours.keys()
