@@ -68,7 +68,7 @@ raise SystemExit(exits_with_a_sentence(lambda: tf.zeros([10**6, 10**7]))())
 """
 
 
-def test_what_does_not_fit_into_memory_ends_in_one_sentence():
+def test_what_does_not_fit_into_memory_ends_with_a_one_line_error():
     error = run_code(OUT_OF_MEMORY, status=1).stderr.splitlines()[-1]
     assert re.search(r"error: The memory is full: OOM .*\. Use a smaller --batch_size\.$", error)
 
@@ -80,7 +80,7 @@ def test_a_gpu_that_is_not_there_is_refused_by_name_of_what_to_install(tmp_path)
         assert "pip install '.[gpu]'" in error_of(*arguments, env=environment)
 
 
-def test_generated_pictures_need_no_files(tmp_path):
+def test_synthetic_images_need_no_files(tmp_path):
     run(
         *("run_trainer.py", "--use_synthetic_data", *SMALL, "--max_train_steps=2"),
         cwd=tmp_path,
@@ -91,7 +91,7 @@ def test_generated_pictures_need_no_files(tmp_path):
 
 
 @pytest.mark.parametrize("program", ["run_trainer.py", "run_evaluator.py"])
-def test_a_program_interrupted_while_it_imports_ends_in_one_sentence(program, tmp_path):
+def test_a_program_interrupted_while_it_imports_ends_with_a_one_line_error(program, tmp_path):
     (tmp_path / "tensorflow.py").write_text(
         "import os, signal; os.write(2, b'noise'); os.kill(os.getpid(), signal.SIGINT)"
     )
@@ -126,7 +126,7 @@ def bare(tmp_path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(tmp_path / "hiding")}
 
 
-def test_the_three_programs_run_with_tensorflow_numpy_and_absl_alone(bare, tmp_path):
+def test_the_three_programs_run_with_tensorflow_numpy_and_absl(bare, tmp_path):
     run(
         *("cifar10_download_and_extract.py", "--synthetic", "--synthetic_train_images=80"),
         "--synthetic_test_images=20",

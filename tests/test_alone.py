@@ -40,7 +40,7 @@ def run_alone(file: str, code: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_the_network_is_built_and_runs_alone(tmp_path):
+def test_the_network_is_built_and_runs_without_the_project(tmp_path):
     assert run_alone("resnet_model.py", BUILD, tmp_path) == "(1, 10)\n269722\n"
 
 
@@ -57,7 +57,7 @@ for batch, numbers in training_batches(examples, mean, batch_size=4, num_steps=3
 """
 
 
-def test_the_input_alone_turns_binary_files_into_batches(tmp_path):
+def test_the_input_without_the_project_turns_binary_files_into_batches(tmp_path):
     records = []
     for i, label in enumerate((3, 7, 250)):
         red, green, blue = (bytes([10 * i + channel] * 1024) for channel in range(3))

@@ -249,7 +249,7 @@ def test_after_a_kill_the_next_save_tidies_up_and_works(tiny, tmp_path, moments)
 
 
 @pytest.mark.parametrize("call", range(4))
-def test_a_save_that_fails_half_way_is_a_sentence_and_leaves_a_whole_one(
+def test_a_save_that_fails_half_way_is_a_one_line_error_and_leaves_an_intact_checkpoint(
     tiny, tmp_path, monkeypatch, call
 ):
     old = checkpoints.save(tiny, str(tmp_path), 10)
@@ -543,7 +543,7 @@ def values(variables) -> list[bytes]:
     return [variable.numpy().tobytes() for variable in variables]
 
 
-def test_a_restored_run_is_the_saved_one_bit_for_bit(trainer, tmp_path):
+def test_a_restored_run_is_bit_identical_to_the_saved_one(trainer, tmp_path):
     trainer.step.assign(12345678901)  # does not fit 32 bits
     prefix = checkpoints.save(trainer.checkpoint, str(tmp_path), 1)
     other = stirred_trainer(seed=1)
@@ -571,7 +571,7 @@ def test_a_checkpoint_fits_every_layout_and_precision(saved, trainer, data_forma
     assert all(variable.dtype == tf.float32 for variable in model.variables)
 
 
-def test_a_run_in_another_layout_goes_on_from_the_same_checkpoint(saved, trainer, tmp_path):
+def test_a_run_in_another_layout_resumes_from_the_same_checkpoint(saved, trainer, tmp_path):
     other = Trainer(RUN, "channels_first", "bf16")
     checkpoints.restore(other.checkpoint, prefix_of(saved, 30))
     again = checkpoints.save(other.checkpoint, str(tmp_path), 30)
@@ -601,7 +601,7 @@ def test_another_network_than_the_saved_one_is_not_restored(saved):
         assert prefix_of(saved, 30) in text
 
 
-def test_a_run_is_not_restored_from_a_checkpoint_of_its_network_alone(trainer, tmp_path):
+def test_a_run_is_not_restored_from_a_checkpoint_of_only_its_network(trainer, tmp_path):
     alone = tf.train.Checkpoint(model=trainer.model).write(str(tmp_path / "alone"))
     assert "cannot be restored" in refusal(checkpoints.restore, Trainer(RUN).checkpoint, alone)
 

@@ -60,20 +60,20 @@ def test_without_a_digest_a_mirror_must_have_the_official_archive(run, site, dat
     assert os.listdir(data_dir) == []
 
 
-def test_keep_archive_keeps_it_beside_the_data(get, data_dir):
+def test_keep_archive_keeps_it_next_to_the_data(get, data_dir):
     get("--keep_archive")
     assert_complete(data_dir, ARCHIVE)
     assert (data_dir / ARCHIVE).read_bytes() == GOOD
 
 
-def test_archive_that_is_there_is_used_and_left_alone(get, site, data_dir):
+def test_archive_that_exists_is_used_and_left_unchanged(get, site, data_dir):
     (data_dir / ARCHIVE).write_bytes(GOOD)
     get()
     assert_complete(data_dir, ARCHIVE)
     assert site.requests == []
 
 
-def test_other_archive_in_its_place_is_refused_and_left_alone(get, data_dir):
+def test_other_archive_with_its_name_is_refused_and_left_unchanged(get, data_dir):
     (data_dir / ARCHIVE).write_bytes(b"mine")
     err = get(status=1)
     assert sha256(b"mine") in err
@@ -239,7 +239,7 @@ def test_wrong_flag_ends_in_one_line_that_names_it(flags, tmp_path, monkeypatch,
     assert os.listdir(tmp_path) == []
 
 
-def test_folder_that_cannot_be_made_ends_in_a_sentence(run, tmp_path):
+def test_folder_that_cannot_be_made_ends_with_a_one_line_error(run, tmp_path):
     (tmp_path / "file").touch()
     assert str(tmp_path / "file") in run(f"--data_dir={tmp_path / 'file' / 'data'}", status=1)
 

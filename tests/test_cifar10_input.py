@@ -279,7 +279,7 @@ def test_crops_and_flips_are_drawn_evenly_and_apart():
         assert 0.5 / 162 < other.mean() < 2 / 162, "neither the last step nor the neighbour matters"
 
 
-def test_alternating_flips_show_an_image_in_turns_and_begin_evenly():
+def test_alternating_flips_show_both_sides_alternately_and_begin_evenly():
     image = np.zeros([200, 32, 32, 3], np.uint8)
     image[:, :, :16, 0] = 200  # the left half is red until it is flipped
     image[:, :, :, 1] = np.arange(200)[:, None, None]  # The value of every pixel is its image.
@@ -327,7 +327,7 @@ def test_cutout_blanks_one_square_around_any_pixel_and_nothing_else(cutout):
     np.testing.assert_array_equal(batches_with(cutout, first_step=2)[0], cut[400:])
 
 
-def test_a_cutout_larger_than_the_picture_blanks_all_of_it():
+def test_a_cutout_larger_than_the_image_blanks_all_of_it():
     assert not np.concatenate(batches_with(100)).any()
 
 

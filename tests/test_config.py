@@ -232,7 +232,7 @@ def test_fields_that_an_older_version_did_not_write_take_their_defaults():
         edited("data", dataset="of a later version"),
     ],
 )
-def test_garbage_in_place_of_a_run_is_a_mistake_told_in_a_sentence(text):
+def test_garbage_in_place_of_a_run_is_a_one_line_error(text):
     with pytest.raises(UserError) as refusal:
         RunConfig.from_json(text)
     assert "\n" not in str(refusal.value)

@@ -243,7 +243,7 @@ def test_the_variables_of_a_network_have_their_names(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_with_todays_keys_alone_is_restored(kind, tmp_path):
+def test_a_checkpoint_with_only_todays_keys_is_restored(kind, tmp_path):
     trainer = new_trainer(kind)
     model, training, network = KINDS[kind]
     description = {

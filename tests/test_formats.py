@@ -57,12 +57,12 @@ def write_names(folder: Path, file: str, count: int) -> tuple[str, ...]:
         ("pictures", "class_names.txt", 256, False),
     ],
 )
-def test_class_names_come_from_the_file_beside_the_records(tmp_path, dataset, file, count, coarse):
+def test_class_names_come_from_the_file_next_to_the_records(tmp_path, dataset, file, count, coarse):
     names = write_names(tmp_path, file, count)
     assert FORMATS[dataset].class_names(str(tmp_path), coarse) == names
 
 
-def test_class_names_are_cifar10s_where_no_file_tells(tmp_path):
+def test_class_names_are_cifar10s_without_a_file_of_names(tmp_path):
     assert FORMATS["cifar10"].class_names(str(tmp_path)) == CIFAR10_NAMES
 
 

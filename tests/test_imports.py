@@ -129,7 +129,7 @@ def test_no_two_rooms_import_each_other_in_a_circle():
     tuple(graphlib.TopologicalSorter(graph).static_order())
 
 
-def test_no_folder_lies_deeper_than_one_below_the_package():
+def test_no_folder_is_deeper_than_one_below_the_package():
     assert max(room.count(".") for room in ROOMS) == 1
 
 

@@ -28,7 +28,7 @@ def test_a_run_folder_and_a_checkpoint_are_networks_too(tmp_path):
     assert all(name in ("yes", "no") and 0.5 <= share <= 1 for name, share in answers[0])
 
 
-def test_what_is_no_network_is_told_in_a_sentence(tmp_path):
+def test_what_is_no_network_is_a_one_line_error(tmp_path):
     with pytest.raises(UserError, match=r"^'resnet57' is not a network. .* plain20, .*resnet20"):
         load("resnet57")
     with pytest.raises(UserError, match="no checkpoint"):

@@ -46,7 +46,7 @@ def test_the_evaluator_writes_what_it_prints(data, uninterrupted, tmp_path):
     assert scores["description"]["model"]["num_layers"] == 8
 
 
-def test_all_checkpoints_are_scored_in_turn(data, uninterrupted, tmp_path):
+def test_all_checkpoints_are_evaluated_one_after_the_other(data, uninterrupted, tmp_path):
     file = tmp_path / "scores.json"
     run(
         *("run_evaluator.py", f"--path={data}", f"--ckpt_path={uninterrupted}", "--split=train"),
@@ -58,7 +58,7 @@ def test_all_checkpoints_are_scored_in_turn(data, uninterrupted, tmp_path):
     assert len({score["loss"] for score in scores}) == 3
 
 
-def test_evaluating_needs_the_test_file_alone(data, uninterrupted, tmp_path):
+def test_evaluating_needs_only_the_test_file(data, uninterrupted, tmp_path):
     for name in ("test_batch.bin", "batches.meta.txt"):
         (tmp_path / name).write_bytes((data / name).read_bytes())
     run("run_evaluator.py", f"--path={tmp_path}", f"--ckpt_path={uninterrupted}")
@@ -83,7 +83,7 @@ def test_layouts_and_precisions_score_one_checkpoint_alike(
     assert losses[1] == pytest.approx(losses[0], rel=1e-5 if dtype == "fp32" else 2e-2)
 
 
-def test_what_the_evaluator_cannot_score_ends_in_one_sentence(data, uninterrupted, tmp_path):
+def test_what_the_evaluator_cannot_score_ends_with_a_one_line_error(data, uninterrupted, tmp_path):
     def refused(ckpt_path, *flags):
         return error_of("run_evaluator.py", f"--path={data}", f"--ckpt_path={ckpt_path}", *flags)
 

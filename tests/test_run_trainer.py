@@ -17,7 +17,7 @@ from cifar10_resnet import checkpoints
 from cifar10_resnet.training import run_folder
 
 
-def test_the_end_of_a_training_says_how_to_evaluate_it_and_quiet_says_nothing_else(data, tmp_path):
+def test_the_end_of_a_run_says_how_to_evaluate_it_and_quiet_says_nothing_else(data, tmp_path):
     folder = tmp_path / "a user's run"
     command = (
         *("run_trainer.py", f"--path={data}", f"--ckpt_path={folder}", *SMALL),
@@ -44,7 +44,7 @@ def test_the_end_of_a_training_says_how_to_evaluate_it_and_quiet_says_nothing_el
     assert float(table_in(quiet.stdout)["best accuracy"].split("%")[0]) >= best
 
 
-def test_no_picture_is_drawn_and_nothing_waits_for_it_before_the_first_evaluation(data, tmp_path):
+def test_no_plot_is_drawn_and_nothing_waits_for_it_before_the_first_evaluation(data, tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise SystemExit('matplotlib was imported')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     run(
@@ -54,7 +54,7 @@ def test_no_picture_is_drawn_and_nothing_waits_for_it_before_the_first_evaluatio
     )
 
 
-def test_a_killed_run_ends_bit_for_bit_like_one_never_interrupted(data, tmp_path, uninterrupted):
+def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_run(data, tmp_path, uninterrupted):
     command = (
         *("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL),
         *("--num_iterations=60", "--save_per_iterations=20", "--max_ckpts=-1"),
@@ -70,7 +70,7 @@ def test_a_killed_run_ends_bit_for_bit_like_one_never_interrupted(data, tmp_path
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_saves_says_where_and_goes_on_from_there(
+def test_an_interrupted_run_saves_says_where_and_resumes_from_there(
     data, tmp_path, uninterrupted, number, status
 ):
     command = (
@@ -148,7 +148,7 @@ def test_clean_deletes_nothing_before_the_new_run_is_known_to_be_possible(
     assert (uninterrupted / "model.ckpt-60.index").exists()
 
 
-def test_who_stops_a_run_begun_with_clean_is_told_to_go_on_without_it(data, tmp_path):
+def test_a_user_who_stops_a_run_begun_with_clean_is_advised_to_resume_without_it(data, tmp_path):
     process = start(
         *("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL, "--clean")
     )
@@ -171,7 +171,7 @@ def test_a_network_without_its_training_is_refused_as_a_run_to_go_on_with(
     assert "resnet8, step 60" in scored
 
 
-def test_steps_to_profile_that_do_not_come_are_told_of(data, tmp_path):
+def test_steps_to_profile_that_do_not_come_are_reported(data, tmp_path):
     command = ("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL)
     command += ("--num_iterations=4", "--profile_steps=2,3")
     assert "is ignored" not in run(*command, "--max_train_steps=3").stdout
@@ -209,7 +209,7 @@ def test_a_diverging_run_stops_and_leaves_its_last_good_checkpoint(data, tmp_pat
 
 
 @pytest.mark.parametrize("where", ["missing", "file", "empty", "truncated"])
-def test_wrong_data_ends_in_one_sentence_before_training(data, tmp_path, where):
+def test_wrong_data_ends_with_a_one_line_error_before_training(data, tmp_path, where):
     path = tmp_path / "cifar"
     if where == "file":
         path.write_bytes(b"")
@@ -256,7 +256,7 @@ def test_eval_only_scores_the_holdout_of_its_run_and_trains_nothing(data, tmp_pa
     )
 
 
-def test_eval_only_needs_the_test_file_alone_and_disturbs_no_trainer(data, uninterrupted, tmp_path):
+def test_eval_only_needs_only_the_test_file_and_disturbs_no_trainer(data, uninterrupted, tmp_path):
     for name in ("test_batch.bin", "batches.meta.txt"):
         (tmp_path / name).write_bytes((data / name).read_bytes())
     command = ("run_trainer.py", f"--path={tmp_path}", "--eval_only", "--quiet")
@@ -288,7 +288,7 @@ def test_a_pretrained_network_learns_other_classes_under_a_name_of_its_own(unint
     assert b'"fine_tune": true' in after["description/.ATTRIBUTES/VARIABLE_VALUE"]
 
 
-def test_what_cannot_be_transferred_ends_in_one_sentence(data, uninterrupted, tmp_path):
+def test_what_cannot_be_transferred_ends_with_a_one_line_error(data, uninterrupted, tmp_path):
     pretrained = f"--pretrained_model_checkpoint_path={uninterrupted}"
     command = ("run_trainer.py", f"--path={data}", pretrained)
     error = error_of(*command, "--num_layers=14", cwd=tmp_path)
@@ -321,7 +321,7 @@ def test_a_trainer_interrupted_before_its_first_step_says_that_nothing_is_lost(d
     assert not list(tmp_path.glob("model*"))
 
 
-def test_a_run_whose_terminal_is_closed_saves_and_goes_on_from_there(data, tmp_path, uninterrupted):
+def test_a_run_whose_terminal_is_closed_saves_and_resumes_from_there(data, tmp_path, uninterrupted):
     command = (
         *("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL),
         *("--num_iterations=60", "--save_per_iterations=1000"),
@@ -360,7 +360,7 @@ def test_a_run_under_nohup_does_not_mind_a_closed_terminal(data, tmp_path):
 
 
 @pytest.mark.parametrize("interrupted", [False, True])  # `… | head`; Ctrl-C on `… | tee log`
-def test_a_run_whose_output_nobody_reads_any_more_saves_and_goes_on_from_there(
+def test_a_run_whose_output_is_closed_saves_and_resumes_from_there(
     data, tmp_path, uninterrupted, interrupted
 ):
     command = (
@@ -380,7 +380,7 @@ def test_a_run_whose_output_nobody_reads_any_more_saves_and_goes_on_from_there(
     assert_same_checkpoint(uninterrupted / "model.ckpt-60", tmp_path / "model.ckpt-60")
 
 
-def test_a_folder_with_checkpoints_of_another_program_is_left_alone(data, tmp_path):
+def test_a_folder_with_checkpoints_of_another_program_is_left_unchanged(data, tmp_path):
     (tmp_path / "checkpoint").write_text('model_checkpoint_path: "ckpt-5"\n')
     (tmp_path / "ckpt-5.index").write_bytes(b"theirs")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -399,7 +399,7 @@ def test_a_folder_of_another_file_system_is_refused_at_once(data, tmp_path, plac
     assert {path.name for path in tmp_path.iterdir()} == {"tensorflow.py"}
 
 
-def test_a_run_that_ends_before_its_first_log_tells_of_no_training(data, tmp_path):
+def test_a_run_that_ends_before_its_first_log_reports_no_training(data, tmp_path):
     shown = run(
         *("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *SMALL[:2]),
         *("--epochs_between_evals=1", "--stop_threshold=0.01", "--batch_size=200"),

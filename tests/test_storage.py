@@ -87,7 +87,7 @@ def test_nothing_is_left_of_a_folder_that_was_not_finished(tmp_path, error):
     assert not os.listdir(tmp_path)
 
 
-def test_a_full_disk_is_told_of_in_a_sentence(tmp_path):
+def test_a_full_disk_is_a_one_line_error(tmp_path):
     with (
         pytest.raises(UserError, match=r"/new cannot be written: No space left on device\."),
         storage.new_folder(str(tmp_path / "new")),
@@ -153,7 +153,7 @@ def test_a_folder_that_something_else_will_fill_is_refused(tmp_path):
 # --- Files ----------------------------------------------------------------------------------------
 
 
-def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path):
+def test_a_file_is_replaced_whole_and_nothing_is_left_next_to_it(tmp_path):
     file = tmp_path / "scores.json"
     for content in (b"first", b"second"):
         storage.refuse_unwritable_file(str(file))

@@ -53,7 +53,7 @@ def test_columns_are_as_wide_as_their_widest_cell_and_numbers_stand_to_the_right
     ]
 
 
-def test_a_short_row_ends_in_a_sentence_that_widens_nothing():
+def test_a_short_row_ends_with_a_one_line_error_that_widens_nothing():
     rows = [("", "ms", "ratio"), ("one", "1.0", "1.00"), ("two", "skipped: no torch installed")]
     assert terminal.table(rows, "<>>").splitlines() == [
         "        ms  ratio",
@@ -114,7 +114,7 @@ def test_a_file_gets_a_line_for_each_tenth_if_it_is_asked_for(capsys):
     assert shown == [f"{10 * i:3}%  read {10 * i}" for i in range(1, 11)]
 
 
-def test_a_transfer_tells_how_far_how_fast_and_how_long():
+def test_a_transfer_shows_bytes_speed_and_time_left():
     share, *facts = terminal.transfer(42_500_000, 170_000_000, 1_500_000)
     assert share == 0.25
     assert facts == ["42.5 of 170.0 MB", "1.5 MB/s", "0:01:25 left"]

@@ -134,7 +134,7 @@ def test_labels_keep_their_order_and_a_gap_and_move_no_further_than_they_must():
     assert draw_curves.spread([2, 2.5], 1) == [1.75, 2.75]
 
 
-def test_the_colours_of_curves_in_one_picture_differ_in_grey_too():
+def test_the_colours_of_curves_in_one_photo_differ_in_grey_too():
     def luminance(colour: str) -> float:
         linear = [
             v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4

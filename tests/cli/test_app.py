@@ -83,7 +83,7 @@ def test_absls_own_full_help_stays():
         (["resnet20"], "'resnet20' is not a flag. Write --flag=value, for example"),
     ],
 )
-def test_a_wrong_flag_is_told_in_one_line_that_helps(flags, sentence):
+def test_a_wrong_flag_is_a_one_line_error_that_helps(flags, sentence):
     said = answer("run_trainer.py", *flags)
     assert said.startswith("run_trainer.py: error: ")
     assert sentence in said

@@ -67,7 +67,7 @@ sys.exit(main(sys.argv[1]))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_program_that_is_stopped_tidies_up_and_ends_in_one_sentence(tmp_path, number):
+def test_a_program_that_is_stopped_tidies_up_and_ends_with_a_one_line_error(tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_PROGRAM, str(tmp_path / "new")],
         **{"cwd": PROJECT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
@@ -98,7 +98,7 @@ def test_a_program_that_is_stopped_tidies_up_and_ends_in_one_sentence(tmp_path, 
     ],
     ids=["missing", "interrupted"],
 )
-def test_a_start_that_cannot_import_its_libraries_ends_in_a_sentence(
+def test_a_start_that_cannot_import_its_libraries_ends_with_a_one_line_error(
     tmp_path, program, absl, status, sentence
 ):
     (tmp_path / "absl.py").write_text(absl)

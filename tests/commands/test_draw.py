@@ -103,7 +103,7 @@ def test_the_drawing_of_a_plain_network_has_no_shortcuts(drawn):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_the_trace_tells_where_each_shortcut_starts_and_what_is_on_it(version):
+def test_the_trace_shows_where_each_shortcut_starts_and_what_is_on_it(version):
     network = trace(ModelConfig(14, resnet_version=version))
     units = [unit for block in network.blocks for unit in block]
     # after BN and ReLU in the first unit of version 2, else from the input
@@ -115,7 +115,7 @@ def test_the_trace_tells_where_each_shortcut_starts_and_what_is_on_it(version):
     assert (pad.zeros, pad.shape) == ((16, 16), (8, 8, 64))
 
 
-def test_the_pictures_in_the_folder_show_the_networks_as_they_are(tmp_path):
+def test_the_plots_in_the_folder_show_the_networks_as_they_are(tmp_path):
     draw("draw", f"--output={tmp_path / 'ResNet20_CIFAR10.png'}")
     draw("docs/draw_parts.py", f"--output_dir={tmp_path}")
     draw("benchmarks/accuracy/draw_curves.py", f"--output_dir={tmp_path}")
@@ -141,7 +141,7 @@ def test_a_network_is_drawn_in_the_same_bytes_each_time(tmp_path):
         assert file.read_bytes() == (tmp_path / "once" / file.name).read_bytes()
 
 
-def test_the_scripts_refuse_in_a_sentence():
+def test_the_scripts_refuse_with_a_one_line_error():
     refused = draw("draw", "--num_layers=18", status=1).stderr
     assert "--num_layers=18 is invalid: it must be 6n + 2." in refused
     assert (

@@ -38,7 +38,7 @@ def test_curves_are_drawn_without_tensorflow(tmp_path):
         assert picture.width == 1800
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+def test_runs_of_one_name_are_listed_apart_by_their_folders(tmp_path):
     for name in ("a/x/log", "b/x/log", "b/y/log"):
         write_events(tmp_path / name, 3)
     runs = ("--run=a/x", "--run=b/x/log", "--run=b/y/")
@@ -63,7 +63,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
         (["--run=a", "--tag=learning_rate"], "say nothing of learning_rate"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_in_a_sentence(tmp_path, flags, told):
+def test_what_cannot_be_drawn_is_refused_with_a_one_line_error(tmp_path, flags, told):
     write_events(tmp_path / "a" / "log", 3)
     (tmp_path / "empty" / "log" / "train").mkdir(parents=True)
     assert told in error_of("plot", *flags, cwd=tmp_path)

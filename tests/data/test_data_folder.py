@@ -146,7 +146,7 @@ def start(data_dir: Path, site: Site) -> subprocess.Popen:
     return process
 
 
-def test_killed_download_goes_on_where_it_stopped(get, site, data_dir):
+def test_killed_download_resumes_where_it_stopped(get, site, data_dir):
     site.stall_after(HALF)
     with start(data_dir, site) as process:
         process.kill()
@@ -157,7 +157,9 @@ def test_killed_download_goes_on_where_it_stopped(get, site, data_dir):
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_download_ends_in_a_sentence_and_can_go_on(get, site, data_dir, signum, status):
+def test_stopped_download_ends_with_a_one_line_error_and_can_resume(
+    get, site, data_dir, signum, status
+):
     site.stall_after(HALF)
     with start(data_dir, site) as process:
         process.send_signal(signum)

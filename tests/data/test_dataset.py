@@ -47,7 +47,7 @@ def found(path: Path | str | None, name: str | None = None) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("dataset", FIRST_FILES)
-def test_a_folder_tells_by_any_of_its_files_what_it_holds(tmp_path, dataset):
+def test_any_file_of_a_folder_identifies_its_data_set(tmp_path, dataset):
     file_format = FORMATS[dataset]
     for name in (*file_format.train_files, *file_format.test_files):
         file = tmp_path / name
@@ -90,7 +90,7 @@ def test_another_data_set_than_the_one_asked_for_is_refused_by_both_names(tmp_pa
 
 
 @pytest.mark.parametrize("dataset", [None, *FIRST_FILES])
-def test_a_folder_of_other_things_is_told_how_to_get_a_data_set(tmp_path, dataset):
+def test_a_folder_of_other_things_is_an_error_that_says_how_to_get_a_data_set(tmp_path, dataset):
     (tmp_path / "cats").mkdir()
     (tmp_path / "train.txt").touch()
     text = refusal(tmp_path, dataset)
@@ -110,11 +110,11 @@ def test_a_path_that_is_missing_is_named_with_the_command_that_gets_the_data(tmp
     assert refusal(None) == refusal(None, "cifar10")
 
 
-def test_imported_pictures_have_no_place_of_their_own():
+def test_imported_photos_have_no_place_of_their_own():
     assert "--path" in refusal(None, "pictures")
 
 
-def test_a_path_that_is_a_file_is_told_so(tmp_path):
+def test_a_path_that_is_a_file_is_reported(tmp_path):
     file = tmp_path / "cifar-10-binary.tar.gz"
     file.write_bytes(b"x")
     text = refusal(file)
@@ -168,7 +168,7 @@ def test_hand_written_records_come_back_as_nhwc_pixels_and_labels_in_file_order(
     assert (test.images[0] == np.arange(32)[None, :, None]).all(), "a row of a plane is a row"
 
 
-def test_random_pictures_come_back_as_they_were_written(write_cifar10):
+def test_random_images_come_back_as_they_were_written(write_cifar10):
     images, labels = random_images(23)
     folder = write_cifar10(train=(images, labels))
     read = splits.load(find(str(folder)), "train")
@@ -198,7 +198,7 @@ def test_cifar100_has_a_coarse_and_a_fine_label(tmp_path, coarse, column):
     assert record[2 + 2 * 1024 + 33] == images[7, 1, 1, 2]
 
 
-def test_imported_pictures_have_as_many_classes_as_names(tmp_path):
+def test_imported_photos_have_as_many_classes_as_names(tmp_path):
     folder = str(write_photos(tmp_path, num_classes=3))
     read = splits.load(find(folder), "train")
     np.testing.assert_array_equal(read.images, random_images(15, seed=1)[0])
@@ -258,7 +258,7 @@ def test_a_missing_batch_is_named(write_cifar10, name):
     assert f"{folder / name} is missing" in text
 
 
-def test_a_folder_in_place_of_a_batch_is_told_so(write_cifar10):
+def test_a_folder_in_place_of_a_batch_is_reported(write_cifar10):
     file = write_cifar10() / "data_batch_2.bin"
     file.unlink()
     file.mkdir()
@@ -341,7 +341,7 @@ def test_a_size_that_is_not_whole_records_is_refused_with_the_place(
         ("pictures", "test", "pictures_test.bin", 3, 0, 12, "12 in record 3 (byte 9,219)"),
     ],
 )
-def test_a_label_out_of_range_is_told_by_file_record_byte_and_value(
+def test_a_label_out_of_range_is_reported_by_file_record_byte_and_value(
     write_data, dataset, split, name, record, column, label, told
 ):
     file = write_data(dataset) / name
@@ -391,7 +391,7 @@ def test_one_data_set_is_not_read_as_another(write_data, tmp_path):
     assert "3073 (CIFAR-10)" in reading_refusal(disguised, "test")
 
 
-def test_the_first_of_several_wrong_labels_is_the_one_told(write_cifar10):
+def test_the_first_of_several_wrong_labels_is_reported(write_cifar10):
     folder = write_cifar10()
     for name, label in (("data_batch_2.bin", 44), ("data_batch_4.bin", 55)):
         file = folder / name

@@ -17,7 +17,7 @@ from cifar10_resnet.data import download
 # --- Broken downloads -----------------------------------------------------------------------------
 
 
-def test_broken_download_goes_on_where_it_stopped(get, site, data_dir):
+def test_broken_download_resumes_where_it_stopped(get, site, data_dir):
     site.drop_after(HALF)
     get()
     assert_complete(data_dir)
@@ -111,7 +111,7 @@ def test_download_without_an_announced_length_works(get, site, data_dir):
     assert_complete(data_dir)
 
 
-def test_broken_chunked_download_goes_on_where_it_stopped(get, site, data_dir):
+def test_broken_chunked_download_resumes_where_it_stopped(get, site, data_dir):
     body = f"{len(GOOD):x}\r\n".encode() + GOOD[:HALF]
     # Handlers speak HTTP/1.0, whose answers cannot be chunked: this one is written by hand.
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -245,13 +245,13 @@ def test_missing_archive_is_not_asked_for_again(get, site, data_dir):
     assert os.listdir(data_dir) == []
 
 
-def test_answer_that_is_not_http_ends_in_a_sentence(get, site):
+def test_answer_that_is_not_http_ends_with_a_one_line_error(get, site):
     for _ in range(download.TRIES):
         site.faults.append(lambda handler: handler.wfile.write(b"\x1b[31mSSH-2.0\r\n\r\n"))
     assert "\x1b" not in get(status=1)
 
 
-def test_nobody_listening_ends_in_a_sentence(run, site, data_dir):
+def test_nobody_listening_ends_with_a_one_line_error(run, site, data_dir):
     url, _ = site.url, site.server.socket.close()
     assert "cannot be downloaded" in run(f"--url={url}", status=1)
     assert os.listdir(data_dir) == []

@@ -89,7 +89,7 @@ def expected_records(image_dir: Path) -> list[bytes]:
 # --- What is written ------------------------------------------------------------------------------
 
 
-def test_every_picture_becomes_one_record_in_one_of_the_splits(run, image_dir, tmp_path):
+def test_every_photo_becomes_one_record_in_one_of_the_splits(run, image_dir, tmp_path):
     out = run()
     folder = tmp_path / "bin"
     assert sorted(os.listdir(folder)) == [
@@ -127,9 +127,7 @@ def test_classes_are_mixed_so_that_a_holdout_of_the_last_images_has_all(run, tmp
     assert (np.diff(labels.astype(int)) != 0).sum() > 5, "sorted, there would be two changes"
 
 
-def test_the_same_pictures_and_seed_give_the_same_bytes_and_another_seed_another_split(
-    run, tmp_path
-):
+def test_the_same_photos_and_seed_give_the_same_bytes_and_another_seed_another_split(run, tmp_path):
     for to, seed in (("one", 0), ("two", 0), ("three", 1)):
         run(seed=seed, to=to)
     one, two, three = (contents(tmp_path / to) for to in ("one", "two", "three"))
@@ -156,7 +154,7 @@ def test_the_order_in_which_threads_finish_changes_nothing(run, tmp_path, monkey
     assert contents(tmp_path / "alone") == contents(tmp_path / "together")
 
 
-def test_few_pictures_are_under_way_at_a_time(image_dir, monkeypatch):
+def test_few_photos_are_under_way_at_a_time(image_dir, monkeypatch):
     monkeypatch.setattr(photo_folder, "AHEAD", 4)
     started = []
 
@@ -281,14 +279,14 @@ def test_a_class_of_which_one_photo_can_be_read_is_refused_by_name(refusal, tmp_
     assert sorted(os.listdir(tmp_path)) == ["photos", "source"]
 
 
-def test_as_many_classes_as_a_label_can_tell_apart_are_accepted(run, tmp_path):
+def test_as_many_classes_as_a_label_has_values_are_accepted(run, tmp_path):
     source = make_classes(tmp_path / "source", *(f"c{i:03}" for i in range(256)))
     run(source=source)
     for split in ("train", "test"):
         assert sorted(records(tmp_path / "bin", split)[:, 0]) == list(range(256))
 
 
-def test_a_place_that_is_taken_is_left_alone(run, refusal, tmp_path):
+def test_a_place_that_is_taken_is_left_unchanged(run, refusal, tmp_path):
     run(to="own")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").touch()
@@ -302,7 +300,7 @@ def test_a_place_that_is_taken_is_left_alone(run, refusal, tmp_path):
     assert len(os.listdir(tmp_path / "free")) == 3
 
 
-def test_a_place_among_the_pictures_is_refused_also_behind_a_link(refusal, image_dir, tmp_path):
+def test_a_place_among_the_photos_is_refused_also_behind_a_link(refusal, image_dir, tmp_path):
     (tmp_path / "link").symlink_to(image_dir)
     before = sorted(image_dir.rglob("*"))
     for to in ("photos", "photos/bin", "link/bin", "photos/cat/bin"):
@@ -324,9 +322,7 @@ def test_a_folder_that_may_not_be_read_is_named(image_dir, monkeypatch, as_nobod
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_who_stops_it_while_pictures_are_read_finds_nothing_left(
-    run, tmp_path, monkeypatch, number
-):
+def test_who_stops_it_while_photos_are_read_finds_nothing_left(run, tmp_path, monkeypatch, number):
     def read(file: str) -> np.ndarray:
         if file.endswith("bee/01.jpg"):
             os.kill(os.getpid(), number)

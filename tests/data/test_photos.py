@@ -64,7 +64,7 @@ def refusal(data: bytes) -> str:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP"])
-def test_a_picture_of_32x32_comes_through_untouched(kind):
+def test_a_photo_of_32x32_comes_through_untouched(kind):
     image = noise(32, 32)
     seen = read_photo(encoded(image, kind), "x")
     assert seen.dtype == np.uint8
@@ -122,7 +122,7 @@ def test_large_jpegs_are_unpacked_small_and_look_the_same():
         (0, lambda image: image),
     ],
 )
-def test_a_picture_is_turned_as_its_exif_says(orientation, turn):
+def test_a_photo_is_turned_as_its_exif_says(orientation, turn):
     exif = Image.Exif()
     exif[0x0112] = orientation
     # Stored rotated, as by a camera held sideways. Orientation 6 means: rotate it clockwise.
@@ -186,7 +186,7 @@ def test_sixteen_bits_of_colour_and_transparency_are_brought_to_eight(kind, chan
     np.testing.assert_array_equal(read_photo(png, "x"), colours >> 8)
 
 
-def test_the_first_picture_of_several_is_taken():
+def test_the_first_photo_of_several_is_taken():
     first, second = (Image.fromarray(a) for a in (smooth(32, 32), 255 - smooth(32, 32)))
     animated = encoded(first, save_all=True, append_images=[second])
     np.testing.assert_array_equal(read_photo(animated, "x"), smooth(32, 32))
@@ -219,11 +219,11 @@ def test_the_bytes_count_and_not_the_files_name(tmp_path):
     ],
     ids=["text", "jpeg", "png", "bmp", "zeros", "svg", "GIF", "TIFF", "PPM", "WebP"],
 )
-def test_what_is_no_picture_or_of_another_kind_is_refused(data):
+def test_what_is_no_photo_or_of_another_kind_is_refused(data):
     assert "JPEG, PNG or BMP" in refusal(data) or "damaged" in refusal(data)
 
 
-def test_an_empty_file_and_one_that_is_not_there_are_told_so(tmp_path):
+def test_an_empty_file_and_a_missing_one_are_reported(tmp_path):
     (tmp_path / "empty.png").touch()
     for name, reason in (
         ("empty.png", "is empty"),
@@ -254,7 +254,7 @@ def samples() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", samples())
-def test_a_picture_cut_off_anywhere_is_refused_or_whole(kind):
+def test_a_photo_cut_off_anywhere_is_refused_or_whole(kind):
     data = samples()[kind]
     whole = read_photo(data, "x")
     refused = 0
@@ -280,7 +280,7 @@ def with_right_checksums(png: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", samples())
-def test_changed_bytes_give_a_picture_or_a_sentence_and_nothing_else(kind):
+def test_changed_bytes_give_a_photo_or_a_one_line_error(kind):
     data, rng = samples()[kind], random.Random(kind)
     for _ in range(300):
         changed = bytearray(data)
@@ -372,7 +372,7 @@ def test_memory_stays_bounded_whatever_a_file_unpacks_to(tmp_path):
 # --- Threads --------------------------------------------------------------------------------------
 
 
-def test_threads_see_what_one_alone_would_and_hold_one_large_picture_at_a_time(monkeypatch):
+def test_threads_see_what_one_thread_sees_and_hold_one_large_photo_at_a_time(monkeypatch):
     monkeypatch.setattr(photos, "LARGE_PIXELS", 1000)
     files = [encoded(noise(40 + i, 50)) for i in range(12)] + [encoded(noise(32, 31))] * 4
     alone = [read_photo(file, "x") for file in files]

@@ -13,7 +13,7 @@ from cifar10_resnet.errors import UserError
 # --- Splits ---------------------------------------------------------------------------------------
 
 
-def test_holdout_takes_the_last_training_images_and_leaves_the_test_images_alone(write_cifar10):
+def test_holdout_takes_the_last_training_images_and_leaves_the_test_images_unchanged(write_cifar10):
     train, test = random_images(15, seed=5), random_images(6, seed=6)
     data, config = find(str(write_cifar10(train=train, test=test))), DataConfig(holdout=4)
     kept, held_out = splits.load_training(data, config)

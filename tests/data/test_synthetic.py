@@ -45,7 +45,7 @@ def test_shapes_and_types(train):
     assert images.dtype == labels.dtype == np.uint8
 
 
-def test_every_picture_shows_something(train):
+def test_every_photo_shows_something(train):
     images, _ = train
     assert images.std(axis=(1, 2)).max(axis=1).min() > 3
 

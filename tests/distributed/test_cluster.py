@@ -52,7 +52,7 @@ def clusters(count: int) -> list[cluster.Cluster]:
     return [cluster.Cluster(addresses, index) for index in range(count)]
 
 
-def test_workers_meet_whatever_their_order_and_whoever_else_calls():
+def test_workers_meet_whatever_their_order_and_with_any_other_callers():
     chief, *others = clusters(3)
     with ThreadPoolExecutor(3) as pool:
         meeting = [pool.submit(cluster.meet, early, 60) for early in (others[0], chief)]
@@ -85,7 +85,7 @@ def test_workers_that_do_not_come_are_named():
         cluster.meet(nowhere, 0.1)
 
 
-def test_a_port_that_is_taken_is_told():
+def test_a_port_that_is_taken_is_reported():
     chief, other = clusters(2)
     for each in (chief, other):
         with socket.create_server(each.host_and_port(each.index)) as taken:
@@ -96,7 +96,7 @@ def test_a_port_that_is_taken_is_told():
                 cluster.meet(each, 1)
 
 
-def test_a_cluster_that_is_asked_for_but_not_named_is_told_before_tensorflow_starts(tmp_path):
+def test_a_cluster_that_is_asked_for_but_not_named_is_an_error_before_tensorflow_starts(tmp_path):
     without = without_tensorflow(tmp_path) | {"TF_CONFIG": ""}
     wrong = ("run_trainer.py", "--distribution_strategy=multi_worker", "--use_synthetic_data")
     assert "needs TF_CONFIG" in error_of(*wrong, env=without)

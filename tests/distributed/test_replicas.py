@@ -158,7 +158,7 @@ def test_workers_lost_one_after_the_other_cost_no_more_than_the_way_from_the_las
     assert "step 60" in scored.stdout
 
 
-def test_sigterm_to_any_worker_saves_once_and_ends_all_and_one_device_goes_on(
+def test_sigterm_to_any_worker_saves_once_and_ends_all_and_one_device_resumes(
     data, alone, tmp_path
 ):
     workers = Workers(2, command(data, tmp_path))

@@ -38,7 +38,7 @@ def test_every_flag_of_a_program_is_listed_once(program):
     assert sorted(listed(f"python {started}")) == sorted(defined)
 
 
-def test_the_values_of_the_papers_recipe_are_told():
+def test_the_values_of_the_papers_recipe_are_listed():
     told = dict(
         re.findall(
             r"^\| `--(?:\[no\])?(\w+)` \| .*\(default: the recipe's; paper: ([^;)]+)[;)]",
@@ -62,7 +62,7 @@ def test_the_accuracies_in_the_recipes_help_are_those_of_the_results_page():
     assert RECIPE_NOTES.keys() == RECIPES.keys()
 
 
-def test_no_page_has_a_table_of_flags_beside_this_one():
+def test_no_page_has_a_table_of_flags_except_this_one():
     others = {name: page for name, page in PAGES.items() if name != "docs/flags.md"}
     for name, page in others.items():
         assert len(re.findall(r"^\| `--\w+`", page, re.M)) < 8, name

@@ -216,7 +216,7 @@ def figures_of(prefix: str, images: np.ndarray, labels: np.ndarray) -> dict:
     return numpy_figures(model, model.image_mean.numpy(), ImageSet(images, labels))
 
 
-def test_checkpoints_are_scored_in_turn_on_the_test_images(saved, folder):
+def test_checkpoints_are_evaluated_one_after_the_other_on_the_test_images(saved, folder):
     scores = list(score_checkpoints(read_all(saved), find(str(folder)), batch_size=8))
     assert [scored.checkpoint for scored in scores] == saved
     assert [scored.step for scored in scores] == [10, 20]
@@ -238,7 +238,7 @@ def test_holdout_and_the_images_trained_on_are_scored_apart(saved, folder, split
     assert_figures(scored.metrics, expected)
 
 
-def test_what_a_score_tells_people_and_programs_is_the_same(saved, folder):
+def test_text_and_json_of_a_score_are_the_same(saved, folder):
     (scored,) = score_checkpoints(read_all(saved[1:]), find(str(folder.parent)))
     report = scored.report()
     head, *figures = report.splitlines()
@@ -324,7 +324,7 @@ def test_labels_that_the_network_has_no_class_for_are_refused(saved, write_cifar
         )
 
 
-def test_a_run_on_generated_pictures_is_scored_without_a_path(tmp_path, monkeypatch):
+def test_a_run_on_synthetic_images_is_scored_without_a_path(tmp_path, monkeypatch):
     monkeypatch.setitem(SYNTHETIC_IMAGES, "test", 30)
     run = RunConfig(ModelConfig(num_layers=8), DataConfig("synthetic", synthetic.CLASS_NAMES))
     prefix = checkpoints.save(Trainer(run).checkpoint, str(tmp_path), 0)

@@ -67,7 +67,7 @@ DAMAGES: dict[str, Callable[[Path, Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("part", checkpoints.SUFFIXES)
-def test_a_damaged_file_is_told_of_and_the_checkpoint_before_it_taken(folder, part, damage, capsys):
+def test_a_damaged_file_is_reported_and_the_checkpoint_before_it_used(folder, part, damage, capsys):
     DAMAGES[damage](*(folder / f"model.ckpt-{step}{part}" for step in (30, 20)))
     if (part, damage) in ((".sha256", "missing"), (".sha256", "a byte short")):
         # the values themselves are whole, and are known to be
@@ -77,7 +77,7 @@ def test_a_damaged_file_is_told_of_and_the_checkpoint_before_it_taken(folder, pa
 
 
 @pytest.mark.parametrize("part", checkpoints.SUFFIXES)
-def test_a_file_that_may_not_be_read_is_told_of(folder, part, capsys, monkeypatch, as_nobody):
+def test_a_file_that_may_not_be_read_is_reported(folder, part, capsys, monkeypatch, as_nobody):
     (folder / f"model.ckpt-30{part}").chmod(0)
     # from within, as the folders above pytest's are closed to anybody else
     monkeypatch.chdir(folder)

@@ -75,7 +75,7 @@ def prefix(trainer, tmp_path_factory) -> str:
 # --- The trainer and the evaluator ----------------------------------------------------------------
 
 
-def test_a_training_that_fills_the_disk_goes_on_once_there_is_room(make_disk, write_cifar10):
+def test_a_run_that_fills_the_disk_resumes_once_there_is_room(make_disk, write_cifar10):
     data, disk = make_disk("4m", "data"), make_disk("3m")
     path = write_cifar10(parent=data.path)
     data.remount("ro")  # Training images are only read.
@@ -147,7 +147,7 @@ def test_a_chief_whose_disk_fills_up_says_so_and_its_workers_whom_they_lost(
     assert checkpoints.newest_intact(str(disk.path / "run"))[0]
 
 
-def test_summaries_that_do_not_fit_stop_the_training_in_a_sentence(make_disk):
+def test_summaries_that_do_not_fit_stop_the_run_with_a_one_line_error(make_disk):
     disk = make_disk("256k")
     disk.fill()
     with (
@@ -167,7 +167,7 @@ def test_summaries_that_do_not_fit_stop_the_training_in_a_sentence(make_disk):
         train()
 
 
-def test_an_output_that_does_not_fit_ends_in_a_sentence():
+def test_an_output_that_does_not_fit_ends_with_a_one_line_error():
     program = "from cifar10_resnet.cli.guard import exits_with_a_sentence\n"
     program += "@exits_with_a_sentence\ndef main():\n    {}\nexit(main())"
     for line in ("print(1, flush=True)", "import os; os.write(1, b'1')"):
@@ -217,7 +217,7 @@ def one_line(capsys) -> str:
 
 
 @pytest.mark.parametrize("spare", [0, 4096, 40_000])
-def test_pictures_that_do_not_fit_leave_nothing(make_disk, tmp_path, spare):
+def test_plots_that_do_not_fit_leave_nothing(make_disk, tmp_path, spare):
     rng = np.random.default_rng(0)
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -250,7 +250,7 @@ def test_generated_data_that_do_not_fit_leave_nothing(make_disk, spare, capsys):
 
 
 @pytest.mark.parametrize("where", ["archive", "data"])
-def test_a_download_that_does_not_fit_goes_on_once_there_is_room(
+def test_a_download_that_does_not_fit_resumes_once_there_is_room(
     make_disk, tmp_path, where, capsys, monkeypatch
 ):
     archive = replacing("test_batch.bin", batch(6, 60))

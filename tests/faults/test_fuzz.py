@@ -69,7 +69,7 @@ def edited(part: str, **fields: Any) -> str:
 @example(edited("model", num_classes=-1))
 @example("[" * 100_000)
 @example("1" * 10_000)
-def test_a_description_is_a_run_or_a_sentence(text):
+def test_a_description_is_a_run_or_a_one_line_error(text):
     run = result_or_sentence(RunConfig.from_json, text)
     if isinstance(run, str):
         return
@@ -157,7 +157,7 @@ def archives(draw: Any) -> bytes:
 
 @fuzzed
 @given(archives() | st.binary())
-def test_an_archive_is_refused_or_unpacked_into_its_own_files_alone(packed):
+def test_an_archive_is_refused_or_unpacked_only_into_its_own_files(packed):
     with tempfile.TemporaryDirectory() as top:
         folder = Path(top) / "in" / "data"
         folder.mkdir(parents=True)

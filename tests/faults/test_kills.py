@@ -4,7 +4,7 @@ import drill
 from conftest import random_images
 
 
-def test_a_run_killed_again_and_again_ends_with_the_bytes_of_one_left_alone(
+def test_a_run_killed_again_and_again_ends_with_the_bytes_of_one_left_unchanged(
     write_cifar10, tmp_path
 ):
     data = write_cifar10(random_images(80, seed=1))

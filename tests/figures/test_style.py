@@ -10,7 +10,7 @@ from cifar10_resnet.errors import UserError
 from cifar10_resnet.figures import style
 
 
-def test_a_picture_that_cannot_be_written_is_told_of_in_a_sentence(tmp_path):
+def test_a_plot_that_cannot_be_written_is_a_one_line_error(tmp_path):
     file = tmp_path / "missing" / "picture.png"
     told = re.escape(f"{file} cannot be written: No such file or directory.")
     with pytest.raises(UserError, match=told), style.picture(file, height=100, title=""):

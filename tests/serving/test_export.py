@@ -326,7 +326,7 @@ def test_an_export_that_does_not_fit_leaves_nothing(prefix, tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_wrong_flags_and_folders_are_told_before_tensorflow_is_imported(prefix, tmp_path):
+def test_wrong_flags_and_folders_are_errors_before_tensorflow_is_imported(prefix, tmp_path):
     environment = without_tensorflow(tmp_path)
     command = ("export", f"--ckpt_path={prefix}")
     assert "--export_dir" in run(*command, status=1, env=environment).stderr

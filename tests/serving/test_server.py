@@ -364,7 +364,7 @@ def with_pixel(value: str) -> bytes:
         (with_pixel("{}"), "0 to 255"),
     ],
 )  # fmt: skip
-def test_what_is_not_a_request_is_refused_in_a_sentence(server, body, fragment):
+def test_what_is_not_a_request_is_refused_with_a_one_line_error(server, body, fragment):
     assert fragment in server.refusal(PREDICT, body)
 
 
@@ -404,7 +404,7 @@ def png_header(width: int, height: int) -> bytes:
         (png_header(2000, 2000), "damaged"),
     ],
 )
-def test_what_is_not_a_photo_is_refused_in_a_sentence(server, photo_bytes, fragment):
+def test_what_is_not_a_photo_is_refused_with_a_one_line_error(server, photo_bytes, fragment):
     assert fragment in server.refusal("/classify", photo_bytes)
     request = {"signature_name": "serving_image_bytes", "instances": [in_json(photo_bytes)]}
     in_request = server.refusal(PREDICT, json.dumps(request).encode())
@@ -435,14 +435,14 @@ def test_a_request_that_is_long_in_unpacking_is_given_up(monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["aGk=", {"b64": 7}, {"b64": "a"}, {"b64": "ä"}, 5, None, []])
-def test_what_is_not_base64_is_refused_in_a_sentence(server, value):
+def test_what_is_not_base64_is_refused_with_a_one_line_error(server, value):
     good = in_json(encoded(photo(40, 40)))
     request = {"signature_name": "serving_image_bytes", "instances": [good, value]}
     assert "instance 1" in server.refusal(PREDICT, json.dumps(request).encode())
 
 
 @pytest.mark.parametrize("path", ["/classify", PREDICT])
-def test_a_request_over_the_limit_hears_so_after_it_was_sent(server, path):
+def test_a_request_over_the_limit_is_refused_after_it_was_sent(server, path):
     assert "larger than 16 MiB" in server.refusal(path, bytes(16 * MIB + 1), 413)
 
 

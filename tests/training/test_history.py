@@ -71,7 +71,7 @@ def test_the_record_that_a_killed_run_left_unfinished_is_left_out(tmp_path):
     assert lengths == {1}
 
 
-def test_a_damaged_file_is_refused_in_a_sentence(tmp_path):
+def test_a_damaged_file_is_refused_with_a_one_line_error(tmp_path):
     file = write(tmp_path, "train", {10: {"loss": 4.0}})
     damaged = bytearray(file.read_bytes())
     damaged[12:20] = b"\xff" * 8

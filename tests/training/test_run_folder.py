@@ -144,7 +144,7 @@ def test_the_lock_makes_the_folder_and_removes_what_a_killed_save_left(tmp_path)
         assert (tmp_path / "runs" / "two" / "deeper").is_dir()
 
 
-def test_a_refused_trainer_leaves_the_other_ones_save_alone(holder, tmp_path):
+def test_a_refused_trainer_leaves_the_other_trainers_save_unchanged(holder, tmp_path):
     holder()
     half_saved = tmp_path / "run" / ".saving" / "model.ckpt-10.index"
     half_saved.parent.mkdir()
@@ -260,7 +260,7 @@ def test_clean_of_a_run_that_was_stopped_before_its_first_save_works(tmp_path):
         run_folder.clean(str(tmp_path / "new"), str(tmp_path / "new" / "log"))
 
 
-def test_clean_leaves_a_copy_under_a_name_of_ones_own_alone(folder, tmp_path):
+def test_clean_leaves_a_copy_under_another_name_unchanged(folder, tmp_path):
     copies = [shutil.copy(prefix_of(folder, 30) + p, folder / f"model.ckpt-best{p}") for p in PARTS]
     run_folder.clean(str(folder), str(tmp_path))
     assert sorted(folder.iterdir()) == sorted(copies)
@@ -272,7 +272,7 @@ def test_clean_of_a_folder_that_is_missing_or_empty_is_no_mistake(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_clean_goes_on_where_it_was_interrupted(folder, tmp_path):
+def test_clean_resumes_where_it_was_interrupted(folder, tmp_path):
     logs = folder / "log"
     for writer in ("train", "eval"):
         (logs / writer).mkdir(parents=True)

@@ -51,7 +51,7 @@ def gradients_of(trainer: Trainer, batch) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_two_steps_are_those_of_momentum_with_l2_on_kernels_alone(nesterov):
+def test_two_steps_are_those_of_momentum_with_l2_only_on_kernels(nesterov):
     run = make_run(nesterov=nesterov, weight_decay=0.01, init_lr=0.05, num_iterations=64_000)
     trainer = Trainer(run)
     variables = trainer.model.trainable_variables
@@ -171,7 +171,7 @@ def test_what_is_logged_evaluated_or_saved_is_looked_at_once_before(
     ("data_format", "dtype"),
     [("channels_first", "fp32"), ("channels_first", "bf16"), ("channels_last", "fp16")],
 )
-def test_every_way_to_compute_goes_on_from_every_others_checkpoint(data_format, dtype, tmp_path):
+def test_every_way_to_compute_resumes_from_every_others_checkpoint(data_format, dtype, tmp_path):
     if data_format == "channels_first":
         skip_without_channels_first(dtype)
     run = make_run()
@@ -237,7 +237,7 @@ def test_several_steps_in_a_call_are_those_taken_one_by_one(tmp_path, small_synt
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_run_with_all_of_the_fast_recipe_resumes_bit_for_bit_wherever_it_stopped(
+def test_a_run_with_all_of_the_fast_recipe_resumes_bit_identically_from_any_step(
     tmp_path, small_synthetic
 ):
     run = make_run(**(RECIPES["fast"] | {"num_iterations": 9}))
@@ -339,7 +339,7 @@ def test_a_new_run_learns_the_classes_that_its_files_have(tmp_path):
         assert run.data.coarse_labels == bool(given.get("coarse_labels"))
 
 
-def test_a_resumed_run_knows_its_data_set_and_where_that_lies_by_default(tmp_path, monkeypatch):
+def test_a_resumed_run_finds_its_data_set_and_its_default_folder(tmp_path, monkeypatch):
     write_cifar100(tmp_path / "cifar-100-binary")
     monkeypatch.chdir(tmp_path)
     run = prepare({"dataset": "cifar100", "coarse_labels": True}, "run")

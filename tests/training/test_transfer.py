@@ -108,9 +108,7 @@ def test_the_network_is_the_pretrained_one_but_for_its_classes(pretrained, tmp_p
     )
 
 
-def test_a_networks_flags_may_be_repeated_and_the_batch_norms_decay_given_anew(
-    pretrained, tmp_path
-):
+def test_a_networks_flags_may_be_repeated_and_the_batch_norms_decay_changed(pretrained, tmp_path):
     given = {"num_layers": 11, "bottleneck": True, "shortcut_connections": False}
     given |= {"resnet_version": 1, "batch_norm_decay": 0.95}
     run, _, _ = resume.prepare_run(
@@ -191,7 +189,7 @@ def test_the_run_says_in_one_line_what_it_restored_and_what_not(pretrained, tmp_
 
 
 @pytest.mark.parametrize("recipe", ["paper", "fast"])
-def test_fine_tuning_changes_the_final_layer_alone_to_the_bit(pretrained, tmp_path, capsys, recipe):
+def test_fine_tuning_changes_only_the_final_layer(pretrained, tmp_path, capsys, recipe):
     saved = variables_in(checkpoints.find(pretrained).prefix)
     tuned = variables_in(start(tmp_path, pretrained, fine_tune=True, recipe=recipe))
     fresh = ResNet(**ORIGIN.model.arguments() | {"num_classes": 10})
@@ -323,7 +321,7 @@ def test_a_recomputed_mean_is_that_of_the_new_images(pretrained, tmp_path, means
 
 
 @pytest.mark.parametrize("recompute_mean", [False, True])
-def test_a_run_knows_its_images_again_whatever_mean_it_subtracts(
+def test_a_run_recognises_its_images_with_any_mean(
     pretrained, tmp_path, monkeypatch, recompute_mean
 ):
     start(tmp_path, pretrained, 3, recompute_mean=recompute_mean)
@@ -362,7 +360,7 @@ def test_a_contradiction_on_resuming_is_refused_with_both_values(pretrained, tmp
     start(tmp_path, pretrained, 2, **{name: value})
 
 
-def test_a_run_that_is_there_goes_on_and_says_that_the_pretrained_network_is_not_used(
+def test_an_existing_run_resumes_and_says_that_the_pretrained_network_is_not_used(
     pretrained, tmp_path, capsys
 ):
     alone = start(tmp_path / "alone", None, num_layers=8)
@@ -377,7 +375,7 @@ def test_a_run_that_is_there_goes_on_and_says_that_the_pretrained_network_is_not
         np.testing.assert_array_equal(value, values_in(both)[name], err_msg=name)
 
 
-def test_a_run_of_a_version_that_knew_no_pretrained_networks_goes_on(tmp_path):
+def test_a_run_of_a_version_without_pretrained_networks_resumes(tmp_path):
     prefix = start(tmp_path / "now", None, 5, num_layers=8)
     run = checkpoints.read(prefix).run
     parts = json.loads(run.to_json())
