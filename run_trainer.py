@@ -168,10 +168,11 @@ def _prepare(
 
 def _show(run: RunConfig, outcome: "Outcome", options: Options, dataset_name: str | None) -> None:
     """Prints how the run ended, and what to do next."""
-    title = f"{run.model.name}, step {outcome.step} of {run.training.num_iterations}"
+    title = f"{run.model.name}, step {outcome.step:,} of {run.training.num_iterations:,}"
     rows = dict(outcome.summary)
     if outcome.stopped_by:
-        name = signal.Signals(outcome.stopped_by).name
+        stopped_by = signal.Signals(outcome.stopped_by)
+        name = "Ctrl-C" if stopped_by == signal.SIGINT else stopped_by.name
         again = "the same command without --clean" if options.clean else "the same command"
         rows["stopped"] = f"by {name} (run {again} to resume)"
     words = [f"--ckpt_path={outcome.checkpoint}"]

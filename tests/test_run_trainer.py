@@ -155,7 +155,7 @@ def test_a_user_who_stops_a_run_begun_with_clean_is_advised_to_resume_without_it
     wait_for(process, "step 5/")
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=240)
-    stopped = "by SIGINT (run the same command without --clean to resume)"
+    stopped = "by Ctrl-C (run the same command without --clean to resume)"
     assert table_in(out)["stopped"] == stopped
 
 

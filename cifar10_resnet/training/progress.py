@@ -248,7 +248,7 @@ def opening(
         what = f"Fine-tuning the final layer of {run.model.name} ({trained})"
     lines = [
         f"{what} on {num_images:,} images ({run.data.dataset}):",
-        f"{run.training.num_iterations} steps of {run.training.batch_size} images"
+        f"{run.training.num_iterations:,} steps of {run.training.batch_size} images"
         f"{trainer.replicas.describe()}, recipe {run.training.recipe}, {options.dtype}, "
         f"{options.data_format}.",
         f"Checkpoints go to {options.ckpt_path}.",

@@ -9,6 +9,7 @@ from programs import PROGRAMS, in_terminal, run
 
 from cifar10_resnet.cli.app import help_text
 from cifar10_resnet.cli.flags import groups_of, names_of
+from cifar10_resnet.config import RECIPE_NOTES
 
 
 def answer(program: str, *flags: str, status: int = 1, **environment: str) -> str:
@@ -42,7 +43,11 @@ def test_help_gives_defaults_and_choices_and_asking_for_it_is_no_failure():
     assert "--batch_size Images per step, over all replicas (default: 128)" in flat
     assert "(default: the recipe's; paper: 0.1)" in flat
     assert "--[no]clean Delete the run in --ckpt_path and start again (default: false)" in flat
-    assert "--recipe <paper | one_cycle | fast>: Schedule" in flat
+    assert (
+        "--optimizer <momentum | muon>: Optimizer (default: the recipe's; paper: momentum)" in flat
+    )
+    for recipe, note in RECIPE_NOTES.items():
+        assert re.search(rf"^ +{recipe}: {note}$", shown, re.M)
 
 
 def test_absls_own_full_help_stays():
@@ -71,7 +76,7 @@ def test_absls_own_full_help_stays():
         (["--profile_steps=9"], "it must be a first and a last step, as in 100,110."),
         (["--profile_steps=0,3"], "it must be a first and a last step, as in 100,110."),
         (["--resnet_size=21"], "--resnet_size=21 is invalid: it must be 6n + 2. The nearest are"),
-        (["--seed"], "Missing value for flag --seed."),
+        (["--seed"], "--seed needs a value. Write --seed=value."),
         (["--quiet", "--verbose"], "--quiet and --verbose contradict. Use one of them."),
         (["--stop_threshold=1"], "needs evaluations. Add --epochs_between_evals=1."),
         (["--num_iterations=5", "--train_epochs=1"], "both set the length. Use one of them."),

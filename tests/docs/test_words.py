@@ -66,6 +66,14 @@ def messages(file: Path) -> Iterator[str]:
             yield node.value
 
 
+def errors(file: Path) -> Iterator[str]:
+    """Returns the texts of a module's user errors that are not about an argument."""
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        is_error = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError"
+        if is_error and len(node.args) == 1:
+            yield ast.unparse(node.args[0]).lstrip("rf").strip("'\"")
+
+
 def docstrings_and_comments(file: Path) -> Iterator[str]:
     """Returns the paragraphs of a module's docstrings, and its comments."""
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
@@ -85,6 +93,11 @@ def test_pages_are_plain(name):
 @pytest.mark.parametrize("file", PYTHON, ids=lambda file: file.stem)
 def test_messages_are_plain(file):
     assert_plain(messages(file))
+
+
+@pytest.mark.parametrize("file", PYTHON, ids=lambda file: file.stem)
+def test_errors_begin_with_what_was_typed_or_with_the_file(file):
+    assert [text for text in errors(file) if re.match(r"(cannot|there|name|give) ", text)] == []
 
 
 @pytest.mark.parametrize("folder", ["cifar10_resnet", "tests", "benchmarks", "docs"])
