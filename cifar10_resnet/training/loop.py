@@ -93,8 +93,12 @@ def reason_to_end(
     """Returns why there is no step left to take, or None if there is one."""
     step, length = trainer.steps_done, trainer.run.training.num_iterations
     if step >= agenda.last:
-        reason = "finished" if step >= length else "past --max_train_steps"
-        return f"This run is {reason}: step {step:,} of {length:,} ({resume_from})."
+        place = f"step {step:,} of {length:,} ({resume_from})"
+        if step < length:
+            return f"This run is past --max_train_steps: {place}. Use a larger number to resume it."
+        return (
+            f"This run is finished: {place}. Start another with a new --ckpt_path, or with --clean."
+        )
     if resume_from and evaluations.have_threshold and evaluations.reach_threshold():
         return f"This run has reached --stop_threshold: step {step:,} ({resume_from})."
     return None

@@ -127,7 +127,7 @@ def test_a_folder_that_may_not_be_read_is_named_with_the_reason(tmp_path, monkey
     folder.mkdir(mode=0)
     monkeypatch.chdir(tmp_path)
     with as_nobody():
-        assert "closed: Permission denied" in refusal("closed")
+        assert "closed cannot be read: Permission denied" in refusal("closed")
 
 
 def test_synthetic_images_lie_nowhere_and_need_no_path(tmp_path):
