@@ -143,7 +143,7 @@ def test_errors_that_need_no_network_come_without_importing_tensorflow(prefix, p
     checkpoint = f"--ckpt_path={prefix}"
     shown = run("classify", "--help", env=environment, cwd=photos).stdout
     assert "--saved_model" in shown
-    assert "Pass a network: either --ckpt_path or --saved_model." in stopped("big.jpg")
+    assert "No network given. Use either --ckpt_path or --saved_model." in stopped("big.jpg")
     assert "Pass a network: either" in stopped("big.jpg", checkpoint, "--saved_model=x")
     assert "--top" in stopped("big.jpg", checkpoint, "--top=0")
     assert "No photos given" in stopped(checkpoint)
