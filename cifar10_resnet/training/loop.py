@@ -95,7 +95,7 @@ def reason_to_end(
     if step >= agenda.last:
         place = f"step {step:,} of {length:,} ({resume_from})"
         if step < length:
-            return f"This run is past --max_train_steps: {place}. Use a larger number to resume it."
+            return f"This run is past --max_train_steps: {place}. Remove the flag to resume it."
         return (
             f"This run is finished: {place}. Start another with a new --ckpt_path, or with --clean."
         )
