@@ -69,8 +69,8 @@ class SavedNetwork:
         answer = {name: value.numpy() for name, value in outputs.items()}
         if not all(np.isfinite(value).all() for value in answer.values()):
             raise UserError(
-                "The network's output is not finite. Send pixels from 0 to 255, or export the "
-                "network again with --dtype=fp32."
+                "The network's output is not finite. Use another checkpoint, pixels from 0 to 255, "
+                "or --dtype=fp32."
             )
         return answer
 

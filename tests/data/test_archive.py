@@ -45,7 +45,10 @@ HOSTILE = {
     "huge tar note": (with_member("a", type=tarfile.XHDTYPE, size=1 << 40), "a size of"),
     "negative size": (with_member("a", size=-512), "a size of -512"),
     "empty batch": (replacing("test_batch.bin", b""), "is empty"),
-    "names of other classes": (replacing("batches.meta.txt", b"cat\ndog\n"), "contains 2 class names"),
+    "names of other classes": (
+        replacing("batches.meta.txt", b"cat\ndog\n"),
+        "contains 2 class names",
+    ),
     "half a record": (replacing("test_batch.bin", batch(6)[:-1]), "not a multiple of"),
     "label out of range": (replacing("data_batch_2.bin", b"\x0a" + bytes(3072)), "label 10"),
     "missing batch": (without("data_batch_4.bin"), "contains no"),

@@ -718,7 +718,9 @@ def test_a_photo_chosen_in_the_browser_is_shown_with_its_classes(server, browser
     assert browser.get_log("browser") == []  # the policy forbade nothing that the page needs
 
     page.part("file").send_keys(str(tmp_path / "notes.txt"))
-    assert eventually(lambda: page.said() == "This file is not a JPEG, PNG or BMP photo.")
+    assert eventually(
+        lambda: page.said() == "This file is not a JPEG, PNG or BMP photo. Convert it to JPEG."
+    )
     assert not page.part("answer").is_displayed()
 
 
@@ -874,7 +876,7 @@ def test_what_cannot_be_served_is_refused_before_tensorflow_is_imported(saved_mo
     assert "num_layers" in start(f"--saved_model={saved_model}", "--num_layers=20")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"port {port}" in start(f"--saved_model={saved_model}", f"--port={port}")
+        assert f"Port {port} on " in start(f"--saved_model={saved_model}", f"--port={port}")
     for host in ("no.such.host.invalid", "192.168.1..5"):
         assert host in start(f"--saved_model={saved_model}", f"--host={host}")
 
@@ -896,7 +898,7 @@ def test_a_damaged_saved_model_is_refused(saved_model, tmp_path, file, damage):
     folder = tmp_path / "damaged"
     shutil.copytree(saved_model, folder)
     (folder / file).write_bytes(damage((folder / file).read_bytes()))
-    with pytest.raises(UserError, match="may be damaged") as refused:
+    with pytest.raises(UserError, match="cannot be loaded") as refused:
         SavedNetwork(str(folder))
     assert str(folder) in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -910,5 +912,5 @@ def test_another_programs_saved_model_is_refused(tmp_path):
     tf.saved_model.save(tf.Module(), tmp_path / "empty")
     save_network(tmp_path / "other", names=NAMES[:3])
     for name in ("empty", "other"):
-        with pytest.raises(UserError, match="another program wrote the SavedModel"):
+        with pytest.raises(UserError, match="is another program's SavedModel"):
             SavedNetwork(str(tmp_path / name))
