@@ -15,7 +15,7 @@ def test_a_newcomers_commands_work_one_after_the_other(tmp_path):
         *("run_trainer.py", "--path=cifar-10-batches-bin", *SMALL, "--max_train_steps=6"),
         cwd=tmp_path,
     )
-    assert "64000 steps" in trained.stdout  # the paper's schedule
+    assert "64,000 steps" in trained.stdout  # the paper's schedule
     plain = run(
         *("run_trainer.py", "--path=cifar-10-batches-bin", *SMALL, "--max_train_steps=6"),
         "--shortcut_connections=False",

@@ -64,7 +64,7 @@ FAST = ONE_CYCLE | {
 # A smaller network for the recipes that are not the default.
 PLAIN8 = ("--num_layers=8", "--shortcut_connections=False")
 OF_PLAIN8 = {"num_layers": "8", "shortcut_connections": "False"}
-# Returns the learning rate after `step` steps. The paper's changes after 500, 32,000 and 48,000.
+# Learning rates by steps done. The paper changes the rate after 500, 32,000 and 48,000 steps.
 PAPER_RATES = {0: 0.01, 499: 0.01, 500: 0.1, 31_999: 0.1, 32_000: 0.01, 47_999: 0.01}
 PAPER_RATES |= {48_000: 0.001, 63_999: 0.001}
 # Up to the peak at a fifth of 16,000 steps, then down to almost nothing.
@@ -111,7 +111,7 @@ def test_a_recipe_has_its_values(data, tmp_path, flags, settings, rates):
         *("--max_train_steps=1", "--verbose"),
     ).stdout
     assert_settings(shown, settings)
-    assert f" lr {rates[0]:.4g} " in shown
+    assert f" lr {rates[0]:.4g}\n" in shown
 
     saved = checkpoints.read(str(tmp_path / "model.ckpt-1"))
     assert saved.step == 1
