@@ -193,7 +193,7 @@ def test_a_worker_with_other_flags_or_data_than_the_chief_is_refused(data, tmp_p
     for own, reason in (
         (
             ((), ("--init_lr=0.02",)),
-            "worker 1 .* has init_lr=0.02, worker 0 .* has init_lr=0.001",
+            "worker 1 .* has --init_lr=0.02, worker 0 .* has --init_lr=0.001",
         ),
         (((), (f"--path={other}",)), "worker 1 .* has SHA-256 of its training images="),
     ):
