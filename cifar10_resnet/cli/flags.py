@@ -138,9 +138,9 @@ class Flags:
         return {name: getattr(self, name) for name in sorted(names) if self._values[name].present}
 
     def in_common(self) -> dict[str, Any]:
-        """Returns the values that must be the same on all workers."""
+        """Returns the flags that must be the same on all workers, with their values."""
         items = self._items.values()
-        return {i.name: getattr(self, i.name) for i in items if not i.metadata.get("own")}
+        return {f"--{i.name}": getattr(self, i.name) for i in items if not i.metadata.get("own")}
 
     def worded(self, error: UserError) -> str:
         """Returns an error's sentence, with each flag under the name that was typed."""

@@ -144,7 +144,7 @@ class Replicas:
             names = [name for name in ours if theirs.get(name) != ours[name]]
             if names:
                 listed = [
-                    ", ".join(f"--{name}={values.get(name)}" for name in names)
+                    ", ".join(f"{name}={values.get(name)}" for name in names)
                     for values in (theirs, ours)
                 ]
                 raise UserError(
