@@ -110,8 +110,8 @@ class Format:
         if not least <= len(names) <= most:
             expected = most if least == most else f"{least} to {most}"
             raise UserError(
-                f"{file} contains {len(names)} class names, but {self.title} has {expected}. Use "
-                "the file of this data set."
+                f"{file} contains {len(names)} class names. Use a file of {self.title}, with "
+                f"{expected} names."
             )
         return names
 

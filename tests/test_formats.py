@@ -85,15 +85,15 @@ def test_another_number_of_class_names_is_refused(tmp_path, dataset, file, count
         write_names(tmp_path, file, count)
         text = names_refusal(dataset, tmp_path)
         assert str(tmp_path / file) in text
-        assert re.search(rf"names {count} classes where .* has {expected}:", text)
+        assert re.search(rf"contains {count} class names\. Use .* with {expected} names\.", text)
 
 
 def test_class_names_that_are_missing_or_no_text_are_refused(tmp_path):
     text = names_refusal("cifar100", tmp_path)
-    assert f"{tmp_path / 'fine_label_names.txt'}: No such file" in text
+    assert f"{tmp_path / 'fine_label_names.txt'} cannot be read: No such file" in text
     (tmp_path / "coarse_label_names.txt").write_bytes(b"\xff\xfe\x00cat")
     text = names_refusal("cifar100", tmp_path, coarse=True)
-    assert "coarse_label_names.txt: it is not UTF-8 text" in text
+    assert "coarse_label_names.txt is not UTF-8 text" in text
 
 
 @pytest.mark.parametrize("name", ["cat\x1b[31m", "cat\tdog", "\u202edog"])
