@@ -69,7 +69,8 @@ def main(flags: "Flags") -> int:
         )
         run, data = RunConfig.from_json(run), data or Dataset(*found)
         if options.verbose and replicas.is_chief:
-            print(table((run.settings() | dataclasses.asdict(options)).items()))
+            settings = run.settings() | dataclasses.asdict(options)
+            print(table((settings | {"log_per_iterations": options.steps_per_log(run)}).items()))
         with quietly(options.quiet):
             outcome = train(run, options, data, resume_from, replicas)
             if options.export_dir and replicas.is_chief and not outcome.stopped_by:

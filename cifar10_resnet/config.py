@@ -264,6 +264,9 @@ def refuse_contradictions(
 
 # --- How to start a run ---------------------------------------------------------------------------
 
+# Without --log_per_iterations, learning curves have enough points however short the run is.
+LEAST_LOGS, MOST_STEPS_PER_LOG = 20, 200
+
 
 @dataclass(frozen=True)
 class Options(Checked):
@@ -303,7 +306,13 @@ class Options(Checked):
     clean: bool = of_files(False, "Delete the run in --ckpt_path and start again")
     save_per_iterations: int = of_logging(1000, "Save a checkpoint every N steps", least=1)
     max_ckpts: int = of_logging(5, "Number of newest checkpoints to keep (negative: all)")
-    log_per_iterations: int = of_logging(200, "Log every N steps", also=("log_per_steps",), least=1)
+    log_per_iterations: int | None = of_logging(
+        None,
+        "Log every N steps",
+        also=("log_per_steps",),
+        least=1,
+        shown=f"{MOST_STEPS_PER_LOG}, or less for at least {LEAST_LOGS} logs",
+    )
     profile_steps: tuple[int, int] | None = of_logging(
         None,
         "Profile these steps for TensorBoard: FIRST,LAST",
@@ -395,3 +404,8 @@ class Options(Checked):
     def last_step(self, run: RunConfig) -> int:
         """Returns the step at which this start of a run ends."""
         return min(run.training.num_iterations, self.max_train_steps or run.training.num_iterations)
+
+    def steps_per_log(self, run: RunConfig) -> int:
+        """Returns the number of steps from one log of a run to the next."""
+        enough = max(1, self.last_step(run) // LEAST_LOGS)
+        return self.log_per_iterations or min(enough, MOST_STEPS_PER_LOG)

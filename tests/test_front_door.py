@@ -41,7 +41,7 @@ PAPER = {
     "fine_tune": "False",
     "dtype": "fp32",
     "loss_scale": "128.0",
-    "log_per_iterations": "200",
+    "log_per_iterations": "1",  # because --max_train_steps=1 ends it
     "save_per_iterations": "1000",
     "max_ckpts": "5",
     "epochs_between_evals": "0",

@@ -53,7 +53,7 @@ class Agenda:
     def __init__(self, run: RunConfig, options: Options, num_images: int, num_workers: int = 1):
         self.last = options.last_step(run)
         self._steps_per_call = options.steps_per_call
-        log = every(options.log_per_iterations)
+        log = every(options.steps_per_log(run))
         self._next = {
             "log": log,
             # It is due one step before a log, because the log shows the last step's gradients.

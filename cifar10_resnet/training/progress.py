@@ -18,6 +18,8 @@ from cifar10_resnet.training.trainer import Trainer
 
 # Networks for ImageNet have these depths too.
 IMAGENET_DEPTHS = (50, 152, 200)
+# The table at the end of a run has the mean training loss over its last logs: this many steps.
+STEPS_OF_RESULT = 200
 
 
 class Silent:
@@ -78,7 +80,7 @@ class Progress(Silent):
         self._summaries = Summaries(log_path)
         self._has_shown_run = False
         self._profile_steps, self._profiling = profile_steps, False
-        self._trained = (float("nan"), float("nan"), 0)  # last log: loss, accuracy, number of steps
+        self._trained: list[tuple[float, float, int]] = []  # last logs: loss, accuracy, steps
         self._evaluated: tuple[int, str, Metrics] | None = None  # its step, split and metrics
         self._started = self._logged_at = time.monotonic()
         self._first_step = self._logged_step = first_step
@@ -139,7 +141,9 @@ class Progress(Silent):
     ) -> None:
         """Records the mean training loss and accuracy since the last log."""
         rate = self._rate(self._logged_step, self._logged_at, step)
-        self._trained = loss, accuracy, step - self._logged_step
+        self._trained.append((loss, accuracy, step - self._logged_step))
+        while sum(steps for *_, steps in self._trained[1:]) >= STEPS_OF_RESULT:
+            del self._trained[0]
         self._logged_step, self._logged_at = step, time.monotonic()
         parts = [
             f"step {step}/{self._last_step}",
@@ -185,9 +189,11 @@ class Progress(Silent):
 
         `images` are the evaluated images.
         """
-        rows = {}
-        loss, accuracy, steps = self._trained
-        results = {"train_loss": loss, "train_accuracy": accuracy} if steps else {}
+        rows, results = {}, {}
+        if self._trained:  # --stop_threshold may end a run before its first log.
+            losses, accuracies, steps = zip(*self._trained, strict=True)
+            loss, accuracy = (np.average(v, weights=steps) for v in (losses, accuracies))
+            results = {"train_loss": loss, "train_accuracy": accuracy}
         if self._evaluated:
             at, split, metrics = self._evaluated
             best, best_at = self._best_evaluation(step)
@@ -196,9 +202,10 @@ class Progress(Silent):
             results |= {"loss": metrics.loss, "accuracy": metrics.accuracy, "best_accuracy": best}
             self._summaries.mistakes(at, images, metrics, self._run.data.class_names)
         self._summaries.results(step, results)
-        if steps:  # --stop_threshold may end a run before its first log.
+        if self._trained:
             rows["training"] = (
-                f"loss {loss:.4f}, accuracy {accuracy:.2%} on augmented images, last {steps} steps"
+                f"loss {loss:.4f}, accuracy {accuracy:.2%} on augmented images, "
+                f"last {sum(steps)} steps"
             )
         seconds = time.monotonic() - self._started
         rows["time"] = f"{duration(seconds)} for {step - self._first_step} steps"

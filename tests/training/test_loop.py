@@ -66,6 +66,27 @@ def test_evaluations_come_with_the_step_that_ends_an_epoch_and_with_the_last():
     assert [next_end(step, 35, 10) for step in (0, 3, 4, 6, 7)] == [4, 4, 7, 7, 11]
 
 
+def logs(length: int, **settings) -> list[int]:
+    """Returns the steps after which a run of so many steps logs."""
+    run = RunConfig(training=training_config({"num_iterations": length}))
+    agenda = Agenda(run, Options(ckpt_path="run", **settings), 50_000)
+    return [step for step in range(1, agenda.last + 1) if "log" in agenda.due(step)]
+
+
+def test_a_run_logs_at_least_twenty_times_by_default_and_every_200_steps_at_least():
+    assert logs(7) == [1, 2, 3, 4, 5, 6, 7]
+    assert logs(39) == list(range(1, 40))  # 39 / 20 is 1 and a rest
+    assert logs(40) == list(range(2, 41, 2))
+    assert logs(157) == [*range(7, 155, 7), 157]
+    assert logs(3_999) == [*range(199, 3_981, 199), 3_999]
+    assert logs(16_000) == list(range(200, 16_001, 200))
+
+
+def test_the_logs_are_counted_over_the_steps_of_this_start_and_a_given_interval_stays():
+    assert logs(64_000, max_train_steps=100) == list(range(5, 101, 5))
+    assert logs(40, log_per_iterations=25) == [25, 40]
+
+
 def test_a_profile_begins_before_its_first_step_and_ends_after_its_last():
     due = calls(profile_steps=(3, 4), log_per_iterations=100, steps_per_call=100)
     assert [call[0] for call in due] == ["2 to 2", "2 to 4", "6 to 10"]

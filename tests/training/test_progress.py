@@ -133,6 +133,17 @@ def test_the_results_are_those_of_the_whole_run_whatever_was_interrupted(tmp_pat
     assert str(tmp_path) in summary["curves"]
 
 
+def test_the_training_loss_in_the_table_is_a_mean_over_200_steps_however_often_they_are_logged(
+    tmp_path,
+):
+    with Progress(RunConfig(), 0, 330, 50, str(tmp_path)) as progress:
+        for step, loss in ((100, 8.0), (200, 4.0), (300, 2.0), (330, 1.0)):
+            progress.log_training(step, loss, loss / 8, 0.1, dict)
+        summary = progress.finish(330, "model.ckpt-330", None)
+    # The last 230 steps: (100 x 4 + 100 x 2 + 30 x 1) / 230 = 2.7391, and an eighth is 0.3424.
+    assert summary["training"] == "loss 2.7391, accuracy 0.3424 on augmented images, last 230 steps"
+
+
 def test_a_damaged_event_file_of_an_earlier_start_is_no_reason_to_fail_at_the_end(tmp_path):
     (tmp_path / "eval").mkdir()
     record = b"\x08\x00\x00\x00\x00\x00\x00\x00" + b"\xff" * 16
