@@ -3,7 +3,6 @@
 `python benchmarks/report.py FILE.json` prints a file's tables and draws its plot again.
 """
 
-import io
 import json
 import math
 import statistics
@@ -18,6 +17,7 @@ from cifar10_resnet import storage
 from cifar10_resnet.terminal import table
 
 DEPARTURE = 0.25
+TRAINING = {"train20": "ResNet-20", "train110": "ResNet-110"}  # the measures that the plot shows
 
 
 def summary(rounds: Sequence[float], reference: Sequence[float] | None = None) -> dict[str, Any]:
@@ -120,39 +120,32 @@ def save(results: dict[str, Any], file: Path) -> None:
 
 
 def draw(results: dict[str, Any], file: Path) -> None:
-    """Draws a panel of bars for each comparison, each contender relative to this project."""
+    """Draws how fast each contender trains, relative to this project. The rest is in the tables."""
     try:
-        import matplotlib
+        from cifar10_resnet.figures import style
     except ImportError:
         print("no plot: matplotlib is not installed (pip install matplotlib)")
         return
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     panels = [
-        (measure, group)
-        for measure in results["measures"].values()
-        for group in _groups(measure)
+        (f"{network}, {group[0]['name'].split()[-1]}", group)
+        for name, network in TRAINING.items()
+        for group in _groups(results["measures"].get(name, {}))
         if len(group) > 1
     ]
     if not panels:
-        print("no plot: nothing was compared")
+        print("no plot: the training speed was not compared")
         return
-    columns = min(2, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(6.6 * columns, 2.5 * rows), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, (measure, group) in zip(axes.flat, panels, strict=False):
-        _draw_panel(axis, measure, group)
     machine = results["machine"]
-    figure.suptitle(f"{machine['gpu'] or machine['processor']}, {results['date']}", fontsize=11)
-    content = io.BytesIO()
-    figure.savefig(content, dpi=130, format="png")
-    storage.new_file(file, content.getvalue())
-    print(f"plotted in {file}")
+    rows = math.ceil(len(panels) / 2)
+    with style.picture(
+        file,
+        height=94 + 190 * rows,
+        title="Training speed relative to this project: longer is faster",
+        subtitle=f"{machine['gpu'] or machine['processor']}, {results['date']}. "
+        "Lines: slowest to fastest round",
+    ) as figure:
+        for place, (title, group) in enumerate(panels, 1):
+            _draw_panel(figure.add_subplot(rows, min(2, len(panels)), place), title, group)
 
 
 def _groups(measure: dict[str, Any]) -> list[list[dict[str, Any]]]:
@@ -164,27 +157,23 @@ def _groups(measure: dict[str, Any]) -> list[list[dict[str, Any]]]:
     return list(groups.values())
 
 
-def _draw_panel(axis: Any, measure: dict[str, Any], group: Sequence[dict[str, Any]]) -> None:
-    inverses = [[1 / ratio for ratio in entry["ratios"]] for entry in group]
-    relative = [statistics.median(values) for values in inverses]
-    pairs = list(zip(relative, inverses, strict=True))
-    spread = [[v - min(values) for v, values in pairs], [max(values) - v for v, values in pairs]]
-    # Blue and orange of Okabe and Ito's palette also differ in lightness.
-    colours = ["#0072B2" if entry["is_reference"] else "#E69F00" for entry in group]
-    axis.barh(range(len(group)), relative, xerr=spread, color=colours, capsize=3, height=0.65)
-    axis.axvline(1, color="#555555", linewidth=0.8, zorder=0)
-    axis.set_yticks(range(len(group)), [entry["name"] for entry in group], fontsize=9)
-    axis.invert_yaxis()
-    reach = max(value + more for value, more in zip(relative, spread[1], strict=True))
-    axis.set_xlim(0, 1.45 * reach)
-    for place, (entry, value, more) in enumerate(zip(group, relative, spread[1], strict=True)):
-        text = f"{value:.2f}  ({number(entry['median'])} {measure['unit']})"
-        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        axis.text(value + more + 0.02 * reach, place, text, va="center", fontsize=8, bbox=behind)
-    axis.spines[["top", "right"]].set_visible(False)
-    better = "longer" if measure["more_is_better"] else "shorter"
-    axis.set_title(measure["title"], fontsize=10, loc="left")
-    axis.set_xlabel(f"relative to this project; {better} is better", fontsize=8)
+def _draw_panel(axes: Any, title: str, group: Sequence[dict[str, Any]]) -> None:
+    """Draws the speeds of one network in one precision, this project's in the accent colour."""
+    from cifar10_resnet.figures.style import ACCENT, INK, MUTED, SMALL, tint
+
+    for place, entry in enumerate(group):
+        speeds = [1 / ratio for ratio in entry["ratios"]]
+        speed, is_ours = statistics.median(speeds), entry["is_reference"]
+        axes.barh(place, speed, 0.7, color=ACCENT if is_ours else tint(MUTED, 0.4))
+        axes.hlines(place, min(speeds), max(speeds), color=INK, lw=1)
+        text = f"{speed:.2f}   {entry['median']:,.0f} images/s"
+        axes.text(max(speeds) + 0.03, place, text, va="center_baseline", fontsize=SMALL)
+    names = [entry["name"].rpartition(" ")[0] for entry in group]  # without the precision
+    axes.set_yticks(range(len(group)), names)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1.9), xticks=(0, 0.5, 1))
+    axes.grid(visible=False, axis="y")
+    axes.set_title(title)
 
 
 if __name__ == "__main__":

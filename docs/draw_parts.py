@@ -28,7 +28,7 @@ from cifar10_resnet.figures.diagram import (
     shape_text,
 )
 from cifar10_resnet.figures.style import (
-    GREEN,
+    ACCENT,
     INK,
     LARGE,
     MARGIN,
@@ -83,10 +83,11 @@ def draw_initial_convolution(network: Network, kernels: np.ndarray, file: Path) 
     row, column, number = 16, 20, 4  # the window's place, and the kernel and map that are shown
     window = centred[row - 1 : row + 2, column - 1 : column + 2]
 
-    title = f"The first convolution makes {maps} feature maps of a picture"
-    with picture(file, height=384, title=title) as figure:
+    title = f"The first convolution turns an image into {maps} feature maps"
+    subtitle = "Orange values are above zero, blue values are below zero"
+    with picture(file, height=408, title=title, subtitle=subtitle) as figure:
         diagram = Diagram(figure)
-        middle = 192
+        middle = 216
         diagram.image(80, middle, 112, image)
         diagram.arrow([(136, middle), (174, middle)])
         scale = 80 / side
@@ -111,15 +112,15 @@ def draw_initial_convolution(network: Network, kernels: np.ndarray, file: Path) 
                 diagram.grid(*place, 5, 1, INK)
                 diagram.arrow([(554, middle), (place[0] - 3, place[1])], zorder=7)
         for x, text, note in (
-            (80, "picture", shape_text(network.input_shape)),
-            (216, "its colours", "red, green, blue"),
+            (80, "image", shape_text(network.input_shape)),
+            (216, "colour channels", "red, green, blue"),
             (360, "window", f"{size}×{size}×{depth}, minus the mean"),
             (462, "kernel", f"{size}×{size}×{depth}"),
             (538, "sum", ""),
-            (742, f"{maps} feature maps", f"one a kernel, {shape_text(network.begin[0].shape)}"),
+            (742, f"{maps} feature maps", f"one per kernel, {shape_text(network.begin[0].shape)}"),
         ):
-            diagram.text(x, 342, text)
-            diagram.note(x, 360, note)
+            diagram.text(x, 366, text)
+            diagram.note(x, 384, note)
 
 
 def convolve(image: np.ndarray, kernels: np.ndarray) -> np.ndarray:
@@ -132,7 +133,7 @@ def convolve(image: np.ndarray, kernels: np.ndarray) -> np.ndarray:
 def draw_units(units: dict[str, Unit], file: Path) -> None:
     """Draws the kinds of units below each other, with equal parts at equal places."""
     left, wide, top, pitch = 262, 96, 112, 136
-    title = "A unit computes F(x), and a residual one adds it to x"
+    title = "A residual unit adds its input to F(x)"
     with picture(file, height=top + 3 * pitch + 66, title=title) as figure:
         diagram = Diagram(figure)
         for row, (kind, unit) in enumerate(units.items()):
@@ -153,12 +154,12 @@ def draw_shortcuts(network: Network, file: Path) -> None:
         diagram = Diagram(figure)
         for x, unit, heading in (
             (MARGIN, second, "Most units: the input itself"),
-            (462, first, "The first unit of all: the input after BN and ReLU"),
+            (462, first, "The first unit: the input after BN and ReLU"),
         ):
             diagram.text(x, 80, heading, weight="bold", ha="left")
             end = diagram.unit([(x, 170), (x + 32, 170)], unit, 96)
             diagram.arrow([(end, 170), (end + 30, 170)])
-        heading = "The first unit of a block that halves the picture and doubles the depth"
+        heading = "The first unit of a block that halves the maps and doubles the depth"
         diagram.text(MARGIN, 262, heading, weight="bold", ha="left")
         draw_reduction(diagram, 362, second.layers[-1].shape, *network.blocks[1][0].shortcut)
 
@@ -174,11 +175,11 @@ def draw_reduction(
     }
     x = draw_maps(diagram, x, y, shape)
     for layer, text in texts.items():
-        diagram.arrow([(x + 8, y), (x + 36, y)], GREEN, 1.6)
+        diagram.arrow([(x + 8, y), (x + 36, y)], ACCENT, 1.6)
         diagram.box(x + 91, y, 110, 46, text, layer.kind)
-        diagram.arrow([(x + 146, y), (x + 174, y)], GREEN, 1.6)
+        diagram.arrow([(x + 146, y), (x + 174, y)], ACCENT, 1.6)
         x = draw_maps(diagram, x + 184, y, layer.shape, layer.zeros)
-    diagram.arrow([(x + 54, y), (x + 86, y)], GREEN, 1.6)
+    diagram.arrow([(x + 54, y), (x + 86, y)], ACCENT, 1.6)
     diagram.add(x + 86 + RADIUS, y)
 
 
@@ -213,7 +214,7 @@ def draw_end(network: Network, file: Path) -> None:
     probabilities = np.exp(logits) / np.exp(logits).sum()
 
     y, height = 178, 208
-    title = "The last feature maps become the probabilities of the classes"
+    title = "From feature maps to class probabilities"
     with picture(file, height=374, title=title) as figure:
         diagram = Diagram(figure)
         diagram.maps(MARGIN, y + 50, 6 * shape[0], 1.5 * shape[2])
@@ -233,7 +234,7 @@ def draw_end(network: Network, file: Path) -> None:
             diagram.fan((left + 16, y - height / 2), (left + 16, y + height / 2), (right, row))
             diagram.bar(right, row, 22, height / classes, (logit - logits.min()) / np.ptp(logits))
             diagram.note(right + 226, row, name, ha="right")
-            diagram.bar(right + 232, row, 60 * share / probabilities.max(), 12, 0.4)
+            diagram.bar(right + 232, row, 60 * share / probabilities.max(), 12, 0.8, ACCENT)
         weights = f"{features}×{classes} weights, {classes} biases"
         for x, text, note in (
             (MARGIN + 62, "feature maps", shape_text(shape)),

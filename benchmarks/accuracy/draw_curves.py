@@ -1,29 +1,31 @@
-"""Draws the learning curves of the recorded runs, and skips missing runs.
+"""Draws the plots of the recorded runs, and skips missing runs.
 
 python benchmarks/accuracy/draw_curves.py --results_dir=benchmarks/accuracy --output_dir=files
 """
 
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.transforms import offset_copy
 
 import run_csv
 from cifar10_resnet.cli import app
+from cifar10_resnet.figures import lines
+from cifar10_resnet.figures.lines import End
 from cifar10_resnet.figures.style import (
-    BLUE,
+    ACCENT,
+    DASHED,
     INK,
     MUTED,
-    ORANGE,
-    PAPER,
+    SKY,
     SMALL,
     picture,
 )
@@ -33,7 +35,7 @@ from cifar10_resnet.terminal import PROJECT
 if TYPE_CHECKING:
     from cifar10_resnet.cli.flags import Flags
 
-HIGHEST_ERROR, LOWEST_ACCURACY = 30, 60  # percent; the axis grows if a run ends near or beyond
+HEIGHT, AXES_HEIGHT = 440, 300  # pixels
 PAPERS_ACCURACY = 91.25  # ResNet-20, in the first paper's table 6
 
 
@@ -46,8 +48,8 @@ class Look(NamedTuple):
 
 
 LAYERS_20, LAYERS_56, LAYERS_110 = (
-    Look("20 layers", ORANGE, "o"),
-    Look("56 layers", BLUE, "s"),
+    Look("20 layers", SKY, "o"),
+    Look("56 layers", ACCENT, "s"),
     Look("110 layers", INK, "^"),
 )
 RESIDUAL = {
@@ -56,10 +58,20 @@ RESIDUAL = {
     "resnet110-fast": LAYERS_110,
 }
 PLAIN = {"plain20-fast": LAYERS_20, "plain56-fast": LAYERS_56, "plain110-fast": LAYERS_110}
+RESIDUAL_BY_DEPTH = Look("residual networks", ACCENT, "o")
+PLAIN_BY_DEPTH = Look("plain networks", MUTED, "s")
+DEPTHS = {
+    "resnet20-fast-seed0": RESIDUAL_BY_DEPTH,
+    "resnet32-fast": RESIDUAL_BY_DEPTH,
+    "resnet44-fast": RESIDUAL_BY_DEPTH,
+    "resnet56-fast": RESIDUAL_BY_DEPTH,
+    "resnet110-fast": RESIDUAL_BY_DEPTH,
+    **dict.fromkeys(PLAIN, PLAIN_BY_DEPTH),
+}
 SPEED = {
-    "resnet20-paper": Look("paper's schedule", INK, "o"),
-    "resnet20-fast-seed2": Look("fast recipe, 41 epochs", BLUE, "s"),
-    "resnet20-fast-28-epochs": Look("fast recipe, 28 epochs", ORANGE, "^"),
+    "resnet20-paper": Look("paper's schedule", MUTED, "o"),
+    "resnet20-fast-seed2": Look("fast recipe, 41 epochs", INK, "s"),
+    "resnet20-fast-28-epochs": Look("fast recipe, 28 epochs", ACCENT, "^"),
 }
 
 Curve = tuple[np.ndarray, np.ndarray]
@@ -75,143 +87,140 @@ class Settings(Checked):
 
 def main(flags: "Flags") -> int:
     """Draws the plots."""
-    results, output = Path(flags.results_dir), Path(flags.output_dir)
-    for title, looks, file in (
-        ("Residual networks", RESIDUAL, "resnet.png"),
-        ("Plain networks", PLAIN, "plain.png"),
+    for name, looks, draw in (
+        ("depth.png", DEPTHS, draw_depths),
+        (
+            "resnet.png",
+            RESIDUAL,
+            partial(draw_learning, title="Residual networks: deeper is more accurate"),
+        ),
+        (
+            "plain.png",
+            PLAIN,
+            partial(draw_learning, title="Plain networks: deeper is less accurate"),
+        ),
+        ("speed.png", SPEED, draw_speed),
     ):
-        draw_errors(read_runs(results, looks, "step"), title, output / file)
-    draw_speed(read_runs(results, SPEED, "minutes"), output / "speed.png")
+        file = Path(flags.output_dir) / name
+        if runs := read_runs(Path(flags.results_dir), looks):
+            draw(runs, file=file)
+        else:
+            print(f"not drawn, because its runs do not exist: {file}")
     return 0
 
 
 class Run(NamedTuple):
-    """A run's look, its accuracy, and its columns with `nan` for missing values."""
+    """A run's name and look, its columns with `nan` for missing values, and its accuracy."""
 
+    name: str
     look: Look
     columns: dict[str, np.ndarray]
-    accuracy: float
+    accuracy: float  # the evaluator's, at the end: in fp32, not in the run's precision
 
-    def curve(self, x: str, y: str) -> Curve:
-        """Returns two columns, in the rows that have both values."""
-        both = np.stack([self.columns[x], self.columns[y]])
+    def curve(self, x: str, accuracy: str) -> Curve:
+        """Returns the rows that have both values: a column, and an accuracy in percent."""
+        both = np.stack([self.columns[x], 100 * self.columns[accuracy]])
         return tuple(both[:, np.isfinite(both).all(axis=0)])
 
+    @property
+    def style(self) -> dict[str, Any]:
+        return lines.look(self.look.colour, self.look.marker)
 
-def read_runs(folder: Path, looks: dict[str, Look], x: str) -> list[Run]:
-    """Returns the runs that exist and have test accuracies to draw against x."""
+
+def read_runs(folder: Path, looks: dict[str, Look]) -> list[Run]:
+    """Returns the runs that exist and have test accuracies."""
     runs = []
     for name, look in looks.items():
         file = folder / f"{name}.csv"
         if not file.exists():
-            print(f"left out: {file} is not there")
+            print(f"skipped: {file} does not exist")
             continue
         read = run_csv.read(file)
-        run = Run(look, read.columns | {"minutes": read.minutes}, read.accuracy)
-        if len(run.curve(x, "test_accuracy")[0]) and np.isfinite(run.accuracy):
+        columns = read.columns | {"minutes": read.minutes, "epoch": read.epochs}
+        run = Run(name, look, columns, read.accuracy)
+        if len(run.curve("minutes", "test_accuracy")[0]) and np.isfinite(run.accuracy):
             runs.append(run)
         else:
-            print(f"left out: {file} has no test accuracy")
+            print(f"skipped: {file} has no test accuracy")
     return runs
 
 
-def draw_errors(runs: Sequence[Run], title: str, file: Path) -> None:
-    """Draws the errors on training and test images over steps, as in the paper's plot."""
-    if not runs:
-        print(f"not drawn, for want of runs: {file}")
-        return
-    subtitle = "Error in percent by step. Thick: test images. Dashed: training batches"
-    with picture(file, height=440, title=title, subtitle=subtitle) as figure:
-        axes = figure.add_subplot()
+def draw_depths(runs: Sequence[Run], file: Path) -> None:
+    """Draws the accuracy at the end by depth: a line of residual and a line of plain networks."""
+    title = "Residual networks gain from depth, plain networks lose"
+    subtitle = "Test accuracy by number of layers, after 41 epochs of the recipe fast"
+    with picture(file, height=HEIGHT, title=title, subtitle=subtitle) as figure:
+        axes, ends = figure.add_subplot(), []
+        for look, above in ((RESIDUAL_BY_DEPTH, 8), (PLAIN_BY_DEPTH, -16)):
+            line = [run for run in runs if run.look == look]
+            layers = [int(re.search(r"\d+", run.name)[0]) for run in line]
+            accuracies = [100 * run.accuracy for run in line]
+            for x, y, run in zip(layers, accuracies, line, strict=True):
+                axes.plot(x, y, **run.style)
+                note(axes, f"{y:.1f}%", (x, y), (0, above), ha="center")
+            axes.plot(layers, accuracies, color=look.colour, lw=1.8)
+            ends += [End(look.label, layers[-1], accuracies[-1], run.style) for run in line[-1:]]
+        axes.set(xlabel="layers", xlim=(14, 114), xticks=[20, 32, 44, 56, 110])
+        set_percent(axes)
+        lines.label_ends(axes, ends, AXES_HEIGHT)
+
+
+def draw_learning(runs: Sequence[Run], title: str, file: Path) -> None:
+    """Draws the accuracy on training and test images over epochs."""
+    subtitle = "Accuracy by epoch. Thick lines: test images. Dashed lines: training batches"
+    with picture(file, height=HEIGHT, title=title, subtitle=subtitle) as figure:
+        axes, ends = figure.add_subplot(), []
         for run in runs:
-            steps, accuracy = run.curve("step", "train_accuracy")
-            axes.plot(steps, 100 * (1 - accuracy), color=run.look.colour, lw=0.9, ls=(0, (4, 2)))
-        text = "{}: {:.1f}%"
-        ends = [
-            draw_thick(axes, run, "step", lambda accuracy: 100 * (1 - accuracy), text)
-            for run in runs
-        ]
-        highest = max(HIGHEST_ERROR, *(1.5 * end.y for end in ends))
-        axes.set(xlabel="step", ylim=(0, min(highest, 100)))
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        label_ends(axes, ends)
+            axes.plot(*run.curve("epoch", "train_accuracy"), color=run.look.colour, **DASHED)
+            x, y = run.curve("epoch", "test_accuracy")
+            axes.plot(x, y, markevery=lines.marked(len(x)), **run.style)
+            text = f"{run.look.label}: {100 * run.accuracy:.1f}%"
+            ends.append(End(text, x[-1], 100 * run.accuracy, run.style))
+        axes.set(xlabel="epoch", xlim=(0, 1.01 * max(end.x for end in ends)))
+        set_percent(axes)
+        lines.label_ends(axes, ends, AXES_HEIGHT)
 
 
 def draw_speed(runs: Sequence[Run], file: Path) -> None:
     """Draws the test accuracy over time."""
-    if not runs:
-        print(f"not drawn, for want of runs: {file}")
-        return
-    title = "How soon ResNet-20 is how accurate"
-    subtitle = "Test accuracy in percent over minutes of training on two CPU cores"
-    with picture(file, height=440, title=title, subtitle=subtitle) as figure:
+    title = "ResNet-20: test accuracy over training time"
+    subtitle = "On two CPU cores. Accuracy varies until the learning rate is low"
+    # The lines end close together, so each label has its own place next to its line's end.
+    beside = ((0, 8, "right"), (9, 3, "left"), (-56, 16, "left"))
+    places = dict(zip(SPEED.values(), beside, strict=True))
+    with picture(file, height=HEIGHT, title=title, subtitle=subtitle) as figure:
         axes = figure.add_subplot()
-        text = "{}: {:.1f}%, {:,.0f} min"
-        ends = [
-            draw_thick(axes, run, "minutes", lambda accuracy: 100 * accuracy, text) for run in runs
-        ]
-        lowest = min(LOWEST_ACCURACY, *(end.y - 5 for end in ends))
-        axes.set(xlabel="minutes", ylim=(lowest, max(95, *(end.y + 2 for end in ends))))
-        paper = Look(f"ResNet-20 in the paper: {PAPERS_ACCURACY}%", MUTED, "_")
-        axes.axhline(PAPERS_ACCURACY, color=paper.colour, lw=0.9, ls=(0, (1, 2)))
-        label_ends(axes, [*ends, End(paper, 0, PAPERS_ACCURACY, paper.label)])
+        for run in runs:
+            x, y = run.curve("minutes", "test_accuracy")
+            axes.plot(x, y, markevery=lines.marked(len(x)), **run.style)
+            text = f"{run.look.label}: {100 * run.accuracy:.1f}% after {x[-1]:,.0f} min"
+            right, up, ha = places[run.look]
+            note(axes, text, (x[-1], y[-1]), (right, up), ha=ha, color=run.look.colour)
+        last = max(line.get_xdata().max() for line in axes.lines)
+        axes.axhline(PAPERS_ACCURACY, color=MUTED, lw=0.9, ls=(0, (1, 2)))
+        text = f"dotted: the paper's ResNet-20, {PAPERS_ACCURACY}%"
+        note(axes, text, (last, PAPERS_ACCURACY), (0, -14), ha="right", color=MUTED)
+        set_percent(axes)
+        axes.set(xlabel="minutes", xlim=(0, 1.01 * last), ylim=(30, 105))
 
 
-class End(NamedTuple):
-    """The end of a line, and its label."""
-
-    look: Look
-    x: float
-    y: float
-    text: str
-
-
-def draw_thick(axes: Axes, run: Run, x: str, y_of: Callable[[Any], Any], text: str) -> End:
-    """Draws `y_of` a run's test accuracy as a thick line with markers, and returns its end."""
-    x, accuracy = run.curve(x, "test_accuracy")
-    y = y_of(accuracy)
-    marks = [*range(0, len(x) - 1, max(1, len(x) // 8)), len(x) - 1]
-    axes.plot(x, y, lw=1.8, markevery=marks, **marker(run.look))
-    # The label has the evaluator's accuracy, as in the table: in fp32, not in the run's precision.
-    return End(run.look, x[-1], y[-1], text.format(run.look.label, y_of(run.accuracy), x[-1]))
+def note(axes: Axes, text: str, place: tuple[float, float], beside: tuple, **style: Any) -> None:
+    """Writes a small text next to a point, at a distance in points."""
+    axes.annotate(
+        text,
+        place,
+        beside,
+        textcoords="offset points",
+        fontsize=SMALL,
+        annotation_clip=False,
+        **style,
+    )
 
 
-def marker(look: Look) -> dict[str, Any]:
-    edge = {} if look.marker == "_" else {"mec": PAPER, "mew": 0.8}
-    return {"color": look.colour, "marker": look.marker, "ms": 5.5, **edge}
-
-
-def label_ends(axes: Axes, ends: Sequence[End]) -> None:
-    """Writes the labels on the right, as high as the lines end, or moved if two are level."""
-    right = max(end.x for end in ends)
-    axes.set_xlim(0, 1.01 * right)
-    bottom, top = axes.get_ylim()
-    beside = offset_copy(axes.transData, axes.figure, 14, units="points")
-    for end, y in zip(ends, spread([end.y for end in ends], (top - bottom) / 21), strict=True):
-        axes.plot(right, y, transform=beside, clip_on=False, **marker(end.look))
-        axes.annotate(
-            end.text,
-            (right, y),
-            (20, 0),
-            textcoords="offset points",
-            va="center_baseline",
-            fontsize=SMALL,
-        )
-
-
-def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Returns places near the values, in their order, at least `gap` apart."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    # Each value is lowered by the gaps below it. It stays there if it is no lower than the group
-    # before it. Otherwise, it joins that group, whose members share their mean.
-    together: list[list[float]] = []
-    for below, i in enumerate(order):
-        together.append([values[i] - gap * below])
-        while len(together) > 1 and mean(together[-2]) > mean(together[-1]):
-            together[-2:] = [together[-2] + together[-1]]
-    moved = [mean(group) for group in together for _ in group]
-    places = {i: moved[below] + gap * below for below, i in enumerate(order)}
-    return [places[i] for i in range(len(values))]
+def set_percent(axes: Axes) -> None:
+    """Makes an axis of accuracies, which is the same in all plots."""
+    axes.set(ylim=(0, 105), yticks=range(0, 101, 20))
+    axes.yaxis.set_major_formatter("{x:g}%")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,13 @@ class RunCsv(NamedTuple):
         return float(self.comments.get("test_accuracy", "nan"))
 
     @property
+    def epochs(self) -> np.ndarray:
+        """Returns the epochs at each row. The file lacks them in the rows of evaluations."""
+        steps, epochs = self.columns["step"], self.columns["epoch"]
+        written = np.isfinite(epochs) & (steps > 0)
+        return steps * np.median(epochs[written] / steps[written]) if written.any() else epochs
+
+    @property
     def minutes(self) -> np.ndarray:
         """Returns the minutes of training at each row, at the run's median pace.
 

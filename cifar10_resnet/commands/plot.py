@@ -1,6 +1,6 @@
 """Plots learning curves.
 
-python -m cifar10_resnet plot --run=runs/resnet20 --run=runs/plain20
+python -m cifar10_resnet plot --run=runs
 """
 
 import itertools
@@ -23,18 +23,18 @@ TAGS = ("loss", "error", "accuracy", "learning_rate", "images_per_second")
 @dataclass(frozen=True, kw_only=True)
 class Settings(Checked):
     run: tuple[str, ...] = setting(
-        help="Run folder (repeat the flag to compare runs)", group="Curves"
+        help="Run folder, or a folder of run folders (repeatable)", group="Curves"
     )
     tag: tuple[str, ...] = setting(
-        ("loss", "error"), "Quantity to plot (repeatable)", "Curves", choices=TAGS
+        ("loss", "accuracy"), "Quantity to plot (repeatable)", "Curves", choices=TAGS
     )
-    x: str = setting("step", "Horizontal axis", "Curves", choices=("step", "epoch"))
+    x: str = setting("epoch", "Horizontal axis", "Curves", choices=("epoch", "step"))
     output: str = setting(
         "curves.png",
-        "File to write: .png or .svg",
+        "File to write: .png, .svg or .pdf",
         "Output",
-        pattern=r"(?is).*\.(png|svg)",
-        meaning="a file that ends in .png or .svg",
+        pattern=r"(?is).*\.(png|svg|pdf)",
+        meaning="a file that ends in .png, .svg or .pdf",
     )
 
 
@@ -45,9 +45,9 @@ def main(flags: "Flags") -> int:
     kind = os.path.splitext(flags.output)[1][1:].lower()
     storage.refuse_unwritable_file(flags.output)
 
-    histories = dict(
-        zip(_names(flags.run), (_history(run, read_history) for run in flags.run), strict=True)
-    )
+    found = [pair for run in flags.run for pair in _histories(run, read_history)]
+    names = _names([run for run, _ in found])
+    histories = dict(zip(names, (history for _, history in found), strict=True))
 
     # Matplotlib is slow to import, so mistakes are reported first.
     from cifar10_resnet.figures.curves import curves_figure
@@ -70,14 +70,23 @@ def _names(runs: Sequence[str]) -> list[str]:
             return names
 
 
-def _history(run: str, read_history: Callable) -> list[dict[str, float]]:
-    if not os.path.isdir(run):
-        raise UserError("does not exist. Pass a run folder, such as runs/resnet20.", "run", run)
-    for log_path in (os.path.join(run, "log"), run):
-        if history := read_history(log_path):
-            return history
+def _histories(folder: str, read: Callable) -> list[tuple[str, list[dict[str, float]]]]:
+    """Returns a run folder with its history, or each run in a folder with its history."""
+    if not os.path.isdir(folder):
+        why = "does not exist. Pass a run folder, such as runs/resnet20."
+        raise UserError(why, "run", folder)
+    if history := _history(folder, read):
+        return [(folder, history)]
+    inside = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
+    if found := [(run, history) for run in inside if (history := _history(run, read))]:
+        return found
     why = "contains no learning curves. Pass a run folder, such as runs/resnet20."
-    raise UserError(why, "run", run)
+    raise UserError(why, "run", folder)
+
+
+def _history(run: str, read: Callable) -> list[dict[str, float]]:
+    """Returns a run's history. `run` is its folder, or the folder of its event files."""
+    return read(os.path.join(run, "log")) or read(run)
 
 
 if __name__ == "__main__":

@@ -1,69 +1,92 @@
 """Draws the learning curves of runs with Matplotlib, in the project's style."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import cycle, product
+from itertools import count
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.figures import lines
 from cifar10_resnet.figures.style import (
     BLUE,
     DASHED,
     GREEN,
     INK,
     ORANGE,
-    PAPER,
     PURPLE,
     SKY,
     picture,
     shortened,
 )
 
+TITLES = {
+    "loss": "Loss, on a logarithmic axis",
+    "error": "Error",
+    "accuracy": "Accuracy",
+    "learning_rate": "Learning rate",
+    "images_per_second": "Images per second",
+}
 
-def curves_figure(
-    histories: Mapping[str, Sequence[Mapping[str, float]]], tags: Sequence[str], x: str = "step"
-) -> Figure:
+Histories = Mapping[str, Sequence[Mapping[str, float]]]
+
+
+def curves_figure(histories: Histories, tags: Sequence[str], x: str = "epoch") -> Figure:
     """Returns a plot of the learning curves of runs, by name, as `training.history` reads them.
 
-    `tags` are tags of the event files, or "error". `x` is "step" or "epoch".
+    `tags` are tags of the event files, or "error". `x` is "epoch" or "step".
     """
-    rows = -(-len(tags) // 2)
-    looks = dict(zip(histories, _looks(), strict=False))
+    height = max(250, lines.LABEL * len(histories))  # of the axes of one tag
     with picture(
-        height=105 + 350 * rows + 20 * -(-len(histories) // 3),
+        height=110 + (height + 75) * len(tags),
         title="Learning curves",
-        subtitle="Dashed on training batches, with markers in evaluations",
+        subtitle="Thick lines with markers: evaluations. Dashed lines: training batches",
     ) as figure:
         for place, tag in enumerate(tags, 1):
-            axes = figure.add_subplot(rows, min(2, len(tags)), place)
-            for name, history in histories.items():
-                axes.plot(*_curve(history, "train", tag, x), color=looks[name]["color"], **DASHED)
-                over, values = _curve(history, "eval", tag, x)
-                axes.plot(over, values, markevery=max(1, len(over) // 8), **looks[name])
-            if not any(np.isfinite(line.get_xydata()).all(axis=1).any() for line in axes.lines):
+            axes = figure.add_subplot(len(tags), 1, place)
+            ends = _draw_tag(axes, histories, tag, x)
+            if not ends:
                 raise UserError(f"the event files of these runs say nothing of {tag} over {x}s.")
-            axes.set_title(tag.replace("_", " "))
-            axes.set_xlabel(x)
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=x == "step"))
-            axes.xaxis.set_major_formatter("{x:,.0f}" if x == "step" else "{x:g}")
-            if tag in ("loss", "error"):
-                axes.set_yscale("log")
-                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter("{x:g}%" if tag in ("error", "accuracy") else "{x:g}")
-        lines = [Line2D([], [], label=shortened(name, 40), **looks[name]) for name in histories]
-        figure.legend(handles=lines, loc="outside lower left", ncols=3, borderaxespad=1.6)
+            _set_axes(axes, tag, x)
+            lines.label_ends(axes, ends, height)
     return figure
+
+
+def _draw_tag(axes: Axes, histories: Histories, tag: str, x: str) -> list[lines.End]:
+    """Draws a tag of all runs, and returns where the lines end."""
+    ends = []
+    for (name, history), look in zip(histories.items(), _looks(), strict=False):
+        trained, tested = (_curve(history, writer, tag, x) for writer in ("train", "eval"))
+        axes.plot(*trained, color=look["color"], **DASHED)
+        axes.plot(*tested, markevery=lines.marked(len(tested[0])), **look)
+        for over, values in (tested, trained):
+            if len(over):
+                ends.append(lines.End(shortened(name, 30), over[-1], values[-1], look))
+                break
+    return ends
+
+
+def _set_axes(axes: Axes, tag: str, x: str) -> None:
+    axes.set_title(TITLES[tag])
+    axes.set_xlabel(x)
+    last = max(line.get_xdata().max(initial=0) for line in axes.lines)
+    axes.set_xlim(0, 1.01 * max(1, last))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    if tag == "loss":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}%" if tag in ("error", "accuracy") else "{x:,g}")
 
 
 def _curve(
     history: Sequence[Mapping[str, float]], writer: str, tag: str, x: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the steps or epochs of a tag, and its values. Accuracy and error are in percent."""
+    """Returns the epochs or steps of a tag, and its values. Accuracy and error are in percent."""
     column = f"{writer}_{'accuracy' if tag == 'error' else tag}"
     rows = [row for row in history if column in row]
     over, values = (np.array([row[key] for row in rows]) for key in ("step", column))
@@ -72,10 +95,13 @@ def _curve(
     if x == "epoch":
         epochs = (row["train_epoch"] / row["step"] for row in history if "train_epoch" in row)
         over = over * next(epochs, np.nan)
-    return over, values
+    finite = np.isfinite(over) & np.isfinite(values)
+    return over[finite], values[finite]
 
 
 def _looks() -> Iterator[dict[str, Any]]:
-    """Yields a style for each run: a new colour and, from the seventh run on, a new marker too."""
-    for marker, colour in cycle(product("os^Dv*", (BLUE, ORANGE, GREEN, PURPLE, INK, SKY))):
-        yield {"color": colour, "lw": 1.6, "marker": marker, "ms": 5, "mec": PAPER, "mew": 0.6}
+    """Yields a style for each run: neighbours differ in colour and in marker."""
+    colours, markers = (BLUE, ORANGE, GREEN, PURPLE, INK, SKY), "os^Dv*"
+    for number in count():
+        marker = markers[(number + number // len(colours)) % len(markers)]
+        yield lines.look(colours[number % len(colours)], marker)

@@ -15,15 +15,13 @@ from matplotlib.path import Path
 from cifar10_resnet.config import ModelConfig
 from cifar10_resnet.data.synthetic import make_split
 from cifar10_resnet.figures.style import (
+    ACCENT,
     BLUE,
-    GREEN,
     INK,
     LARGE,
     MUTED,
     NORMAL,
-    ORANGE,
     PAPER,
-    PURPLE,
     SMALL,
     VERMILLION,
     tint,
@@ -41,16 +39,8 @@ TEXTS = {
     "projection": "projection",
     "softmax": "softmax",
 }
-COLOURS = {
-    "convolution": BLUE,
-    "norm": ORANGE,
-    "relu": ORANGE,
-    "pool": GREEN,
-    "pad": GREEN,
-    "mean": PURPLE,
-    "projection": PURPLE,
-    "softmax": PURPLE,
-}
+ON_SHORTCUTS = ("pool", "pad")
+PALE, DARK = tint(MUTED, 0.08), tint(MUTED, 0.25)  # other layers: without and with weights
 SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, PAPER, VERMILLION])
 
 HEAD = 7  # length of an arrowhead
@@ -158,7 +148,8 @@ class Diagram:
 
     def box(self, x: float, y: float, width: float, height: float, text: str, kind: str) -> None:
         """Draws a layer as a box centred on a point. A narrow box has upright text."""
-        colour = COLOURS[kind]
+        colour = ACCENT if kind in ON_SHORTCUTS else MUTED
+        fill = DARK if kind in ("convolution", "projection") else PALE
         in_network = kind != "softmax"
         self._axes.add_patch(
             FancyBboxPatch(
@@ -166,7 +157,7 @@ class Diagram:
                 width,
                 height,
                 boxstyle="round,pad=0,rounding_size=4",
-                facecolor=tint(colour) if in_network else PAPER,
+                facecolor=tint(colour) if kind in ON_SHORTCUTS else fill if in_network else PAPER,
                 edgecolor=colour,
                 linewidth=1.1,
                 linestyle="-" if in_network else (0, (4, 2)),
@@ -190,14 +181,14 @@ class Diagram:
     def add(self, x: float, y: float) -> None:
         """Draws the circle with a plus in which a shortcut ends."""
         self._axes.add_patch(
-            Circle((x, y), RADIUS, facecolor=PAPER, edgecolor=GREEN, linewidth=1.6, zorder=4)
+            Circle((x, y), RADIUS, facecolor=PAPER, edgecolor=ACCENT, linewidth=1.6, zorder=4)
         )
         for dx, dy in ((5, 0), (0, 5)):
-            self.line([(x - dx, y - dy), (x + dx, y + dy)], GREEN, 1.6, zorder=5)
+            self.line([(x - dx, y - dy), (x + dx, y + dy)], ACCENT, 1.6, zorder=5)
 
     def tap(self, x: float, y: float) -> None:
         """Draws the dot where a shortcut starts."""
-        self._axes.add_patch(Circle((x, y), 3, facecolor=GREEN, edgecolor="none", zorder=4))
+        self._axes.add_patch(Circle((x, y), 3, facecolor=ACCENT, edgecolor="none", zorder=4))
 
     def line(
         self, points: Sequence[Point], colour: str = INK, width: float = 1.1, zorder: float = 2
@@ -294,18 +285,26 @@ class Diagram:
 
     def fan(self, *corners: Point) -> None:
         """Draws the lines from an edge to a point as one pale area."""
-        style = {"facecolor": PURPLE, "edgecolor": PURPLE, "linewidth": 0.4}
+        style = {"facecolor": MUTED, "edgecolor": MUTED, "linewidth": 0.4}
         self._axes.add_patch(Polygon(corners, alpha=0.06, zorder=1, **style))
 
-    def bar(self, left: float, y: float, width: float, height: float, share: float) -> None:
+    def bar(
+        self,
+        left: float,
+        y: float,
+        width: float,
+        height: float,
+        share: float,
+        colour: str = MUTED,
+    ) -> None:
         """Draws a rectangle. It is darker if `share` (0 to 1) is larger."""
         self._axes.add_patch(
             Rectangle(
                 (left, y - height / 2),
                 width,
                 height,
-                facecolor=tint(PURPLE, 0.1 + 0.8 * share),
-                edgecolor=PURPLE,
+                facecolor=tint(colour, 0.1 + 0.8 * share),
+                edgecolor=colour,
                 linewidth=min(0.6, height / 10),
                 zorder=4,
             )
@@ -349,7 +348,7 @@ class Diagram:
             )
             end = sum(spans[[layer.kind for layer in unit.layers].index("add")]) / 2
             self.tap(start, y)
-            self.arrow([(start, y), (start, top), (end, top), (end, y - RADIUS)], GREEN, 1.6)
+            self.arrow([(start, y), (start, top), (end, top), (end, y - RADIUS)], ACCENT, 1.6)
             if unit.shortcut:
                 text = ", ".join(element.text for element in elements(unit.shortcut))
                 self.box((start + end) / 2, top, 6 * len(text) + 10, 22, text, "pool")

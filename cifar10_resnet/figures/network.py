@@ -85,7 +85,8 @@ def draw(network: Network, files: Sequence[str | Path]) -> None:
         diagram.note(
             RIGHT,
             y,
-            "Below each layer: height × width × depth of its output\nBN: batch normalisation",
+            "Below each layer: height × width × depth of its output\nBN: batch normalisation"
+            + ("\nBlue: shortcuts" if network.config.shortcut_connections else ""),
             ha="right",
         )
         diagram.text(MARGIN, y - 36, "Image", weight="bold", ha="left")

@@ -26,6 +26,7 @@ INK, MUTED, RULE, PAPER = "#1f2328", "#57606a", "#d0d7de", "#ffffff"
 # These colours are Okabe and Ito's palette.
 BLUE, SKY, GREEN = "#0072B2", "#56B4E9", "#009E73"
 ORANGE, VERMILLION, PURPLE = "#E69F00", "#D55E00", "#CC79A7"
+ACCENT = BLUE  # for what a picture is about; the rest is grey
 
 STYLE = {
     "font.family": "DejaVu Sans",  # part of Matplotlib: the same on every machine
@@ -51,6 +52,13 @@ STYLE = {
     "legend.fontsize": SMALL,
 }
 
+# Without these entries of its metadata, a figure has the same bytes each time.
+UNDATED = {
+    "png": {"Software": None},
+    "svg": {"Date": None},
+    "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate")),
+}
+
 DASHED = {"lw": 0.9, "ls": (0, (4, 2))}
 
 
@@ -66,8 +74,7 @@ def picture(
 ) -> Iterator[Figure]:
     """Yields a figure of `height` pixels in the project's style, and then saves it to the files.
 
-    The same figure gives the same bytes. A failure leaves no half-written file. PNGs contain the
-    text of the figure as their description.
+    A failure leaves no half-written file.
     """
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure((WIDTH / 100, height / 100), facecolor="none", layout="constrained")
@@ -79,7 +86,8 @@ def picture(
         figure.text(MARGIN / WIDTH, 1 - 60.5 / height, subtitle)
         yield figure
         for file in map(Path, files):
-            _save(figure, file)
+            storage.new_file(file, encode(figure, file.suffix[1:]))
+            print(f"drew {file}")
 
 
 def _card(height: float, figure: Figure) -> FancyBboxPatch:
@@ -95,31 +103,23 @@ def _card(height: float, figure: Figure) -> FancyBboxPatch:
     )
 
 
-def _save(figure: Figure, file: Path) -> None:
-    kind = file.suffix[1:]
-    if kind == "pdf":
-        metadata = dict.fromkeys(("Creator", "Producer", "CreationDate"))
-    else:
-        words = (text.get_text() for text in figure.findobj(Text))
-        metadata = {"Software": None, "Description": " | ".join(filter(None, words))}
-    content = io.BytesIO()
-    figure.savefig(content, format=kind, dpi=200, metadata=metadata)
-    storage.new_file(file, content.getvalue())
-    print(f"drew {file}")
-
-
 def figure_to_png(figure: Figure, dpi: int = 200) -> bytes:
     """Returns a figure as a PNG file. At 200 dots per inch, it is 1,800 pixels wide."""
     return encode(figure, "png", dpi)
 
 
 def encode(figure: Figure, kind: str, dpi: int = 200) -> bytes:
-    """Returns a figure as a "png" or "svg" file. The same figure gives the same bytes."""
-    undated = {"png": {"Software": None}, "svg": {"Date": None}}[kind]
-    buffer = io.BytesIO()
+    """Returns a figure as a "png", "svg" or "pdf" file. The same figure gives the same bytes.
+
+    A PNG contains the text of the figure as its description.
+    """
+    metadata, buffer = dict(UNDATED[kind]), io.BytesIO()
+    if kind == "png":
+        words = (text.get_text() for text in figure.findobj(Text))
+        metadata["Description"] = " | ".join(filter(None, words))
     # Matplotlib makes some parts of a figure while it saves, and they need the style too.
     with matplotlib.style.context(["default", STYLE, {"svg.hashsalt": "resnet"}]):
-        figure.savefig(buffer, format=kind, dpi=dpi, metadata=undated)
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
     return buffer.getvalue()
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import tensorflow as tf
+from conftest import words_in
 from PIL import Image
 from programs import PROJECT, error_of, run, run_code
 
@@ -42,23 +43,42 @@ def test_runs_of_one_name_are_listed_apart_by_their_folders(tmp_path):
     for name in ("a/x/log", "b/x/log", "b/y/log"):
         write_events(tmp_path / name, 3)
     runs = ("--run=a/x", "--run=b/x/log", "--run=b/y/")
-    flags = (*runs, "--output=c.svg", "--tag=loss", "--x=epoch")
+    flags = (*runs, "--output=c.svg", "--tag=loss")
     assert run("plot", *flags, cwd=tmp_path).stdout == "drew c.svg\n"
     words = [f"<!-- {name} -->" for name in ("a/x", "b/x", "b/y", "epoch", "Learning curves")]
     drawn = (tmp_path / "c.svg").read_text(encoding="utf-8")
     assert all(word in drawn for word in words)
-    assert "<!-- error -->" not in drawn
+    assert "<!-- Accuracy -->" not in drawn
+
+
+def test_a_folder_of_runs_is_drawn_with_a_line_for_each_run_in_it(tmp_path):
+    for name in ("runs/plain8", "runs/resnet8", "other"):
+        write_events(tmp_path / name / "log", 3)
+    (tmp_path / "runs" / "photos").mkdir()  # not a run
+    run("plot", "--run=runs", "--run=other", "--output=c.png", cwd=tmp_path)
+    labels = {"plain8", "resnet8", "other", "photos", "runs"} & set(words_in(tmp_path / "c.png"))
+    assert labels == {"plain8", "resnet8", "other"}
+
+
+def test_the_plot_is_a_pdf_if_the_file_ends_so_and_is_the_same_each_time(tmp_path):
+    write_events(tmp_path / "a" / "log", 3)
+    for file in ("one.pdf", "two.PDF"):
+        run("plot", "--run=a", f"--output={file}", cwd=tmp_path)
+    drawn = (tmp_path / "one.pdf").read_bytes()
+    assert drawn.startswith(b"%PDF-")
+    assert drawn == (tmp_path / "two.PDF").read_bytes()
 
 
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ([], "--run is missing. Pass a run folder (repeat the flag to compare runs)."),
+        ([], "--run is missing. Pass a run folder, or a folder of run folders (repeatable)."),
         (["--run=none"], "--run=none does not exist"),
         (["--run=empty"], "--run=empty contains no learning curves"),
         (["--run=a", "--run=empty"], "--run=empty contains no learning curves"),
         (["--run=a", "--run=./a/log"], "the same run twice"),
-        (["--run=a", "--output=c.pdf"], "it must be a file that ends in .png or .svg."),
+        (["--run=.", "--run=a"], "the same run twice"),
+        (["--run=a", "--output=c.gif"], "it must be a file that ends in .png, .svg or .pdf."),
         (["--run=a", "--output=none/c.png"], "its folder does not exist"),
         (["--run=a", "--tag=learning_rate"], "say nothing of learning_rate"),
     ],

@@ -63,6 +63,16 @@ def test_every_link_leads_to_a_file_and_every_anchor_to_a_heading(name):
             assert anchor in anchors(PAGES[page]), f"{name} links to {link}"
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_the_text_for_a_picture_begins_with_its_kind_and_has_25_words_at_most(name):
+    page = PAGES[name]
+    found = re.findall(r"!\[(.*?)\]\(|<img[^>]*?alt=\"(.*?)\"", page, re.S)
+    assert len(found) == len(re.findall(r"!\[|<img", page))
+    for text in map("".join, found):
+        assert len(text.split()) <= 25, text
+        assert re.match(r"(Line charts?|Bar charts?|Diagram|Screenshot|Photo): ", text), text
+
+
 def test_the_makefiles_commands_have_flags_that_exist():
     makefile = (PROJECT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
     found = re.findall(r"^\t\$\(RUN\) (?:-m cifar10_resnet )?(\w+(?:\.py)?) (.*)$", makefile, re.M)

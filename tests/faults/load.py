@@ -17,13 +17,14 @@ sys.path.insert(0, str(PROJECT))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 import run_trainer  # noqa: E402
 from cifar10_resnet import checkpoints  # noqa: E402
 from cifar10_resnet.config import Options  # noqa: E402
 from cifar10_resnet.data import dataset  # noqa: E402
 from cifar10_resnet.evaluation.evaluator import score_checkpoints  # noqa: E402
-from cifar10_resnet.figures.style import BLUE, VERMILLION, picture  # noqa: E402
+from cifar10_resnet.figures.style import ACCENT, picture  # noqa: E402
 from cifar10_resnet.training import resume  # noqa: E402
 
 STEPS, EVERY, EVALUATIONS = 2_000, 20, 200
@@ -85,21 +86,25 @@ def growth(values: list[float]) -> float:
 
 
 def draw(runs: dict[str, list[Sample]], file: Path) -> None:
-    title = "Memory and open files over a long run"
-    subtitle = "Of one process that trains, evaluates and saves, and then evaluates anew 200 times."
-    with picture(file, height=320, title=title, subtitle=subtitle) as figure:
-        axes = figure.subplots(1, len(runs), sharey=True)
-        for axis, (what, samples) in zip(axes, runs.items(), strict=True):
+    """Draws memory above open files, each with its own axis, for each of the runs."""
+    title = "Memory and open files stay level over a long run"
+    subtitle = "One process trains, evaluates and saves. Then it evaluates 200 networks"
+    with picture(file, height=440, title=title, subtitle=subtitle) as figure:
+        grid = figure.subplots(2, len(runs), sharex="col", sharey="row")
+        for column, (what, samples) in zip(grid.T, runs.items(), strict=True):
             count = int(what.split()[0].replace(",", ""))
             places = np.linspace(count / len(samples), count, len(samples))
-            for values, name, colour, lift in (
-                ([s.megabytes for s in samples], "memory, MiB", BLUE, -16),
-                ([s.files for s in samples], "open files", VERMILLION, 6),
-            ):
-                axis.plot(places, values, color=colour)
-                place = {"xytext": (0, lift), "textcoords": "offset points", "ha": "right"}
-                axis.annotate(name, (places[-1], values[-1]), color=colour, **place)
-            axis.set(title=what, ylim=(0, None), xlim=(0, count))
+            for axes, values in zip(column, zip(*samples, strict=True), strict=True):
+                axes.plot(places, values, color=ACCENT)
+                axes.set(xlim=(0, count))
+            column[0].set_title(what)
+            column[-1].xaxis.set_major_formatter("{x:,.0f}")
+            column[-1].xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            column[-1].set_xlabel(what.split()[1].strip(",:"))
+        for axes, name in zip(grid[:, 0], ("memory in MiB", "open files"), strict=True):
+            axes.set_ylabel(name)
+            axes.set_ylim(0, 1.2 * axes.get_ylim()[1])
+            axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
 
 
 def main() -> int:
@@ -107,8 +112,8 @@ def main() -> int:
     dataset.SYNTHETIC_IMAGES = {"train": EVERY * BATCH, "test": 200}
     with tempfile.TemporaryDirectory() as folder:
         runs = {
-            f"{STEPS:,} steps, an evaluation and a checkpoint every {EVERY}": train(folder),
-            f"{EVALUATIONS} evaluations, each of a network of its own": evaluate(folder),
+            f"{STEPS:,} steps: evaluated and saved every {EVERY}": train(folder),
+            f"{EVALUATIONS} evaluations, each with a new network": evaluate(folder),
         }
     draw(runs, PROJECT / "files" / "load.png")
     failed = False
