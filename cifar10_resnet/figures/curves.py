@@ -39,7 +39,7 @@ def curves_figure(histories: Histories, tags: Sequence[str], x: str = "epoch") -
 
     `tags` are tags of the event files, or "error". `x` is "epoch" or "step".
     """
-    height = max(250, lines.LABEL * len(histories))  # of the axes of one tag
+    height = max(250, lines.LABEL * len(histories))  # pixels, for one tag
     with picture(
         height=110 + (height + 75) * len(tags),
         title="Learning curves",

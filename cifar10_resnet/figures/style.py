@@ -26,7 +26,7 @@ INK, MUTED, RULE, PAPER = "#1f2328", "#57606a", "#d0d7de", "#ffffff"
 # These colours are Okabe and Ito's palette.
 BLUE, SKY, GREEN = "#0072B2", "#56B4E9", "#009E73"
 ORANGE, VERMILLION, PURPLE = "#E69F00", "#D55E00", "#CC79A7"
-ACCENT = BLUE  # for what a picture is about; the rest is grey
+ACCENT = BLUE  # for the main thing that a plot or diagram shows; the rest is grey
 
 STYLE = {
     "font.family": "DejaVu Sans",  # part of Matplotlib: the same on every machine

@@ -1,4 +1,4 @@
-"""Pictures appear whole or not at all, and their labels are large enough to read."""
+"""A failed plot leaves no half-written file, and labels are large enough to read."""
 
 import errno
 import json
@@ -50,7 +50,7 @@ def test_every_label_of_a_picture_is_10_pixels_high_on_a_page_of_830(tmp_path, m
 
     def measure(figure: Figure, kind: str) -> bytes:
         texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
-        smallest = min(text.get_fontsize() for text in texts)  # in points, of which 72 are an inch
+        smallest = min(text.get_fontsize() for text in texts)  # in points: 72 are an inch
         pixels = smallest / 72 * 830 / figure.get_size_inches()[0]
         sizes[texts[0].get_text()] = pixels
         return b""

@@ -67,7 +67,7 @@ def test_evaluations_come_with_the_step_that_ends_an_epoch_and_with_the_last():
 
 
 def logs(length: int, **settings) -> list[int]:
-    """Returns the steps after which a run of so many steps logs."""
+    """Returns the steps after which a run of this length logs."""
     run = RunConfig(training=training_config({"num_iterations": length}))
     agenda = Agenda(run, Options(ckpt_path="run", **settings), 50_000)
     return [step for step in range(1, agenda.last + 1) if "log" in agenda.due(step)]
