@@ -127,15 +127,17 @@ def _draw(flags: "Flags", scored: "Scored", computed_in: str) -> None:
 
         from cifar10_resnet.evaluation import report
 
+        program, *arguments = sys.argv
+        lines = shlex.join(["python", program]), *map(shlex.quote, arguments)
         made = {
+            "command": " \\\n    ".join(lines),
             "evaluated": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-            "command": shlex.join(["python", *sys.argv]),
             "computed in": computed_in,
             "versions": f"Python {platform.python_version()}, TensorFlow {tf.__version__}, "
             f"NumPy {np.__version__}",
             "machine": platform.platform(),
         }
-        page = report.html(scored, plots, made)
+        page = report.html(scored, plots["calibration"], made)
         storage.new_file(flags.report, page.encode())
         print(f"wrote {flags.report}")
 

@@ -83,6 +83,12 @@ class ModelConfig(Checked):
         return dataclasses.asdict(self)
 
     @property
+    def title(self) -> str:
+        """Returns a name for headings: ResNet-20, Plain-56, ResNet-20 (version 1)."""
+        kind = "ResNet" if self.shortcut_connections else "Plain"
+        return f"{kind}-{self.num_layers}" + (" (version 1)" if self.resnet_version == 1 else "")
+
+    @property
     def name(self) -> str:
         """Returns a name for folders: resnet20, plain56, resnet164-bottleneck, resnet20-v1."""
         return (

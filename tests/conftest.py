@@ -18,8 +18,8 @@ for name in ("TF_CPP_MIN_LOG_LEVEL", "TF_CONFIG", "NO_COLOR", "TERM", "COLUMNS")
 # A suite in the background (`make test &` in a script) ignores Ctrl-C, and its commands would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The fixtures of the tests of the download.
-pytest_plugins = ["downloads"]
+# The fixtures of the tests of pages and of the download.
+pytest_plugins = ["browsers", "downloads"]
 
 TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 NOBODY = 65534

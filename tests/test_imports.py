@@ -38,7 +38,7 @@ STANDARD_LIBRARY_ALONE = (
 OWNERS = {
     "absl": ("cli",),
     "matplotlib": ("figures",),
-    "PIL": ("data.photos", "serving.server"),
+    "PIL": ("data.photos",),
     "tornado": ("serving.server", "commands.serve"),
     "tensorboard": ("training.summaries", "training.history"),
 }

@@ -117,12 +117,12 @@ def test_the_evaluator_writes_its_report_and_its_plots(tmp_path, write_cifar10):
     assert score["accuracy_interval"][0] <= score["accuracy"] <= score["accuracy_interval"][1]
     plots = sorted(path.name for path in (tmp_path / "new" / "plots").iterdir())
     assert plots == [
-        *("class_accuracy.png", "confusion_matrix.png", "mistakes.png", "reliability.png"),
+        *("calibration.png", "class_accuracy.png", "confusion_matrix.png", "mistakes.png"),
     ]
     for name in plots:
         assert f"drew new/plots/{name}" in out
         with Image.open(tmp_path / "new" / "plots" / name) as plot:
-            assert plot.width == 1800
+            assert plot.width == (840 if name == "calibration.png" else 1800)
     assert "wrote r.html" in out
     assert "wrote s.json" in out
     assert {path.name for path in tmp_path.iterdir()} == {

@@ -4,6 +4,7 @@ Pillow reads the photos, which come from anywhere. A photo's bytes, pixels and s
 counted before its pixels are unpacked, so memory and time stay bounded.
 """
 
+import base64
 import contextlib
 import io
 import os
@@ -106,6 +107,13 @@ def read_photo(encoded: bytes, name: str) -> np.ndarray:
             small = _middle(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
         turn = TURNS.get(_orientation(image))
     return np.array(small if turn is None else small.transpose(turn))
+
+
+def data_url(image: np.ndarray) -> str:
+    """Returns an image as the address of a PNG that a page can contain."""
+    png = io.BytesIO()
+    Image.fromarray(image).save(png, "PNG")
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
 @contextlib.contextmanager

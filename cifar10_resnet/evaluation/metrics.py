@@ -11,6 +11,7 @@ from cifar10_resnet.config import RunConfig
 from cifar10_resnet.terminal import table
 
 NUM_BINS = 15
+MISTAKES_SHOWN = 24
 
 
 class Calibration(NamedTuple):
@@ -50,7 +51,7 @@ def wilson_interval(
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     spread = z * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     spread /= 1 + z * z / count
-    return middle - spread, middle + spread
+    return np.clip(middle - spread, 0, 1), np.clip(middle + spread, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,11 @@ class Metrics:
         pairs = self.labels * self.num_classes + self.predictions
         counts = np.bincount(pairs, minlength=self.num_classes**2)
         return counts.reshape(self.num_classes, self.num_classes)
+
+    def most_confident_mistakes(self, most: int) -> np.ndarray:
+        """Returns the indices of up to `most` wrong predictions, the most confident first."""
+        wrong = np.flatnonzero(~self.correct)
+        return wrong[np.argsort(-self.confidences[wrong], kind="stable")][:most]
 
     @property
     def per_class_accuracy(self) -> list[float | None]:

@@ -8,7 +8,13 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from cifar10_resnet.evaluation.metrics import NUM_BINS, Metrics, calibration, wilson_interval
+from cifar10_resnet.evaluation.metrics import (
+    MISTAKES_SHOWN,
+    NUM_BINS,
+    Metrics,
+    calibration,
+    wilson_interval,
+)
 from cifar10_resnet.figures.style import (
     BLUE,
     DASHED,
@@ -26,19 +32,19 @@ from cifar10_resnet.figures.style import (
 PIXEL = 0.72  # points, at the style's 100 pixels per inch
 SMALLEST = 4.5  # points; readable, because files have twice the pixels
 
-MISTAKES_SHOWN, MISTAKES_IN_A_ROW = 24, 8
+MISTAKES_IN_A_ROW = 8
 
 
 def evaluation_figures(
     metrics: Metrics, images: np.ndarray, names: Sequence[str]
 ) -> dict[str, Figure]:
     """Returns the plots of an evaluation. The keys are file names without their ending."""
-    matrix, found = metrics.confusion_matrix, (metrics.labels, metrics.predictions)
+    matrix = metrics.confusion_matrix
     return {
         "confusion_matrix": confusion_matrix_figure(matrix, names),
         "class_accuracy": class_accuracy_figure(matrix, names),
-        "reliability": reliability_figure(metrics.confidences, metrics.correct),
-        "mistakes": mistakes_figure(images, *found, metrics.confidences, names),
+        "calibration": calibration_figure(metrics.confidences, metrics.correct),
+        "mistakes": mistakes_figure(metrics, images, names),
     }
 
 
@@ -88,87 +94,85 @@ def class_accuracy_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     overall = right.sum() / counts.sum()
     with picture(
         height=160 + len(names) * row,
-        title="Accuracy of each class",
+        title="Accuracy by class",
         subtitle=f"With 95% intervals. Dashed: {_percent(overall)}, the accuracy on all images",
     ) as figure:
         axes = figure.add_subplot()
         places = np.arange(len(names))
-        axes.barh(places, np.nan_to_num(shares[order]), 0.7, color=SKY)
-        axes.hlines(places, *wilson_interval(right[order], counted[order]), color=INK, lw=1)
+        low, high = wilson_interval(right[order], counted[order])
+        axes.hlines(places, low, high, color=SKY, lw=2.5)
+        axes.plot(shares[order], places, "o", color=BLUE, ms=5)
         axes.axvline(overall, color=MUTED, **DASHED)
         for place, i in enumerate(order):
             text = f"{_percent(shares[i])} of {counts[i]:,}" if counts[i] else "no images"
-            axes.text(1.01, place, text, fontsize=SMALL - 1, va="center_baseline")
+            axes.text(
+                *(1.01, place, text),
+                transform=axes.get_yaxis_transform(),
+                fontsize=SMALL - 1,
+                va="center_baseline",
+            )
         _name_ticks(axes, "y", [names[i] for i in order], row)
-        _percent_ticks(axes, "x")
+        _percent_ticks(axes, "x", np.nanmin(low))
         axes.set(ylim=(len(names) - 0.4, -0.6))
         axes.grid(False, axis="y")
     return figure
 
 
-def reliability_figure(confidences: np.ndarray, correct: np.ndarray) -> Figure:
-    """Returns a plot of the accuracy and the number of images in each bin of confidence."""
+def calibration_figure(confidences: np.ndarray, correct: np.ndarray) -> Figure:
+    """Returns a plot of the accuracy and the number of images in each bin of confidence.
+
+    It is narrow, so a telephone shows its text large enough.
+    """
     found = calibration(confidences, correct)
     edges = np.linspace(0, 1, NUM_BINS + 1)
     middles, width = (edges[1:] + edges[:-1]) / 2, 0.9 / NUM_BINS
     counted = np.where(found.counts, found.counts, np.nan)
-    subtitle = (
-        f"Calibration error {found.error:.4f}: the average gap between confidence and accuracy"
-    )
-    with picture(height=460, title="Calibration", subtitle=subtitle) as figure:
-        left, right = figure.subplots(1, 2)
-        left.set_title("Accuracy by confidence")
-        left.plot([0, 1], [0, 1], color=MUTED, **DASHED)
-        left.bar(middles, np.nan_to_num(found.accuracies), width, color=SKY, label="accuracy")
+    with picture(width=420, height=540, title="Accuracy by confidence") as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        upper.plot([0, 1], [0, 1], color=MUTED, **DASHED)
+        upper.bar(middles, np.nan_to_num(found.accuracies), width, color=SKY, label="accuracy")
         interval = wilson_interval(found.accuracies * counted, counted)
-        left.vlines(middles, *interval, color=INK, lw=1, label="95% interval")
+        upper.vlines(middles, *interval, color=INK, lw=1, label="95% interval")
         ends = middles - width / 2, middles + width / 2
-        left.hlines(found.confidences, *ends, color=VERMILLION, lw=2, label="mean confidence")
-        left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, columnspacing=1.2)
-        _percent_ticks(left, "y")
+        upper.hlines(found.confidences, *ends, color=VERMILLION, lw=2, label="mean confidence")
+        upper.set_ylabel("accuracy")
+        _percent_ticks(upper, "y")
 
-        right.set_title(f"Number of images, of {found.counts.sum():,}")
-        bars = right.bar(middles, found.counts, width, color=tint(BLUE, 0.5))
-        numbers = [f"{count:,}" if count else "" for count in found.counts]
-        right.bar_label(bars, numbers, padding=2, fontsize=SMALL - 2)
-        right.set(yscale="log", ylim=(0.5, 3 * found.counts.max()))
-        right.yaxis.set_major_formatter("{x:,.0f}")
-        for axes in (left, right):
-            _percent_ticks(axes, "x")
-            axes.set_xlabel("confidence")
+        lower.bar(middles, found.counts, width, color=tint(BLUE, 0.5))
+        lower.set(yscale="log", ylim=(0.5, 2 * found.counts.max()))
+        lower.yaxis.set_major_formatter("{x:,.0f}")
+        lower.set(ylabel="images", xlabel="confidence")
+        handles, labels = upper.get_legend_handles_labels()
+        below = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.5)}
+        lower.legend(handles, labels, ncols=3, columnspacing=1.2, handlelength=1.4, **below)
+        _percent_ticks(lower, "x", edges[np.flatnonzero(found.counts)[0]])
+        for axes in (upper, lower):
             axes.grid(False, axis="x")
     return figure
 
 
-def mistakes_figure(
-    images: np.ndarray,
-    labels: np.ndarray,
-    predictions: np.ndarray,
-    confidences: np.ndarray,
-    names: Sequence[str],
-) -> Figure:
+def mistakes_figure(metrics: Metrics, images: np.ndarray, names: Sequence[str]) -> Figure:
     """Returns a plot of up to MISTAKES_SHOWN mistakes, the most confident first."""
-    wrong = np.flatnonzero(labels != predictions)
-    shown = wrong[np.argsort(-confidences[wrong], kind="stable")][:MISTAKES_SHOWN]
+    shown = metrics.most_confident_mistakes(MISTAKES_SHOWN)
     rows = -(-len(shown) // MISTAKES_IN_A_ROW)
-    subtitle = f"All {len(labels):,} predictions are correct"
+    title = f"{len(shown)} most confident mistakes" if rows else "No mistakes"
+    subtitle = f"All {metrics.num_images:,} predictions are correct"
     if rows:
         subtitle = (
-            f"The {len(shown)} most confident of {len(wrong):,} mistakes. Above: prediction and "
-            "confidence. Below: true class."
+            f"Of {np.count_nonzero(~metrics.correct):,} mistakes. "
+            "Above: prediction and confidence. Below: true class."
         )
-    with picture(
-        height=100 + 154 * rows, title="Most confident mistakes", subtitle=subtitle
-    ) as figure:
+    with picture(height=100 + 154 * rows, title=title, subtitle=subtitle) as figure:
         for place, i in enumerate(shown, 1):
             axes = figure.add_subplot(rows, MISTAKES_IN_A_ROW, place, xticks=[], yticks=[])
             axes.imshow(images[i], interpolation="nearest")
             axes.spines[:].set_visible(False)
-            taken_for, label = (shortened(names[c], 16) for c in (predictions[i], labels[i]))
+            classes = metrics.predictions[i], metrics.labels[i]
+            predicted, true = (shortened(names[c], 16) for c in classes)
             small = {"fontsize": SMALL - 1}
-            sure = f"{taken_for}\n{100 * confidences[i]:.0f}%"
-            axes.set_title(sure, loc="center", pad=3, color=VERMILLION, **small)
-            axes.set_xlabel(label, labelpad=3, color=INK, **small)
+            above = f"{predicted}\n{100 * metrics.confidences[i]:.0f}%"
+            axes.set_title(above, loc="center", pad=3, color=VERMILLION, **small)
+            axes.set_xlabel(true, labelpad=3, color=INK, **small)
     return figure
 
 
@@ -185,10 +189,11 @@ def _name_ticks(
     axes.tick_params(axis=axis, length=0)
 
 
-def _percent_ticks(axes: Axes, axis: str) -> None:
-    axes.set(**{f"{axis}lim": (0, 1)})
+def _percent_ticks(axes: Axes, axis: str, least: float = 0) -> None:
+    """Labels an axis in percent, from the last multiple of 10% below `least`."""
+    axes.set(**{f"{axis}lim": (np.floor(10 * min(least, 0.9) + 1e-6) / 10, 1)})
     ticks = axes.xaxis if axis == "x" else axes.yaxis
-    ticks.set_major_formatter(PercentFormatter(1, symbol="%"))
+    ticks.set_major_formatter(PercentFormatter(1, decimals=0, symbol="%"))
 
 
 def _percent(share: float) -> str:

@@ -27,14 +27,6 @@ NARROWEST, WIDEST = 60, 104  # widths of a convolution
 Row = list[tuple[Unit, int]]  # each unit and the number of its repeats
 
 
-def title(network: Network) -> str:
-    """Returns the network's name."""
-    config = network.config
-    name = "ResNet" if config.shortcut_connections else "Plain"
-    version = ", version 1" if config.resnet_version == 1 else ""
-    return f"{name}-{config.num_layers}{version}"
-
-
 def subtitle(network: Network) -> str:
     """Returns the depth as a sum, and the number of parameters."""
     blocks, units = len(network.blocks), len(network.blocks[0])
@@ -80,7 +72,8 @@ def draw(network: Network, files: Sequence[str | Path]) -> None:
     pitch = 148 if network.config.shortcut_connections else 126
     y = FIRST
     height = FIRST + 4 * pitch + 62
-    with picture(*files, height=height, title=title(network), subtitle=subtitle(network)) as figure:
+    words = {"title": network.config.title, "subtitle": subtitle(network)}
+    with picture(*files, height=height, **words) as figure:
         diagram = Diagram(figure)
         diagram.note(
             RIGHT,

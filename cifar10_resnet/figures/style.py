@@ -70,30 +70,34 @@ def tint(colour: str, share: float = 0.2) -> tuple[float, float, float]:
 
 @contextlib.contextmanager
 def picture(
-    *files: str | os.PathLike, height: float, title: str, subtitle: str = ""
+    *files: str | os.PathLike,
+    height: float,
+    title: str,
+    subtitle: str = "",
+    width: float = WIDTH,
 ) -> Iterator[Figure]:
-    """Yields a figure of `height` pixels in the project's style, and then saves it to the files.
+    """Yields a figure in the project's style, and then saves it to the files.
 
-    A failure leaves no half-written file.
+    `width` and `height` are in pixels. A failure leaves no half-written file.
     """
     with matplotlib.style.context(["default", STYLE]):
-        figure = Figure((WIDTH / 100, height / 100), facecolor="none", layout="constrained")
+        figure = Figure((width / 100, height / 100), facecolor="none", layout="constrained")
         top = 78 if subtitle else 60
-        room = (20 / WIDTH, 16 / height, 1 - 40 / WIDTH, 1 - (top + 16) / height)
+        room = (20 / width, 16 / height, 1 - 40 / width, 1 - (top + 16) / height)
         figure.get_layout_engine().set(rect=room)
-        figure.add_artist(_card(height, figure))
-        figure.text(MARGIN / WIDTH, 1 - 38.5 / height, title, size=LARGE, weight="bold")
-        figure.text(MARGIN / WIDTH, 1 - 60.5 / height, subtitle)
+        figure.add_artist(_card(width, height, figure))
+        figure.text(MARGIN / width, 1 - 38.5 / height, title, size=LARGE, weight="bold")
+        figure.text(MARGIN / width, 1 - 60.5 / height, subtitle)
         yield figure
         for file in map(Path, files):
             storage.new_file(file, encode(figure, file.suffix[1:]))
             print(f"drew {file}")
 
 
-def _card(height: float, figure: Figure) -> FancyBboxPatch:
+def _card(width: float, height: float, figure: Figure) -> FancyBboxPatch:
     return FancyBboxPatch(
         (0.01, 0.01),
-        WIDTH / 100 - 0.02,
+        width / 100 - 0.02,
         height / 100 - 0.02,
         boxstyle="round,pad=0,rounding_size=0.08",
         facecolor=PAPER,
@@ -104,7 +108,7 @@ def _card(height: float, figure: Figure) -> FancyBboxPatch:
 
 
 def figure_to_png(figure: Figure, dpi: int = 200) -> bytes:
-    """Returns a figure as a PNG file. At 200 dots per inch, it is 1,800 pixels wide."""
+    """Returns a figure as a PNG file. At 200 dots per inch, it has twice its pixels."""
     return encode(figure, "png", dpi)
 
 

@@ -10,7 +10,6 @@ import base64
 import contextlib
 import ctypes
 import hashlib
-import io
 import os
 import re
 import resource
@@ -22,11 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tornado import httpserver, iostream, netutil, template, web
 from tornado.httputil import responses
 
-from cifar10_resnet.data.photos import read_photo
+from cifar10_resnet.data.photos import data_url, read_photo
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.serving import rest
 from cifar10_resnet.serving.saved_network import SavedNetwork
@@ -334,10 +332,8 @@ def _classify(network: SavedNetwork, encoded: bytes) -> dict[str, Any]:
     photo = read_photo(encoded, "This file")
     probabilities = network(photo[None])["probabilities"][0]
     best = np.argsort(-probabilities, kind="stable")[:SHOWN_CLASSES]
-    png = io.BytesIO()
-    Image.fromarray(photo).save(png, "PNG")
     return {
-        "seen": "data:image/png;base64," + base64.b64encode(png.getvalue()).decode(),
+        "seen": data_url(photo),
         "classes": [
             {"name": network.class_names[i], "probability": float(probabilities[i])} for i in best
         ],

@@ -95,3 +95,19 @@ def test_intervals_as_published():
     np.testing.assert_allclose(wilson_interval(81, 263), (0.2553, 0.3662), atol=5e-5)
     np.testing.assert_allclose(wilson_interval(0, 20), (0, 0.1611), atol=5e-5)
     np.testing.assert_allclose(wilson_interval(29, 29), (0.8830, 1), atol=5e-5)
+
+
+@pytest.mark.parametrize("count", [1, 3, 100, 1000, 10_000])
+def test_an_interval_stays_within_0_and_1(count):
+    for right in (0, count):
+        low, high = wilson_interval(right, count)
+        assert 0 <= low <= high <= 1
+        assert not np.signbit(low)  # it would be printed as -0.00%
+
+
+def test_the_most_confident_mistakes_come_first():
+    labels, predictions = np.array([0, 0, 1, 1, 2]), np.array([1, 0, 0, 2, 2])
+    confidences = np.array([0.6, 0.99, 0.8, 0.6, 0.95])
+    metrics = Metrics(1.0, 1.0, labels, predictions, confidences, 3)
+    assert metrics.most_confident_mistakes(9).tolist() == [2, 0, 3]
+    assert metrics.most_confident_mistakes(1).tolist() == [2]

@@ -11,6 +11,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
 
+from cifar10_resnet.evaluation.metrics import Metrics
 from cifar10_resnet.figures import evaluation
 from cifar10_resnet.figures.style import BLUE, VERMILLION, figure_to_png
 
@@ -38,8 +39,10 @@ def figures(classes: int) -> dict[str, Figure]:
     return {
         "confusion": evaluation.confusion_matrix_figure(matrix, names),
         "classes": evaluation.class_accuracy_figure(matrix, names),
-        "reliability": evaluation.reliability_figure(confidences, labels == predictions),
-        "mistakes": evaluation.mistakes_figure(images, labels, predictions, confidences, names),
+        "calibration": evaluation.calibration_figure(confidences, labels == predictions),
+        "mistakes": evaluation.mistakes_figure(
+            Metrics(0.1, 0.9, labels, predictions, confidences, classes), images, names
+        ),
     }
 
 
@@ -57,7 +60,7 @@ def test_every_word_is_within_the_picture_and_apart_from_the_others(classes, mon
         drawn.clear()
         with Image.open(io.BytesIO(figure_to_png(figure, dpi=100))) as picture:
             width, height = picture.size
-            assert width == 900
+            assert width == (420 if name == "calibration" else 900)
             assert abs(height - 100 * figure.get_figheight()) < 1  # rounded, or cut off
             whole = Bbox.from_extents(0, 0, *picture.size).padded(1)
         assert len(drawn) > 10
@@ -96,22 +99,30 @@ def test_the_classes_come_from_the_best_to_the_worst_with_their_shares():
     figure = evaluation.class_accuracy_figure(matrix, ["cat", "dog", "eel"])
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["eel", "cat", "dog"]
-    assert [bar.get_width() for bar in axes.patches] == [1, 0.75, 0]
+    (shares,) = (line.get_xdata() for line in axes.lines if line.get_marker() == "o")
+    np.testing.assert_array_equal(shares, [1, 0.75, np.nan])
     beside = [text.get_text() for text in axes.texts]
     assert beside == ["100.0% of 8", "75.0% of 4", "no images"]
     assert any("91.7%" in text for text in texts(figure)), "11 of 12"
 
 
-def test_the_reliability_shows_each_bin():
+@pytest.mark.parametrize(("right", "start"), [(9950, 0.9), (9000, 0.8), (8400, 0.8), (10, 0)])
+def test_the_accuracy_of_classes_starts_where_they_differ(right, start):
+    matrix = np.array([[right, 10000 - right], [10, 9990]])
+    axes = evaluation.class_accuracy_figure(matrix, ["cat", "dog"]).axes[0]
+    assert axes.get_xlim() == (start, 1)
+
+
+def test_the_calibration_shows_each_bin_and_starts_at_the_first_with_images():
     confidences = np.array([0.70, 0.71, 0.72, 0.73, 0.99, 0.99])
-    figure = evaluation.reliability_figure(confidences, np.array([1, 1, 1, 0, 1, 1], bool))
-    left, right = figure.axes
-    heights = [bar.get_height() for bar in left.patches]
+    figure = evaluation.calibration_figure(confidences, np.array([1, 1, 1, 0, 1, 1], bool))
+    upper, lower = figure.axes
+    heights = [bar.get_height() for bar in upper.patches]
     assert (len(heights), heights[10], heights[14], sum(heights)) == (15, 0.75, 1, 1.75)
-    assert [bar.get_height() for bar in right.patches if bar.get_height()] == [4, 2]
-    assert {"4", "2"} <= set(texts(figure))
-    # (4 * |0.75 - 0.715| + 2 * |1 - 0.99|) / 6
-    assert any("error 0.0267" in text for text in texts(figure))
+    assert [bar.get_height() for bar in lower.patches if bar.get_height()] == [4, 2]
+    # The bin of 0.70 starts at 0.67.
+    assert upper.get_xlim() == lower.get_xlim() == (0.6, 1)
+    assert upper.get_ylim() == (0, 1)
 
 
 def test_the_most_confident_mistakes_are_shown_first_and_no_more_than_fit():
@@ -120,19 +131,22 @@ def test_the_most_confident_mistakes_are_shown_first_and_no_more_than_fit():
     confidences = np.linspace(0.4, 0.99, 60)
     images = np.stack([np.full((32, 32, 3), i, np.uint8) for i in range(60)])
     names = ["cat", "dog", "eel"]
-    figure = evaluation.mistakes_figure(images, labels, predictions, confidences, names)
+    metrics = Metrics(0.1, 1.0, labels, predictions, confidences, 3)
+    figure = evaluation.mistakes_figure(metrics, images, names)
     shown = [int(axes.images[0].get_array()[0, 0, 0]) for axes in figure.axes]
     assert shown == list(range(29, 5, -1))
     first = figure.axes[0]
     assert first.get_title(loc="center") == "cat\n69%"
     assert first.get_xlabel() == "eel"
-    assert any("The 24 most confident of 30 mistakes" in text for text in texts(figure))
+    assert "24 most confident mistakes" in texts(figure)
+    assert any(text.startswith("Of 30 mistakes.") for text in texts(figure))
 
 
 def test_without_mistakes_the_picture_says_so():
     labels = np.zeros(5, int)
     images = np.zeros((5, 32, 32, 3), np.uint8)
-    figure = evaluation.mistakes_figure(images, labels, labels, np.ones(5), ["cat"])
+    metrics = Metrics(0.0, 1.0, labels, labels, np.ones(5), 2)
+    figure = evaluation.mistakes_figure(metrics, images, ["cat", "dog"])
     assert "All 5 predictions are correct" in texts(figure)
     assert figure_to_png(figure)
 

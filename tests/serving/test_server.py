@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browsers import page_width, show_as_on_a_phone
 from conftest import random_images
 from PIL import Image
 from programs import PROJECT, run, run_code, without_tensorflow
@@ -642,24 +643,8 @@ def test_hundreds_of_requests_at_once_are_all_answered_and_add_no_memory(server,
     assert server.memory() <= 1.05 * before
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[webdriver.Chrome]:
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("no Chromium with its driver is installed (on Debian: chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for switch in (
-        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"),
-        *("disable-background-networking", "disable-component-update", "disable-sync"),
-        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ):
-        options.add_argument(f"--{switch}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
+def percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.0005 else "< 0.1%"
 
 
 class Page:
@@ -675,13 +660,12 @@ class Page:
     def said(self) -> str:
         """Returns the text of the page when it has an answer."""
         message = self.part("message")
-        assert eventually(lambda: message.text not in ("", "Looking …"))
+        assert eventually(lambda: message.text not in ("", "Classifying …"))
         return message.text
 
     def assert_shows(self, answer: dict) -> None:
         best = answer["classes"][0]
-        percent = "{:.1%}".format
-        assert self.said().endswith(f"{best['name']}, {percent(best['probability'])}")
+        assert self.said() == f"{best['name']}, {percent(best['probability'])}"
         seen = self.part("seen")
         assert seen.get_attribute("src") == answer["seen"]
         assert seen.get_attribute("naturalWidth") == "32"
@@ -745,19 +729,39 @@ def test_a_photo_may_be_dropped_or_pasted(server, browser, kind, carrier):
     page.assert_shows(server.post("/classify", upload)[1])
 
 
+def test_a_class_that_is_almost_impossible_has_less_than_a_tenth_of_a_percent(server, browser):
+    page = Page(browser, server)
+    shares = {"cat": 0.998, "dog": 0.0011, "eel": 0.0004, "fox": 0.0}
+    classes = [{"name": name, "probability": share} for name, share in shares.items()]
+    browser.execute_script(
+        "show(arguments[0]); part('answer').hidden = false", {"seen": "data:,", "classes": classes}
+    )
+    rows = [row.text.split("\n") for row in page.part("classes").find_elements("tag name", "li")]
+    assert rows == [["cat", "99.8%"], ["dog", "0.1%"], ["eel", "< 0.1%"], ["fox", "< 0.1%"]]
+
+
+def test_the_page_says_so_if_the_server_is_gone_or_the_photo_too_large(
+    saved_model, browser, tmp_path
+):
+    (tmp_path / "photo.png").write_bytes(encoded(photo(50, 60)))
+    (tmp_path / "large.png").write_bytes(bytes(16 * MIB + 1))
+    with running(saved_model, tmp_path / "log") as server:
+        page = Page(browser, server)
+    page.part("file").send_keys(str(tmp_path / "photo.png"))
+    assert page.said() == "Cannot reach the server. Check that it is still running."
+    page.part("file").send_keys(str(tmp_path / "large.png"))
+    assert eventually(lambda: page.said() == "This photo is larger than 16 MiB.")
+
+
 def test_the_page_fits_a_phone_and_follows_the_scheme(server, browser, tmp_path):
     (tmp_path / "photo.png").write_bytes(encoded(photo(50, 60)))
     backgrounds = set()
     for scheme in ("light", "dark"):
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-        phone = {"width": 320, "height": 600, "deviceScaleFactor": 2, "mobile": True}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+        show_as_on_a_phone(browser, 320, scheme)
         page = Page(browser, server)
         page.part("file").send_keys(str(tmp_path / "photo.png"))
         page.said()
-        width = browser.execute_script("return document.documentElement.scrollWidth")
-        assert width == 320
+        assert page_width(browser) == 320
         body = browser.find_element("tag name", "body")
         backgrounds.add(body.value_of_css_property("background-color"))
     assert len(backgrounds) == 2
