@@ -234,6 +234,8 @@ def test_the_page_fits_a_phone_and_is_light_on_paper(browser, tmp_path, classes)
     show_as_on_a_phone(browser, 390, "dark")
     browser.get((tmp_path / "report.html").as_uri())
     assert page_width(browser) == 390
+    # The plot's smallest text is 8 points: 11 pixels at the full width, and 9 or more here.
+    assert browser.find_element("class name", "plot").size["width"] / 420 * 8 / 0.72 > 9
     assert browser.get_log("browser") == []  # the policy forbade nothing that the page needs
     colour = "return getComputedStyle(document.documentElement).getPropertyValue('--page')"
     assert browser.execute_script(colour) == "#0f1216"
