@@ -96,7 +96,7 @@ def _confusion(matrix: np.ndarray, names: Sequence[str]) -> str:
     # The square root makes a few mistakes among hundreds visible.
     shades = np.sqrt(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1))
     rows = "\n".join(
-        f'<tr><th scope="row">{escape(name)}</th>'
+        f'<tr><th scope="row">{_name(name)}</th>'
         + "".join(_count(matrix[i, j], shades[i, j], i == j) for j in range(len(names)))
         + "</tr>"
         for i, name in enumerate(names)
@@ -144,8 +144,8 @@ def _mistakes(scored: Scored) -> str:
         return f"<h2>No mistakes</h2>\n<p>All {metrics.num_images:,} predictions are correct.</p>"
     mistakes = "\n".join(
         f'<li><img src="{data_url(scored.images[i])}" alt="" width="32" height="32">'
-        f"<b>{escape(names[metrics.predictions[i]])} {100 * metrics.confidences[i]:.0f}%</b>"
-        f"<span>{escape(names[metrics.labels[i]])}</span></li>"
+        f"<b>{_name(names[metrics.predictions[i]])} {100 * metrics.confidences[i]:.0f}%</b>"
+        f"<span>{_name(names[metrics.labels[i]])}</span></li>"
         for i in shown
     )
     return (
@@ -207,7 +207,7 @@ def _table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) ->
     body = "\n".join(
         "<tr>"
         + "".join(
-            f'<td class="{look}">{escape(cell)}</td>'
+            f'<td class="{look}">{_name(cell)}</td>'
             for (_, look), cell in zip(columns, row, strict=True)
         )
         + "</tr>"
@@ -217,6 +217,11 @@ def _table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) ->
         f'<div class="table" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody>\n</table></div>"
     )
+
+
+def _name(name: str) -> str:
+    """Returns the name of a class, which may continue in a new line after an underscore."""
+    return escape(name).replace("_", "_<wbr>")
 
 
 def _plain(value: Any) -> str:

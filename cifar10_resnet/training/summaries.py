@@ -95,10 +95,7 @@ class Summaries:
             return
         from cifar10_resnet.figures import evaluation, style
 
-        figure = evaluation.mistakes_figure(
-            images, metrics.labels, metrics.predictions, metrics.confidences, names
-        )
-        png = style.figure_to_png(figure, DPI)
+        png = style.figure_to_png(evaluation.mistakes_figure(metrics, images, names), DPI)
         text = "The most confident mistakes."
         self._pixels("eval", step, "mistakes", tf.io.decode_png(png), text)
 

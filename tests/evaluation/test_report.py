@@ -18,7 +18,7 @@ from cifar10_resnet.figures.style import figure_to_png
 
 NAMES = ("cat", "<script>alert(1)</script>", '"eel" & $title')
 LONG_NAMES = tuple(f"large_man-made_outdoor_thing_{i}" for i in range(100))
-VOID = {"meta", "img", "br", "link"}
+VOID = {"meta", "img", "br", "link", "wbr"}
 
 
 class Page(html.parser.HTMLParser):
