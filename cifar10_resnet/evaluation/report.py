@@ -125,6 +125,8 @@ def _most_frequent_confusions(matrix: np.ndarray, names: Sequence[str]) -> str:
     wrong = np.where(np.eye(len(names), dtype=bool), 0, matrix)
     order = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSIONS_SHOWN]
     pairs = [divmod(int(place), len(names)) for place in order if wrong.flat[place]]
+    if not pairs:
+        return "<p>There are no mistakes.</p>"
     rows = [
         (names[i], names[j], f"{wrong[i, j]:,}", _percent(wrong[i, j] / matrix[i].sum()))
         for i, j in pairs
@@ -149,7 +151,7 @@ def _mistakes(scored: Scored) -> str:
         for i in shown
     )
     return (
-        f"<h2>{len(shown)} most confident mistakes</h2>\n"
+        f"<h2>{len(shown)} most confident mistake{'s' if len(shown) > 1 else ''}</h2>\n"
         f"<p>Of {np.count_nonzero(~metrics.correct):,} mistakes. First line: prediction and "
         f'confidence. Second line: true class.</p>\n<ol class="mistakes">\n{mistakes}\n</ol>'
     )

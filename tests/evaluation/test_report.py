@@ -153,6 +153,12 @@ def test_of_many_classes_the_page_lists_the_most_frequent_confusions(text_of_100
     assert "The 20 most frequent mistakes" in text_of_100_classes
 
 
+def test_of_many_classes_without_a_mistake_the_page_says_so():
+    page = page_of(np.eye(100, dtype=int), LONG_NAMES)
+    assert "<p>There are no mistakes.</p>" in page
+    assert "<p>All 100 predictions are correct.</p>" in page
+
+
 def test_the_classes_come_from_the_best_to_the_worst(text):
     head, *rows = Page(text).tables[1]
     assert head == ["class", "accuracy", "most common mistake", "95% interval", "images"]
