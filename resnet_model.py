@@ -59,20 +59,29 @@ class BatchNorm(tf.Module):
         self._normalise = settings.normalise
 
     def __call__(
-        self, x: tf.Tensor, training: bool, relu: bool = True
+        self,
+        x: tf.Tensor,
+        training: bool,
+        shortcut: tf.Tensor | None = None,
+        relu: bool = True,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        return self._normalise(self, x, training, relu)
+        return self._normalise(self, x, training, shortcut, relu)
 
 
 def batch_norm_relu(
-    norm: BatchNorm, x: tf.Tensor, training: bool, relu: bool = True
+    norm: BatchNorm,
+    x: tf.Tensor,
+    training: bool,
+    shortcut: tf.Tensor | None = None,
+    relu: bool = True,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the normalised x, after a ReLU if `relu`, and the x for the unit's shortcut.
+    """Returns the sum of x and the shortcut: normalised, after a ReLU if `relu`; and as it is.
 
     In training it uses the statistics of the batch, and updates the averages. `ResNet(normalise=…)`
-    takes any function like this one. A kernel can return a separate x for the shortcut, and add the
-    shortcut's gradient in its own backward pass.
+    takes any function like this one. A kernel can compute all of it in its own passes.
     """
+    if shortcut is not None:
+        x += shortcut
     normalised, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=x,
         scale=norm.gamma,
@@ -92,7 +101,9 @@ def batch_norm_relu(
 
 
 # A network computes its batch norms by `batch_norm_relu`, or another function like it.
-Normalise = Callable[[BatchNorm, tf.Tensor, bool, bool], tuple[tf.Tensor, tf.Tensor]]
+Normalise = Callable[
+    [BatchNorm, tf.Tensor, bool, tf.Tensor | None, bool], tuple[tf.Tensor, tf.Tensor]
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,21 +148,30 @@ class Unit(tf.Module):
             self.norms.append(BatchNorm(f"{name}/norm{i}", normed, settings))
             depth_in = depth
 
-    def __call__(self, x: tf.Tensor, training: bool) -> tf.Tensor:
+    def __call__(
+        self, x: tf.Tensor, training: bool, shortcut: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """Takes and returns the two terms of a sum: the last convolution's output, the shortcut.
+
+        The addition is left to the batch norm that comes next. A plain network has no shortcuts.
+        """
         layout, version = self._settings.layout, self._settings.resnet_version
-        shortcut = x
+        source = x
         layers = list(zip(self.convs, self.norms, self._strides, strict=True))
         for i, (conv, norm, stride) in enumerate(layers):
             if version == 2:
-                activation, unchanged = norm(x, training)
+                activation, total = norm(x, training, shortcut if i == 0 else None)
                 if i == 0:
-                    shortcut = activation if self._shortcut_after_activation else unchanged
+                    source = activation if self._shortcut_after_activation else total
                 x = conv(activation, stride, layout)
             else:
                 x, _ = norm(conv(x, stride, layout), training, relu=i + 1 < len(layers))
+        shortcut = None
         if self._settings.shortcut_connections:
-            x += self._shortcut(shortcut, layout)
-        return x if version == 2 else tf.nn.relu(x)
+            shortcut = self._shortcut(source, layout)
+        if version == 2:
+            return x, shortcut
+        return tf.nn.relu(x if shortcut is None else x + shortcut), None
 
     def _shortcut(self, x: tf.Tensor, layout: str) -> tf.Tensor:
         """Returns x, averaged and with channels of zeros if the unit changes its shape."""
@@ -257,12 +277,13 @@ class ResNet(tf.Module):
             x = self.init_conv(x, 1, self._layout)
             if self._version == 1:
                 x, _ = self.init_norm(x, training)
+        shortcut = None
         for unit in self.units:
             with tf.name_scope(unit.label):
-                x = unit(x, training)
+                x, shortcut = unit(x, training, shortcut)
         with tf.name_scope("pool"):
             if self._version == 2:
-                x, _ = self.final_norm(x, training)
+                x, _ = self.final_norm(x, training, shortcut)
             height_and_width = [self._layout.index("H"), self._layout.index("W")]
             return tf.reduce_mean(tf.cast(x, tf.float32), height_and_width)
 

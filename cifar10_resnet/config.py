@@ -353,6 +353,11 @@ class Options(Checked):
         choices=("fp32", "bf16", "fp16"),
     )
     loss_scale: float = of_device(128.0, "Factor on the loss against fp16 underflow", least=1)
+    native: str = of_device(
+        "auto",
+        "Native kernels for CPUs (auto: if they can be built; on: required)",
+        choices=("auto", "on", "off"),
+    )
     jit_compile: bool = of_device(False, "Compile the step with XLA (slower on CPUs)")
     steps_per_call: int = of_device(
         1, "Steps per call from Python (more is faster on GPUs)", least=1

@@ -11,12 +11,21 @@ import pytest
 from programs import SMALL, run
 
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.native import build
 
 # The commands obey these. What a user's shell sets must not change what the tests see.
 for name in ("TF_CPP_MIN_LOG_LEVEL", "TF_CONFIG", "NO_COLOR", "TERM", "COLUMNS"):
     os.environ.pop(name, None)
 # A suite in the background (`make test &` in a script) ignores Ctrl-C, and its commands would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Builds the native kernels before the first test, so that no command's output tells of it."""
+    if not hasattr(config, "workerinput"):
+        with contextlib.suppress(build.CannotBuild):
+            build.library()
+
 
 # The fixtures of the tests of pages and of the download.
 pytest_plugins = ["browsers", "downloads"]

@@ -17,7 +17,7 @@ FRONT = (
 FLOORS = (
     ("resnet_model", "cifar10_input"),
     ("errors", "terminal", "storage", "formats", "settings", "config", "device"),
-    ("data", "distributed", "checkpoints", "cli"),
+    ("data", "distributed", "native", "checkpoints", "cli"),
     ("evaluation", "serving"),
     ("figures",),
     ("training",),
@@ -46,7 +46,13 @@ FREE = {"numpy", "tensorflow", "google"}
 WITH_TENSORFLOW = (
     *("resnet_model", "cifar10_input", "data.splits", "checkpoints", "figures.trace"),
     *("distributed.replicas", "distributed.sync_batch_norm", "evaluation.evaluator"),
-    *("serving.export", "serving.saved_network", "serving.rest", "serving.server"),
+    *(
+        "native.batch_norm",
+        "serving.export",
+        "serving.saved_network",
+        "serving.rest",
+        "serving.server",
+    ),
     *("training.optimizers", "training.trainer", "training.loop", "training.resume"),
     *("training.progress", "training.summaries"),
 )

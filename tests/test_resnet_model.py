@@ -167,6 +167,11 @@ def test_other_networks_have_the_sizes_worked_out_by_hand(network, parameters):
     assert count_parameters(network) == parameters
 
 
+def added(x: tf.Tensor, shortcut: tf.Tensor | None) -> tf.Tensor:
+    """The output of a unit: the sum that it leaves to the next batch norm."""
+    return x if shortcut is None else x + shortcut
+
+
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("kind", ["v2", "v1", "v2 bottleneck"])
 def test_blocks_halve_the_image_and_double_the_depth(kind, data_format):
@@ -179,7 +184,7 @@ def test_blocks_halve_the_image_and_double_the_depth(kind, data_format):
     shapes = []
     for units in model.blocks:
         for unit in units:
-            x = unit(x, False)
+            x = added(*unit(x, False))
             shapes.append(tuple(x.shape))
     expected = [(size, depth * widening) for size, depth in ((32, 16), (16, 32), (8, 64))]
     assert shapes == [
@@ -264,9 +269,9 @@ def test_raw_images_have_the_logits_of_what_is_left_without_the_mean(kind):
 def test_every_batch_norm_is_computed_by_the_function_that_is_handed_in(kind):
     asked = []
 
-    def normalise(norm: BatchNorm, x: tf.Tensor, training: bool, relu: bool = True):
+    def normalise(norm: BatchNorm, x: tf.Tensor, training: bool, shortcut=None, relu=True):
         asked.append((norm, training, relu))
-        return batch_norm_relu(norm, x, training, relu)
+        return batch_norm_relu(norm, x, training, shortcut, relu)
 
     plain, model = build(config(kind)), build(config(kind), normalise=normalise)
     np.testing.assert_array_equal(
@@ -279,21 +284,29 @@ def test_every_batch_norm_is_computed_by_the_function_that_is_handed_in(kind):
     assert {norm for norm, _, relu in asked if not relu} == last
 
 
-def test_a_shortcut_takes_x_as_the_batch_norm_returns_it():
-    def without_x(norm: BatchNorm, x: tf.Tensor, training: bool, relu: bool = True):
-        activation, x = batch_norm_relu(norm, x, training, relu)
-        return activation, tf.zeros_like(x)
+def test_a_unit_leaves_its_addition_to_the_next_batch_norm():
+    added = []
 
-    images = random_images(2)
-    for network in (config("v2", 14), config("plain v2", 14)):
-        model = build(network)
-        x = model.init_conv(images, 1, "NHWC")
-        first, second = build(network, normalise=without_x).units[:2]
-        other_first, other_second = model.units[:2]
-        # The first unit's shortcut starts after the activation.
-        np.testing.assert_array_equal(first(x, False), other_first(x, False))
-        taken = x if network.shortcut_connections else 0 * x
-        assert_close(second(x, False) + taken, other_second(x, False), 1e-6)
+    def normalise(norm: BatchNorm, x: tf.Tensor, training: bool, shortcut=None, relu=True):
+        if shortcut is not None:
+            added.append(norm)
+        return batch_norm_relu(norm, x, training, shortcut, relu)
+
+    model = build(config("v2", 14), normalise=normalise)
+    x = model.init_conv(random_images(2), 1, "NHWC")
+    (first, shortcut), unit = model.units[0](x, False), model.units[1]
+    summed = unit(first + shortcut, False)
+    for ours, theirs in zip(unit(first, False, shortcut), summed, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    # Where nothing changes its shape, the shortcut is the sum itself.
+    np.testing.assert_array_equal(summed[1], first + shortcut)
+
+    added.clear()
+    model(random_images(2))
+    assert added == [unit.norms[0] for unit in model.units[1:]] + [model.final_norm]
+    added.clear()
+    build(config("plain v2", 14), normalise=normalise)(random_images(2))
+    assert added == []
 
 
 # --- Against the independent reference ------------------------------------------------------------
@@ -497,7 +510,7 @@ def test_gradients_of_a_unit_are_the_references_finite_differences(
     with tf.GradientTape() as tape:
         x_tensor = tf.constant(x)
         tape.watch(x_tensor)
-        output = unit(x_tensor, True)
+        output = added(*unit(x_tensor, True))
         weights = rng.standard_normal(output.shape)
         total = tf.reduce_sum(output * weights.astype(np.float32))
     assert_close(output, forward(before, x), 1e-5)
@@ -602,10 +615,10 @@ def test_a_unit_has_the_same_output_and_gradients_in_both_layouts(
         with tf.GradientTape() as tape:
             tape.watch(x)
             if layout == "NCHW":
-                output = unit(tf.transpose(x, [0, 3, 1, 2]), True)
+                output = added(*unit(tf.transpose(x, [0, 3, 1, 2]), True))
                 output = tf.transpose(output, [0, 2, 3, 1])
             else:
-                output = unit(x, True)
+                output = added(*unit(x, True))
             if weights is None:
                 weights = rng.standard_normal(output.shape).astype(np.float32)
             total = tf.reduce_sum(output * weights)

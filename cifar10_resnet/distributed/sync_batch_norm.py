@@ -21,10 +21,16 @@ def over(replicas: Replicas) -> Normalise:
     """Returns the `normalise` for a ResNet that trains with the whole batch's statistics."""
 
     def normalise(
-        norm: BatchNorm, x: tf.Tensor, training: bool, relu: bool = True
+        norm: BatchNorm,
+        x: tf.Tensor,
+        training: bool,
+        shortcut: tf.Tensor | None = None,
+        relu: bool = True,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         if not training:
-            return batch_norm_relu(norm, x, training, relu)
+            return batch_norm_relu(norm, x, training, shortcut, relu)
+        if shortcut is not None:
+            x += shortcut
         normalised = _normalise_and_move(norm, x, replicas)
         return tf.nn.relu(normalised) if relu else normalised, x
 

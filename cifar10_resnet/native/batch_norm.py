@@ -1,0 +1,101 @@
+"""Computes batch norms with the native kernels: the addition before, the ReLU after."""
+
+import functools
+import sys
+from types import ModuleType
+
+import tensorflow as tf
+
+from cifar10_resnet.config import Options
+from cifar10_resnet.errors import UserError
+from cifar10_resnet.native import build
+from resnet_model import BatchNorm, Normalise, assign
+
+
+def library(options: Options, num_replicas: int = 1) -> str | None:
+    """Returns the file of the kernels that a start can use, or None."""
+    if options.native == "off":
+        return None
+    obstacles = {
+        "they are for CPUs": tf.config.get_visible_devices("GPU"),
+        "they need --data_format=channels_last": options.data_format == "channels_first",
+        "they lack fp16": options.dtype == "fp16",
+        "XLA compiles its own (--jit_compile)": options.jit_compile,
+        "they lack --sync_batch_norm": options.sync_batch_norm and num_replicas > 1,
+    }
+    why = next((why for why, is_there in obstacles.items() if is_there), None)
+    try:
+        if why is None:
+            file = build.library()
+            _load(file)
+            return file
+    except build.CannotBuild as error:
+        why = str(error)
+        if error.is_new and options.native == "auto":
+            print(f"Training without native kernels: {why}.", file=sys.stderr, flush=True)
+    except (tf.errors.NotFoundError, OSError) as error:
+        why = f"TensorFlow cannot load them ({error!s:.200})"
+    if options.native == "on":
+        raise UserError(f"is not possible: {why}. Use --native=auto.", "native", "on")
+    return None
+
+
+def native(library: str) -> Normalise:
+    """Returns the `normalise` for a ResNet that computes its batch norms with these kernels."""
+    kernels = _load(library)
+
+    def normalise(
+        norm: BatchNorm,
+        x: tf.Tensor,
+        training: bool,
+        shortcut: tf.Tensor | None = None,
+        relu: bool = True,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        y, total, _, _, mean, variance = kernels.add_batch_norm_relu(
+            x=x,
+            added=[] if shortcut is None else [shortcut],
+            gamma=norm.gamma,
+            beta=norm.beta,
+            moving_mean=norm.moving_mean,
+            moving_variance=norm.moving_variance,
+            decay=norm.decay,
+            epsilon=norm.epsilon,
+            relu=relu,
+            training=training,
+        )
+        if training:
+            assign(norm.moving_mean, mean)
+            assign(norm.moving_variance, variance)
+        return y, total[0] if total else x
+
+    return normalise
+
+
+@functools.cache
+def _load(library: str) -> ModuleType:
+    kernels = tf.load_op_library(library)
+    tf.RegisterGradient("AddBatchNormRelu")(functools.partial(_gradient, kernels))
+    return kernels
+
+
+def _gradient(
+    kernels: ModuleType, operation: tf.Operation, upstream: tf.Tensor, *others: tf.Tensor
+) -> list[tf.Tensor | None]:
+    """Returns the gradients for the inputs. The unit's second gradient arrives at the sum."""
+    if not operation.get_attr("training"):
+        raise LookupError("A batch norm with fixed statistics has no native gradient.")
+    terms = operation.get_attr("N")
+    x = operation.outputs[1] if terms else operation.inputs[0]
+    gamma, beta, *_ = operation.inputs[1 + terms :]
+    mean, scale, *_ = operation.outputs[1 + terms :]
+    for_x, for_gamma, for_beta = kernels.add_batch_norm_relu_grad(
+        gradient=upstream,
+        gradient_of_sum=others[:terms],
+        x=x,
+        gamma=gamma,
+        beta=beta,
+        mean=mean,
+        scale=scale,
+        relu=operation.get_attr("relu"),
+    )
+    return [for_x] * (1 + terms) + [for_gamma, for_beta, None, None]

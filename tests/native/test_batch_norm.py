@@ -1,0 +1,208 @@
+"""The native kernels compute what TensorFlow's compute, for any shape and number of threads."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from programs import run_code
+
+from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig
+from cifar10_resnet.native import batch_norm, build
+from cifar10_resnet.training.trainer import Trainer
+from resnet_model import ResNet
+
+EPSILON, DECAY = 1e-3, 0.9
+
+
+@pytest.fixture(scope="module")
+def library() -> str:
+    try:
+        return build.library()
+    except build.CannotBuild as error:
+        pytest.skip(str(error))
+
+
+def draw(shape: tuple[int, ...], dtype: tf.DType, count: int) -> list[tf.Tensor]:
+    rng = np.random.default_rng(len(shape) + shape[-1])
+    return [tf.cast(rng.normal(0.5, 2, shape), dtype) for _ in range(count)]
+
+
+def parameters(channels: int) -> list[np.ndarray]:
+    """gamma, beta, moving mean and moving variance; some gammas are below zero."""
+    rng = np.random.default_rng(channels)
+    low = (-1.5, -1, -1, 0.5)
+    return [rng.uniform(first, 1.5, channels).astype(np.float32) for first in low]
+
+
+def reference(terms, upstream, gamma, beta, moving_mean, moving_variance, relu):
+    """All results in float64: y, sum, both moving averages, and the gradients."""
+    x = sum(np.asarray(term, np.float64) for term in terms)
+    axes, count = tuple(range(x.ndim - 1)), x.size / x.shape[-1]
+    mean, variance = x.mean(axes), x.var(axes)
+    normalised = (x - mean) / np.sqrt(variance + EPSILON)
+    y = normalised * gamma + beta
+    passed = (y > 0) | (not relu)
+    of_y, of_sum = (np.asarray(each, np.float64) for each in upstream)
+    gradient = of_y * passed
+    for_gamma, for_beta = (gradient * normalised).sum(axes), gradient.sum(axes)
+    for_x = (
+        gamma
+        / np.sqrt(variance + EPSILON)
+        * (gradient - for_beta / count - normalised * for_gamma / count)
+    )
+    return {
+        "y": y * passed,
+        "sum": x,
+        "moving_mean": DECAY * moving_mean + (1 - DECAY) * mean,
+        "moving_variance": DECAY * moving_variance + (1 - DECAY) * variance * count / (count - 1),
+        "for_x": for_x + (of_sum if len(terms) == 2 else 0),
+        "for_gamma": for_gamma,
+        "for_beta": for_beta,
+    }, np.abs(y) > 0.02  # where rounding cannot change what the ReLU does
+
+
+def computed(library, terms, upstream, gamma, beta, moving_mean, moving_variance, relu):
+    kernels = tf.load_op_library(library)
+    x, *added = terms
+    y, total, mean, scale, new_mean, new_variance = kernels.add_batch_norm_relu(
+        x, added, gamma, beta, moving_mean, moving_variance,
+        decay=DECAY, epsilon=EPSILON, relu=relu, training=True,
+    )  # fmt: skip
+    x = total[0] if added else x
+    for_x, for_gamma, for_beta = kernels.add_batch_norm_relu_grad(
+        upstream[0], upstream[1 : 1 + len(added)], x, gamma, beta, mean, scale, relu=relu
+    )
+    names = ("y", "sum", "moving_mean", "moving_variance", "for_x", "for_gamma", "for_beta")
+    values = (y, x, new_mean, new_variance, for_x, for_gamma, for_beta)
+    return {n: np.asarray(v, np.float64) for n, v in zip(names, values, strict=True)}
+
+
+# whole vectors and lines, none of either, rests of both, and more than one piece
+SHAPES = [(4, 8, 8, 16), (2, 4, 4, 64), (3, 5, 7, 32), (2, 3, 3, 10), (5, 1, 1, 3), (2, 9, 9, 48),
+          (2, 2, 2, 256), (3, 3, 3, 100), (37, 23, 41, 16)]  # fmt: skip
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("terms", [1, 2])
+@pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_results_are_the_reference_s(library, shape, dtype, terms, relu):
+    x, upstream = draw(shape, dtype, terms), draw(shape, dtype, 2)
+    if terms == 2:
+        # The sum is rounded before it is normalised, as TensorFlow's addition does.
+        expected, clear = reference([x[0] + x[1], 0], upstream, *parameters(shape[-1]), relu)
+    else:
+        expected, clear = reference(x, upstream, *parameters(shape[-1]), relu)
+    found = computed(library, x, upstream, *parameters(shape[-1]), relu)
+    rounding = 2e-5 if dtype == tf.float32 else 1e-2
+    for name, value in expected.items():
+        scale = np.abs(value).max() + 1
+        if name == "for_x":
+            found[name], value = found[name][clear], value[clear]
+        loose = 20 if name in ("for_gamma", "for_beta", "for_x") and relu else 1
+        if dtype == tf.float32 or name in ("y", "sum", "moving_mean", "moving_variance", "for_x"):
+            np.testing.assert_allclose(found[name], value, atol=loose * rounding * scale)
+
+
+def test_a_mean_far_from_zero_loses_no_digits(library):
+    (x,) = draw((8, 16, 16, 16), tf.float32, 1)
+    args = parameters(16)
+    near = computed(library, [x], [x, x], *args, True)
+    far = computed(library, [x + 4096], [x, x], *args, True)
+    np.testing.assert_allclose(far["y"], near["y"], atol=2e-3)
+
+
+def test_bfloat16_is_rounded_as_tensorflow_rounds_and_nan_stays_nan(library):
+    rng = np.random.default_rng(0)
+    one, other = (tf.cast(rng.normal(size=(4, 8, 8, 16)), tf.bfloat16) for _ in range(2))
+    one = tf.where(tf.range(16) == 3, tf.constant(np.nan, tf.bfloat16), one)
+    found = computed(library, [one, other], [one, one], *parameters(16), False)
+    np.testing.assert_array_equal(found["sum"], np.asarray(one + other, np.float64))
+    assert np.isnan(found["y"][..., 3]).all()
+    assert np.isfinite(found["y"][..., 4]).all()
+
+
+def test_wrong_shapes_are_refused(library):
+    kernels = tf.load_op_library(library)
+    x, (gamma, *rest) = tf.zeros([2, 4, 4, 16]), parameters(16)
+    attributes = {"decay": 0.9, "epsilon": 1e-3, "relu": True, "training": True}
+    with pytest.raises(tf.errors.InvalidArgumentError, match="differ in shape"):
+        kernels.add_batch_norm_relu(x, [x[:1]], gamma, *rest, **attributes)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="a value for each channel"):
+        kernels.add_batch_norm_relu(x, [], gamma[:8], *rest, **attributes)
+
+
+THREADS = """
+import hashlib, sys
+import tensorflow as tf
+tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
+from cifar10_resnet.config import ModelConfig, RunConfig
+from cifar10_resnet.native import build
+from cifar10_resnet.training.trainer import Trainer
+kernels = tf.load_op_library(build.library())
+x, other = (tf.random.stateless_normal([50, 33, 31, 16], [1, i]) for i in range(2))
+ones = tf.ones(16)
+results = kernels.add_batch_norm_relu(x, [other], ones, ones, ones, ones,
+    decay=0.9, epsilon=1e-3, relu=True, training=True)
+y, (total,), mean, scale, *rest = results
+gradients = kernels.add_batch_norm_relu_grad(other, [x], total, ones, ones, mean, scale, relu=True)
+values = b"".join(value.numpy().tobytes() for value in [y, total, mean, scale, *rest, *gradients])
+print(hashlib.sha256(values).hexdigest())
+"""
+
+
+def test_results_are_the_same_bits_for_any_number_of_threads(library):
+    assert len({run_code(THREADS, threads).stdout for threads in (1, 2, 5)}) == 1
+
+
+# --- The network ----------------------------------------------------------------------------------
+
+NETWORKS = {
+    "v2": {"num_layers": 14},
+    "v1": {"num_layers": 14, "resnet_version": 1},
+    "plain": {"num_layers": 14, "shortcut_connections": False},
+    "bottleneck": {"num_layers": 20, "bottleneck": True},
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_network_has_the_same_logits_gradients_and_averages(library, kind, training):
+    images = tf.random.stateless_normal([8, 32, 32, 3], [0, 0], stddev=60)
+    ours, theirs = (
+        ResNet(**NETWORKS[kind], **way) for way in ({"normalise": batch_norm.native(library)}, {})
+    )
+    results = []
+    for model in (ours, theirs):
+        with tf.GradientTape() as tape:
+            logits = model(images, training=training)
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits([1] * 8, logits))
+        gradients = tape.gradient(loss, model.trainable_variables) if training else []
+        results.append([logits, *gradients, *model.non_trainable_variables])
+    for one, other in zip(*results, strict=True):
+        scale = np.abs(other).max() + 1e-3
+        np.testing.assert_allclose(one, other, atol=2e-2 * scale)
+    np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-3, rtol=1e-4)
+
+
+def test_fixed_statistics_have_no_native_gradient(library):
+    model = ResNet(num_layers=8, normalise=batch_norm.native(library))
+    with tf.GradientTape() as tape:
+        logits = model(tf.ones([1, 32, 32, 3]), training=False)
+    with pytest.raises(LookupError, match="fixed statistics"):
+        tape.gradient(logits, model.trainable_variables)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_losses_of_500_steps_are_those_of_tensorflow_s_kernels(library, dtype):
+    # A gentle rate: where rounding changes what a ReLU does, gradients differ by a percent.
+    run = RunConfig(ModelConfig(num_layers=8), training=TrainingConfig(init_lr=1e-3, batch_size=32))
+    trainers = [Trainer(run, dtype=dtype, native_library=way) for way in (library, None)]
+    rng = np.random.default_rng(0)
+    images = rng.normal(0, 60, (10, 32, 32, 32, 3)).astype(np.float32)
+    labels = rng.integers(0, 10, (10, 32)).astype(np.int32)
+    for step in range(500):
+        for trainer in trainers:
+            trainer.train_step(images[step % 10], labels[step % 10])
+        if step % 50 == 49:
+            ours, theirs = (trainer.means(reset=True)[0] for trainer in trainers)
+            assert abs(ours - theirs) < (1e-3 if dtype == "fp32" else 1e-2) * theirs
