@@ -35,14 +35,29 @@ def units_per_block(num_layers: int, bottleneck: bool = False) -> int:
 class Convolution(tf.Module):
     """A square convolution without bias, started from He's normal distribution."""
 
-    def __init__(self, name: str, size: int, depth_in: int, depth: int, rng: np.random.Generator):
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        depth_in: int,
+        depth: int,
+        settings: "Settings",
+        rng: np.random.Generator,
+    ):
         super().__init__()
         self.kernel = _variable(
             f"{name}/kernel", _he_normal(rng, [size, size, depth_in, depth], size * size * depth_in)
         )
+        self.layout = settings.layout
+        self._convolve = settings.convolve
 
-    def __call__(self, x: tf.Tensor, stride: int, layout: str) -> tf.Tensor:
-        return tf.nn.conv2d(x, tf.cast(self.kernel, x.dtype), stride, "SAME", data_format=layout)
+    def __call__(self, x: tf.Tensor, stride: int) -> tf.Tensor:
+        return self._convolve(x, self.kernel, stride, self.layout)
+
+
+def convolution(x: tf.Tensor, kernel: tf.Variable, stride: int, layout: str) -> tf.Tensor:
+    """Returns the convolution of x with a kernel. `ResNet(convolve=…)` takes any like this."""
+    return tf.nn.conv2d(x, tf.cast(kernel, x.dtype), stride, "SAME", data_format=layout)
 
 
 class BatchNorm(tf.Module):
@@ -100,7 +115,9 @@ def batch_norm_relu(
     return tf.nn.relu(normalised) if relu else normalised, x
 
 
-# A network computes its batch norms by `batch_norm_relu`, or another function like it.
+# A network computes its convolutions by `convolution` and its batch norms by `batch_norm_relu`, or
+# by other functions like these.
+Convolve = Callable[[tf.Tensor, tf.Variable, int, str], tf.Tensor]
 Normalise = Callable[
     [BatchNorm, tf.Tensor, bool, tf.Tensor | None, bool], tuple[tf.Tensor, tf.Tensor]
 ]
@@ -116,6 +133,7 @@ class Settings:
     batch_norm_epsilon: float
     layout: str
     normalise: Normalise
+    convolve: Convolve
 
 
 class Unit(tf.Module):
@@ -143,7 +161,7 @@ class Unit(tf.Module):
         self._strides = [stride for _, _, stride in convolutions]
         self.convs, self.norms = [], []
         for i, (size, depth, _) in enumerate(convolutions, 1):
-            self.convs.append(Convolution(f"{name}/conv{i}", size, depth_in, depth, rng))
+            self.convs.append(Convolution(f"{name}/conv{i}", size, depth_in, depth, settings, rng))
             normed = depth_in if settings.resnet_version == 2 else depth
             self.norms.append(BatchNorm(f"{name}/norm{i}", normed, settings))
             depth_in = depth
@@ -163,9 +181,9 @@ class Unit(tf.Module):
                 activation, total = norm(x, training, shortcut if i == 0 else None)
                 if i == 0:
                     source = activation if self._shortcut_after_activation else total
-                x = conv(activation, stride, layout)
+                x = conv(activation, stride)
             else:
-                x, _ = norm(conv(x, stride, layout), training, relu=i + 1 < len(layers))
+                x, _ = norm(conv(x, stride), training, relu=i + 1 < len(layers))
         shortcut = None
         if self._settings.shortcut_connections:
             shortcut = self._shortcut(source, layout)
@@ -202,6 +220,7 @@ class ResNet(tf.Module):
         dtype: the precision inside the network: "fp32", "bf16" or "fp16".
         seed: the seed of the initial weights.
         normalise: computes each batch norm with its ReLU, as `batch_norm_relu` does.
+        convolve: computes each convolution, as `convolution` does.
     """
 
     def __init__(
@@ -217,6 +236,7 @@ class ResNet(tf.Module):
         dtype: str = "fp32",
         seed: int = 0,
         normalise: Normalise = batch_norm_relu,
+        convolve: Convolve = convolution,
     ):
         super().__init__()
         num_units = units_per_block(num_layers, bottleneck)
@@ -233,12 +253,13 @@ class ResNet(tf.Module):
             batch_norm_epsilon,
             self._layout,
             normalise,
+            convolve,
         )
         rng = np.random.default_rng(seed)
 
         # Only `logits_of_raw` subtracts the mean. Checkpoints contain it with the weights.
         self.image_mean = _variable("image_mean", np.zeros(IMAGE_SHAPE), trainable=False)
-        self.init_conv = Convolution("init_conv", 3, 3, BLOCK_DEPTHS[0], rng)
+        self.init_conv = Convolution("init_conv", 3, 3, BLOCK_DEPTHS[0], settings, rng)
         if resnet_version == 1:
             self.init_norm = BatchNorm("init_norm", BLOCK_DEPTHS[0], settings)
 
@@ -274,7 +295,7 @@ class ResNet(tf.Module):
         if self._layout == "NCHW":
             x = tf.transpose(x, [0, 3, 1, 2])
         with tf.name_scope("init_conv"):
-            x = self.init_conv(x, 1, self._layout)
+            x = self.init_conv(x, 1)
             if self._version == 1:
                 x, _ = self.init_norm(x, training)
         shortcut = None

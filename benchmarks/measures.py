@@ -41,13 +41,16 @@ class Entrant:
 
 
 THIS_PROJECT = Entrant("this project", "contenders/this_project.py", "tensorflow")
+NOT_NATIVE = Entrant(
+    "this project, --native=off", THIS_PROJECT.file, "tensorflow", options=(("native", "off"),)
+)
 KERAS = Entrant("Keras fit", "contenders/keras_fit.py", "keras")
 TF2 = Entrant("TF2 reference", "contenders/tf2_reference.py", "tensorflow", ("fp32",))
 TORCH = tuple(
     Entrant(f"PyTorch {name}", "contenders/pytorch.py", "torch", options=(("compiled", compiled),))
     for name, compiled in (("eager", False), ("compile", True))
 )
-CONTENDERS = (THIS_PROJECT, KERAS, TF2, *TORCH)
+CONTENDERS = (THIS_PROJECT, NOT_NATIVE, KERAS, TF2, *TORCH)
 
 Turn = Callable[[], float]
 Facts = dict[str, Any]

@@ -23,7 +23,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-from cifar10_resnet.config import ModelConfig, RunConfig
+from cifar10_resnet.config import ModelConfig, Options, RunConfig
+from cifar10_resnet.native import kernels
 from cifar10_resnet.training.trainer import Trainer
 from resnet_model import DTYPES
 
@@ -50,9 +51,11 @@ def convolutions(num_layers: int) -> dict[tuple[int, int, int, int], int]:
 # --- The step -------------------------------------------------------------------------------------
 
 
-def show_operations(num_layers: int, dtype: str) -> None:
+def show_operations(num_layers: int, dtype: str, native: str) -> None:
     """Prints the operations that take longest in a step."""
-    trainer = Trainer(RunConfig(ModelConfig(num_layers=num_layers)), dtype=dtype)
+    options = Options(native=native, data_format="channels_last", dtype=dtype)
+    run = RunConfig(ModelConfig(num_layers=num_layers))
+    trainer = Trainer(run, dtype=dtype, native_library=kernels.library(options))
     images = tf.random.stateless_normal([BATCH, 32, 32, 3], [0, 0], stddev=60)
     labels = tf.random.stateless_uniform([BATCH], [0, 1], 0, 10, tf.int32)
     for _ in range(5):
@@ -155,8 +158,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--num_layers", type=int, default=20)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
+    parser.add_argument("--native", choices=("auto", "on", "off"), default="auto")
     flags = parser.parse_args()
-    show_operations(flags.num_layers, flags.dtype)
+    show_operations(flags.num_layers, flags.dtype, flags.native)
     if not tf.config.list_physical_devices("GPU"):
         show_convolutions(flags.num_layers, DTYPES[flags.dtype])
 

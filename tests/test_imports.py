@@ -47,7 +47,7 @@ WITH_TENSORFLOW = (
     *("resnet_model", "cifar10_input", "data.splits", "checkpoints", "figures.trace"),
     *("distributed.replicas", "distributed.sync_batch_norm", "evaluation.evaluator"),
     *(
-        "native.batch_norm",
+        "native.kernels",
         "serving.export",
         "serving.saved_network",
         "serving.rest",

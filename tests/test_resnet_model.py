@@ -293,7 +293,7 @@ def test_a_unit_leaves_its_addition_to_the_next_batch_norm():
         return batch_norm_relu(norm, x, training, shortcut, relu)
 
     model = build(config("v2", 14), normalise=normalise)
-    x = model.init_conv(random_images(2), 1, "NHWC")
+    x = model.init_conv(random_images(2), 1)
     (first, shortcut), unit = model.units[0](x, False), model.units[1]
     summed = unit(first + shortcut, False)
     for ours, theirs in zip(unit(first, False, shortcut), summed, strict=True):

@@ -11,9 +11,16 @@ import numpy as np
 import tensorflow as tf
 
 from cifar10_input import mean_image, training_batches
-from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig, units_per_block
+from cifar10_resnet.config import (
+    ModelConfig,
+    Options,
+    RunConfig,
+    TrainingConfig,
+    units_per_block,
+)
 from cifar10_resnet.data import dataset, splits
 from cifar10_resnet.device import resolve_data_format
+from cifar10_resnet.native import kernels
 from cifar10_resnet.training.trainer import Trainer
 from contender import (
     BATCH_SIZE,
@@ -68,6 +75,7 @@ class ThisProject(Contender):
         batch_size: int = BATCH_SIZE,
         bottleneck: bool = False,
         fine_tune: bool = False,
+        native: str = "auto",
     ) -> dict[str, Any]:
         self.batch_size = batch_size
         model = ModelConfig(num_layers=layers, bottleneck=bottleneck, num_classes=NUM_CLASSES)
@@ -82,7 +90,10 @@ class ThisProject(Contender):
         )
         device = "gpu" if tf.config.list_logical_devices("GPU") else "cpu"
         data_format = resolve_data_format("auto", dtype, device)
-        self.trainer = Trainer(RunConfig(model=model, training=training), data_format, dtype)
+        options = Options(native=native, data_format=data_format, dtype=dtype)
+        library = kernels.library(options)
+        run = RunConfig(model=model, training=training)
+        self.trainer = Trainer(run, data_format, dtype, native_library=library)
         self.batches = [
             (tf.constant(images), tf.constant(labels))
             for images, labels in memory_batches(batch_size)
@@ -93,6 +104,7 @@ class ThisProject(Contender):
             "multiply_adds": multiply_adds(model),
             "device": device,
             "layout": data_format,
+            "native": library is not None,
         }
 
     def train(self, count: int) -> float:

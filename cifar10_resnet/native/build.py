@@ -19,7 +19,8 @@ from pathlib import Path
 from cifar10_resnet import storage
 from cifar10_resnet.errors import reason_of
 
-SOURCE = Path(__file__).with_name("kernels.cc")
+FOLDER = Path(__file__).parent
+SOURCE = FOLDER / "kernels.cc"
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-w")
 TIMEOUT = 600  # seconds; on an idle machine it takes ten
@@ -79,7 +80,8 @@ def _digest(compiler: str) -> str:
     files = [
         (file, os.stat(file).st_size, os.stat(file).st_mtime) for file in (compiler, tensorflow)
     ]
-    parts = [*files, *FLAGS, _processor(), SOURCE.read_bytes()]
+    sources = [file.read_bytes() for file in sorted(FOLDER.glob("*.[ch]*"))]
+    parts = [*files, *FLAGS, _processor(), *sources]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

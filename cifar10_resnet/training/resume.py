@@ -22,7 +22,7 @@ from cifar10_resnet.data import dataset, splits
 from cifar10_resnet.data.dataset import Dataset
 from cifar10_resnet.distributed.replicas import Replicas
 from cifar10_resnet.errors import UserError
-from cifar10_resnet.native import batch_norm
+from cifar10_resnet.native import kernels
 from cifar10_resnet.training.trainer import Trainer
 
 
@@ -114,7 +114,7 @@ def ready(
     with ThreadPoolExecutor(1) as reader:
         # The files are read while the network is built and traced.
         reading = reader.submit(splits.load_run, data, run.data, bool(options.epochs_between_evals))
-        library = batch_norm.library(options, replicas.count)
+        library = kernels.library(options, replicas.count)
         if replicas.largest(library is None):
             library = None  # All workers compute alike.
         trainer = Trainer(

@@ -11,7 +11,7 @@ from cifar10_resnet import checkpoints
 from cifar10_resnet.config import RunConfig
 from cifar10_resnet.distributed.replicas import Replicas
 from cifar10_resnet.errors import UserError
-from cifar10_resnet.native import batch_norm
+from cifar10_resnet.native import kernels
 from cifar10_resnet.training.optimizers import OPTIMIZERS, learning_rates
 from resnet_model import IMAGE_SHAPE, ResNet, assign
 
@@ -33,17 +33,17 @@ class Trainer:
         self.run = run
         self.replicas = replicas = replicas or Replicas()
         replicas.refuse_uneven(run.training.batch_size)
-        normalise = replicas.normalise(sync_batch_norm)
         self.is_native = native_library is not None
+        ways = {"normalise": replicas.normalise(sync_batch_norm)}
         if native_library:
-            normalise = batch_norm.native(native_library)
+            ways = kernels.ways(native_library)
         with replicas.strategy.scope():
             self.model = ResNet(
                 **run.model.arguments(),
                 data_format=data_format,
                 dtype=dtype,
                 seed=run.training.seed,
-                normalise=normalise,
+                **ways,
             )
             self.optimizer = OPTIMIZERS[run.training.optimizer](self.model, run.training)
             self.step = tf.Variable(0, dtype=tf.int64, trainable=False)

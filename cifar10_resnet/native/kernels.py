@@ -1,7 +1,8 @@
-"""Computes batch norms with the native kernels: the addition before, the ReLU after."""
+"""Computes batch norms and convolutions with the native kernels."""
 
 import functools
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import tensorflow as tf
@@ -9,7 +10,7 @@ import tensorflow as tf
 from cifar10_resnet.config import Options
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.native import build
-from resnet_model import BatchNorm, Normalise, assign
+from resnet_model import BatchNorm, Convolve, Normalise, assign, convolution
 
 
 def library(options: Options, num_replicas: int = 1) -> str | None:
@@ -40,7 +41,12 @@ def library(options: Options, num_replicas: int = 1) -> str | None:
     return None
 
 
-def native(library: str) -> Normalise:
+def ways(library: str) -> dict[str, Callable]:
+    """Returns the arguments of a ResNet that computes with these kernels."""
+    return {"normalise": normalise_with(library), "convolve": convolve_with(library)}
+
+
+def normalise_with(library: str) -> Normalise:
     """Returns the `normalise` for a ResNet that computes its batch norms with these kernels."""
     kernels = _load(library)
 
@@ -71,14 +77,41 @@ def native(library: str) -> Normalise:
     return normalise
 
 
+def convolve_with(library: str) -> Convolve:
+    """Returns the `convolve` for a ResNet that computes convolutions with these kernels.
+
+    The kernels are for bf16, and for most of the network's convolutions: 3x3, with a stride of 1
+    and as many channels out as in. TensorFlow computes the others. It computes all of them on
+    processors for which the kernels were not written.
+    """
+    kernels = _load(library)
+
+    def convolve(x: tf.Tensor, kernel: tf.Variable, stride: int, layout: str) -> tf.Tensor:
+        size, _, depth_in, depth = kernel.shape
+        fits = x.shape[2] % 16 == 0 or (x.shape[2] % 8 == 0 and depth % 32 == 0)
+        if (
+            (size, stride, depth_in, depth % 16) == (3, 1, depth, 0)
+            and fits
+            and x.dtype == tf.bfloat16
+        ):
+            return kernels.convolution3x3(x=x, kernel=kernel, turned=False)
+        return convolution(x, kernel, stride, layout)
+
+    return convolve if hasattr(kernels, "convolution3x3") else convolution
+
+
 @functools.cache
 def _load(library: str) -> ModuleType:
     kernels = tf.load_op_library(library)
-    tf.RegisterGradient("AddBatchNormRelu")(functools.partial(_gradient, kernels))
+    for name, gradient in (
+        ("AddBatchNormRelu", _gradient_of_batch_norm),
+        ("Convolution3x3", _gradient_of_convolution),
+    ):
+        tf.RegisterGradient(name)(functools.partial(gradient, kernels))
     return kernels
 
 
-def _gradient(
+def _gradient_of_batch_norm(
     kernels: ModuleType, operation: tf.Operation, upstream: tf.Tensor, *others: tf.Tensor
 ) -> list[tf.Tensor | None]:
     """Returns the gradients for the inputs. The unit's second gradient arrives at the sum."""
@@ -99,3 +132,13 @@ def _gradient(
         relu=operation.get_attr("relu"),
     )
     return [for_x] * (1 + terms) + [for_gamma, for_beta, None, None]
+
+
+def _gradient_of_convolution(
+    kernels: ModuleType, operation: tf.Operation, upstream: tf.Tensor
+) -> list[tf.Tensor]:
+    x, kernel = operation.inputs
+    return [
+        kernels.convolution3x3(x=upstream, kernel=kernel, turned=True),
+        kernels.convolution3x3_kernel_grad(x=x, gradient=upstream),
+    ]

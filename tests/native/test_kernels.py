@@ -6,9 +6,9 @@ import tensorflow as tf
 from programs import run_code
 
 from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig
-from cifar10_resnet.native import batch_norm, build
+from cifar10_resnet.native import build, kernels
 from cifar10_resnet.training.trainer import Trainer
-from resnet_model import ResNet
+from resnet_model import ResNet, convolution
 
 EPSILON, DECAY = 1e-3, 0.9
 
@@ -154,6 +154,49 @@ def test_results_are_the_same_bits_for_any_number_of_threads(library):
     assert len({run_code(THREADS, threads).stdout for threads in (1, 2, 5)}) == 1
 
 
+# --- Convolutions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape", [(9, 32, 32, 16), (17, 16, 16, 32), (3, 8, 8, 64), (1, 5, 16, 48), (2, 12, 8, 96)],
+    ids=str,
+)  # fmt: skip
+def test_convolutions_and_their_gradients_are_tensorflow_s(library, shape):
+    convolve, depth = kernels.convolve_with(library), shape[-1]
+    if convolve is convolution:
+        pytest.skip("the kernels are not for this processor")
+    rng = np.random.default_rng(depth)
+    # Small whole numbers are exact in bfloat16, and so are the sums of their products in float32.
+    x, upstream = (
+        tf.constant(rng.integers(-4, 5, shape), tf.bfloat16, name=name) for name in ("x", "dy")
+    )
+    kernel = tf.Variable(rng.integers(-3, 4, (3, 3, depth, depth)), dtype=tf.float32)
+    results = []
+    for way in (convolve, lambda *of: convolution(tf.cast(of[0], tf.float32), *of[1:])):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = way(x, kernel, 1, "NHWC")
+        of = tf.cast(upstream, y.dtype)
+        results.append([y, *tape.gradient(y, [x, kernel], of)])
+    for name, ours, theirs in zip(("y", "x", "kernel"), *results, strict=True):
+        expected = tf.cast(tf.cast(theirs, ours.dtype), tf.float32)
+        np.testing.assert_array_equal(tf.cast(ours, tf.float32), expected, err_msg=name)
+
+
+def test_other_convolutions_are_left_to_tensorflow(library):
+    convolve = kernels.convolve_with(library)
+    for size, stride, depth_in, depth, side in (
+        (3, 2, 16, 16, 32), (3, 1, 16, 32, 32), (1, 1, 16, 16, 32), (3, 1, 10, 10, 32),
+        (3, 1, 16, 16, 8), (3, 1, 3, 16, 32),
+    ):  # fmt: skip
+        x = tf.random.stateless_normal([2, side, side, depth_in], [0, 0], dtype=tf.bfloat16)
+        kernel = tf.Variable(tf.random.stateless_normal([size, size, depth_in, depth], [0, 1]))
+        np.testing.assert_array_equal(
+            tf.cast(convolve(x, kernel, stride, "NHWC"), tf.float32),
+            tf.cast(convolution(x, kernel, stride, "NHWC"), tf.float32),
+        )
+
+
 # --- The network ----------------------------------------------------------------------------------
 
 NETWORKS = {
@@ -168,9 +211,7 @@ NETWORKS = {
 @pytest.mark.parametrize("training", [True, False])
 def test_a_network_has_the_same_logits_gradients_and_averages(library, kind, training):
     images = tf.random.stateless_normal([8, 32, 32, 3], [0, 0], stddev=60)
-    ours, theirs = (
-        ResNet(**NETWORKS[kind], **way) for way in ({"normalise": batch_norm.native(library)}, {})
-    )
+    ours, theirs = (ResNet(**NETWORKS[kind], **way) for way in (kernels.ways(library), {}))
     results = []
     for model in (ours, theirs):
         with tf.GradientTape() as tape:
@@ -185,7 +226,7 @@ def test_a_network_has_the_same_logits_gradients_and_averages(library, kind, tra
 
 
 def test_fixed_statistics_have_no_native_gradient(library):
-    model = ResNet(num_layers=8, normalise=batch_norm.native(library))
+    model = ResNet(num_layers=8, **kernels.ways(library))
     with tf.GradientTape() as tape:
         logits = model(tf.ones([1, 32, 32, 3]), training=False)
     with pytest.raises(LookupError, match="fixed statistics"):
