@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 from cifar10_resnet import storage
 from cifar10_resnet.cli import app
-from cifar10_resnet.config import DataConfig, ModelConfig, Options, checkpoint
+from cifar10_resnet.config import DataConfig, ModelConfig
 from cifar10_resnet.data import dataset
 from cifar10_resnet.device import resolve_data_format, start_tensorflow
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.options import Options, checkpoint
 from cifar10_resnet.settings import Checked, same, setting
 from cifar10_resnet.terminal import quietly, table
 

@@ -11,12 +11,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from cifar10_resnet.cli import app
-from cifar10_resnet.config import DataConfig, ModelConfig, Options, RunConfig, TrainingConfig
+from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.data import dataset
 from cifar10_resnet.data.dataset import Dataset
 from cifar10_resnet.device import resolve_data_format, start_tensorflow
 from cifar10_resnet.distributed import cluster
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.options import Options
 from cifar10_resnet.terminal import command, emphasised, quietly, table
 from cifar10_resnet.training import run_folder
 

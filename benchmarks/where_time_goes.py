@@ -23,8 +23,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-from cifar10_resnet.config import ModelConfig, Options, RunConfig
+from cifar10_resnet.config import ModelConfig, RunConfig
 from cifar10_resnet.native import kernels
+from cifar10_resnet.options import Options
 from cifar10_resnet.training.trainer import Trainer
 from resnet_model import DTYPES
 

@@ -14,7 +14,6 @@ from cifar10_resnet.config import (
     RECIPES,
     DataConfig,
     ModelConfig,
-    Options,
     RunConfig,
     TrainingConfig,
     refuse_contradictions,
@@ -22,6 +21,7 @@ from cifar10_resnet.config import (
     units_per_block,
 )
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.options import Options
 from cifar10_resnet.training.optimizers import learning_rates
 
 # A run in which no field has its default.

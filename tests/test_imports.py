@@ -16,7 +16,7 @@ FRONT = (
 # A floor imports only from the floors above it in this list.
 FLOORS = (
     ("resnet_model", "cifar10_input"),
-    ("errors", "terminal", "storage", "formats", "settings", "config", "device"),
+    ("errors", "terminal", "storage", "formats", "settings", "config", "options", "device"),
     ("data", "distributed", "native", "checkpoints", "cli"),
     ("evaluation", "serving"),
     ("figures",),
@@ -26,12 +26,19 @@ FLOORS = (
 )
 # Within a floor, everyone may import the first two, and config the formats and the settings.
 OPEN_TO_ALL = ("errors", "terminal")
-NEIGHBOURS = {("config", "formats"), ("config", "settings")}
+NEIGHBOURS = {
+    ("config", "formats"),
+    ("config", "settings"),
+    ("options", "config"),
+    ("options", "formats"),
+    ("options", "settings"),
+}
 PROGRAMS = ("cli", "commands", "__main__", *FRONT[2:])
 
 LIFTED_OUT = {"numpy", "tensorflow"}
 STANDARD_LIBRARY_ALONE = (
-    *("errors", "terminal", "storage", "formats", "settings", "config", "distributed.cluster"),
+    *("errors", "terminal", "storage", "formats", "settings", "config", "options"),
+    "distributed.cluster",
     *("data.download", "data.archive", "data.data_folder", "training.signals"),
 )
 # These modules may import these packages. All modules may import NumPy, TensorFlow and protobuf.

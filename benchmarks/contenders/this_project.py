@@ -11,16 +11,11 @@ import numpy as np
 import tensorflow as tf
 
 from cifar10_input import mean_image, training_batches
-from cifar10_resnet.config import (
-    ModelConfig,
-    Options,
-    RunConfig,
-    TrainingConfig,
-    units_per_block,
-)
+from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig, units_per_block
 from cifar10_resnet.data import dataset, splits
 from cifar10_resnet.device import resolve_data_format
 from cifar10_resnet.native import kernels
+from cifar10_resnet.options import Options
 from cifar10_resnet.training.trainer import Trainer
 from contender import (
     BATCH_SIZE,

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from cifar10_resnet import storage
 from cifar10_resnet.cli import app
 from cifar10_resnet.cli.guard import tell
-from cifar10_resnet.config import Options, checkpoint
 from cifar10_resnet.device import start_tensorflow
 from cifar10_resnet.errors import UserError, printable
+from cifar10_resnet.options import Options, checkpoint
 from cifar10_resnet.settings import Checked, same, setting
 from cifar10_resnet.terminal import table
 

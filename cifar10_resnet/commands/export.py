@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from cifar10_resnet import storage
 from cifar10_resnet.cli import app
-from cifar10_resnet.config import Options, checkpoint
 from cifar10_resnet.device import start_tensorflow
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.options import Options, checkpoint
 from cifar10_resnet.settings import Checked, same, setting
 
 if TYPE_CHECKING:

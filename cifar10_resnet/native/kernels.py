@@ -7,9 +7,9 @@ from types import ModuleType
 
 import tensorflow as tf
 
-from cifar10_resnet.config import Options
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.native import build
+from cifar10_resnet.options import Options
 from resnet_model import BatchNorm, Convolve, Normalise, assign, convolution
 
 

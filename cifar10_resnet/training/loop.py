@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 import tensorflow as tf
 
 from cifar10_resnet import checkpoints
-from cifar10_resnet.config import Options, RunConfig
+from cifar10_resnet.config import RunConfig
 from cifar10_resnet.data.splits import RunImages
 from cifar10_resnet.distributed.replicas import Replicas
 from cifar10_resnet.evaluation.evaluator import Evaluator
 from cifar10_resnet.evaluation.metrics import Metrics
+from cifar10_resnet.options import Options
 from cifar10_resnet.training.progress import Silent
 from cifar10_resnet.training.signals import StopSignals
 from cifar10_resnet.training.trainer import Trainer

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
-from cifar10_resnet.config import Options, RunConfig
+from cifar10_resnet.config import RunConfig
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.metrics import Metrics
+from cifar10_resnet.options import Options
 from cifar10_resnet.terminal import LiveLine, duration, fitting
 from cifar10_resnet.training.summaries import Summaries
 from cifar10_resnet.training.trainer import Trainer

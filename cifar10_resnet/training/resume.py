@@ -12,7 +12,6 @@ from cifar10_resnet import checkpoints
 from cifar10_resnet.config import (
     MAX_ITERATIONS,
     ModelConfig,
-    Options,
     RunConfig,
     refuse_contradictions,
     training_config,
@@ -23,6 +22,7 @@ from cifar10_resnet.data.dataset import Dataset
 from cifar10_resnet.distributed.replicas import Replicas
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.native import kernels
+from cifar10_resnet.options import Options
 from cifar10_resnet.training.trainer import Trainer
 
 

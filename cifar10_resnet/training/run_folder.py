@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from cifar10_resnet import storage
-from cifar10_resnet.config import ModelConfig, Options, with_given
+from cifar10_resnet.config import ModelConfig, with_given
 from cifar10_resnet.errors import UserError, unwritable
+from cifar10_resnet.options import Options
 
 
 def settle(options: Options, given: dict[str, Any]) -> Options:

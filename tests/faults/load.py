@@ -21,10 +21,10 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 import run_trainer  # noqa: E402
 from cifar10_resnet import checkpoints  # noqa: E402
-from cifar10_resnet.config import Options  # noqa: E402
 from cifar10_resnet.data import dataset  # noqa: E402
 from cifar10_resnet.evaluation.evaluator import score_checkpoints  # noqa: E402
 from cifar10_resnet.figures.style import ACCENT, picture  # noqa: E402
+from cifar10_resnet.options import Options  # noqa: E402
 from cifar10_resnet.training import resume  # noqa: E402
 
 STEPS, EVERY, EVALUATIONS = 2_000, 20, 200

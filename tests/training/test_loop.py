@@ -2,7 +2,8 @@
 
 import pytest
 
-from cifar10_resnet.config import Options, RunConfig, training_config
+from cifar10_resnet.config import RunConfig, training_config
+from cifar10_resnet.options import Options
 from cifar10_resnet.training.loop import Agenda, next_end
 
 

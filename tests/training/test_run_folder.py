@@ -12,8 +12,8 @@ import tensorflow as tf
 from conftest import contents
 
 from cifar10_resnet import checkpoints
-from cifar10_resnet.config import Options
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.options import Options
 from cifar10_resnet.training import run_folder
 from cifar10_resnet.training.summaries import FILE_SUFFIX
 

@@ -10,18 +10,12 @@ from conftest import skip_without_channels_first, write_cifar100, write_photos
 import run_trainer
 from cifar10_input import ImageSet, mean_image, training_batches
 from cifar10_resnet import checkpoints
-from cifar10_resnet.config import (
-    RECIPES,
-    DataConfig,
-    ModelConfig,
-    Options,
-    RunConfig,
-    TrainingConfig,
-)
+from cifar10_resnet.config import RECIPES, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.data.dataset import find
 from cifar10_resnet.data.synthetic import CLASS_NAMES, make_split
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.evaluator import Evaluator
+from cifar10_resnet.options import Options
 from cifar10_resnet.training import resume
 from cifar10_resnet.training.loop import next_end
 from cifar10_resnet.training.trainer import Trainer

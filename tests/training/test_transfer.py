@@ -16,11 +16,12 @@ import cifar10_input
 import run_trainer
 from cifar10_input import mean_image, training_batches
 from cifar10_resnet import checkpoints
-from cifar10_resnet.config import DataConfig, ModelConfig, Options, RunConfig, TrainingConfig
+from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.data import splits
 from cifar10_resnet.data.dataset import find
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.evaluator import score_checkpoints
+from cifar10_resnet.options import Options
 from cifar10_resnet.training import resume, run_folder
 from cifar10_resnet.training.trainer import Trainer
 from resnet_model import ResNet
