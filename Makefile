@@ -32,7 +32,7 @@ fuzz: $(VENV)/ready-for-tests
 	FUZZ_EXAMPLES=40000 $(RUN) -m pytest tests/faults/test_fuzz.py
 
 load: $(VENV)/ready
-	$(RUN) tests/faults/load.py
+	TF_CPP_MIN_LOG_LEVEL=2 $(RUN) tests/faults/load.py
 
 bench: $(BENCH_VENV)/ready
 	$(BENCH_VENV)/bin/python benchmarks/compare.py

@@ -21,7 +21,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Builds the native kernels before the first test, so that no command's output tells of it."""
+    """Builds the native kernels before the first test, so no command prints that it builds them."""
     if not hasattr(config, "workerinput"):
         with contextlib.suppress(build.CannotBuild):
             build.library()

@@ -21,6 +21,7 @@ from resnet_model import (
     Settings,
     Unit,
     batch_norm_relu,
+    convolution,
     units_per_block,
 )
 
@@ -64,6 +65,7 @@ def unit_of(
         network.batch_norm_epsilon,
         layout,
         batch_norm_relu,
+        convolution,
     )
     return Unit("unit", convolutions, depth_in, settings, rng, first)
 
@@ -232,7 +234,8 @@ def test_the_defaults_and_the_images_shape_are_those_of_the_settings():
     }
     given = ModelConfig().arguments()
     assert given.items() <= defaults.items()
-    assert defaults.keys() - given.keys() == {"data_format", "dtype", "seed", "normalise"}
+    others = {"data_format", "dtype", "seed", "normalise", "convolve"}
+    assert defaults.keys() - given.keys() == others
     assert IMAGE_SHAPE == (formats.SIDE, formats.SIDE, formats.CHANNELS)
 
 
@@ -298,7 +301,7 @@ def test_a_unit_leaves_its_addition_to_the_next_batch_norm():
     summed = unit(first + shortcut, False)
     for ours, theirs in zip(unit(first, False, shortcut), summed, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    # Where nothing changes its shape, the shortcut is the sum itself.
+    # If the shape stays, the shortcut is the sum itself.
     np.testing.assert_array_equal(summed[1], first + shortcut)
 
     added.clear()

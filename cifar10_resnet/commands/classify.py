@@ -40,7 +40,7 @@ class Settings(Checked):
 def main(flags: "Flags") -> int:
     """Prints the most likely classes of each photo."""
     if (flags.ckpt_path is None) == (flags.saved_model is None):
-        raise UserError("No network given. Use either --ckpt_path or --saved_model.")
+        raise UserError("One network is needed. Use either --ckpt_path or --saved_model.")
     if not flags.arguments:
         raise UserError("No photos given. Pass photo files, or folders of photos.")
     if flags.saved_model is not None:

@@ -42,7 +42,7 @@ CONFUSION_COLUMNS = (
 def html(scored: Scored, calibration_plot: bytes, made: Mapping[str, str]) -> str:
     """Returns the page. The plot is a PNG file. `made` describes how the evaluation was made.
 
-    Its "command" becomes a block of its own.
+    Its "command" becomes a separate block.
     """
     run, metrics = scored.run, scored.metrics
     made = dict(made)
@@ -174,7 +174,7 @@ def _classes(matrix: np.ndarray, names: Sequence[str]) -> str:
 
 
 def _settings(run: RunConfig) -> str:
-    """Returns the tables of the settings. Those that differ from the recipe's come first."""
+    """Returns the tables of the settings. Settings that differ from the recipe come first."""
     recipe = run.training.recipe
     usual = RunConfig(training=training_config({"recipe": recipe})).settings()
     differing, rest = {}, {}

@@ -27,7 +27,10 @@ TIMEOUT = 600  # seconds; on an idle machine it takes ten
 
 
 class CannotBuild(Exception):
-    """The kernels cannot be built here. The text says why. `is_new` if nobody was told before."""
+    """The kernels cannot be built here. The text says why.
+
+    `is_new` is true if no earlier start failed.
+    """
 
     def __init__(self, why: str, is_new: bool = False):
         super().__init__(why)
@@ -94,7 +97,7 @@ def _processor() -> str:
 
 
 def _compile(compiler: str, library: Path) -> str | None:
-    """Writes the library, whole or not at all. Returns why it could not, or None."""
+    """Writes the library, and never a half of it. Returns why it failed, or None."""
     import tensorflow as tf
 
     include, link = tf.sysconfig.get_compile_flags(), tf.sysconfig.get_link_flags()

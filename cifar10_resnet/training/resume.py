@@ -116,7 +116,7 @@ def ready(
         reading = reader.submit(splits.load_run, data, run.data, bool(options.epochs_between_evals))
         library = kernels.library(options, replicas.count)
         if replicas.largest(library is None):
-            library = None  # All workers compute alike.
+            library = None  # All workers use the same kernels.
         trainer = Trainer(
             run,
             options.data_format,

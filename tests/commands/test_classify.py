@@ -143,8 +143,8 @@ def test_errors_that_need_no_network_come_without_importing_tensorflow(prefix, p
     checkpoint = f"--ckpt_path={prefix}"
     shown = run("classify", "--help", env=environment, cwd=photos).stdout
     assert "--saved_model" in shown
-    assert "No network given. Use either --ckpt_path or --saved_model." in stopped("big.jpg")
-    assert "Pass a network: either" in stopped("big.jpg", checkpoint, "--saved_model=x")
+    assert "One network is needed. Use either --ckpt_path or --saved_model." in stopped("big.jpg")
+    assert "One network is needed." in stopped("big.jpg", checkpoint, "--saved_model=x")
     assert "--top" in stopped("big.jpg", checkpoint, "--top=0")
     assert "No photos given" in stopped(checkpoint)
     assert "--saved_model=more contains no SavedModel." in stopped("big.jpg", "--saved_model=more")

@@ -36,7 +36,7 @@ def assert_plain(texts: Iterator[str] | list[str]) -> None:
         for rule, better in RULES
         for match in rule.finditer(text)
     ]
-    assert found == []
+    assert not found, "\n".join(found)
 
 
 def paragraphs(page: str) -> Iterator[str]:

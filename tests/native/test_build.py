@@ -18,7 +18,7 @@ TRAIN = ("run_trainer.py", "--use_synthetic_data", "--max_train_steps=3", *SMALL
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """A cache folder of its own, empty."""
+    """An empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "cifar10_resnet"
 

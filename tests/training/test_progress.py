@@ -141,7 +141,7 @@ def test_the_training_loss_in_the_table_is_a_mean_over_200_steps_however_often_t
             progress.log_training(step, loss, loss / 8, 0.1, dict)
         summary = progress.finish(330, "model.ckpt-330", None)
     # The last 230 steps: (100 x 4 + 100 x 2 + 30 x 1) / 230 = 2.7391, and an eighth is 0.3424.
-    assert summary["training"] == "loss 2.7391, accuracy 0.3424 on augmented images, last 230 steps"
+    assert summary["training"] == "loss 2.7391, accuracy 34.24% on augmented images, last 230 steps"
 
 
 def test_a_damaged_event_file_of_an_earlier_start_is_no_reason_to_fail_at_the_end(tmp_path):
