@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Sequence
 from pathlib import Path
 
 from cifar10_resnet.__main__ import COMMANDS
@@ -89,15 +90,24 @@ def without_tensorflow(folder: Path) -> dict[str, str]:
 
 
 class Workers:
-    """Processes of one command. Each can have its own flags."""
+    """Processes of one command. Each can have its own flags and its own environment."""
 
-    def __init__(self, count: int, command: list[str], *own: tuple[str, ...]):
+    def __init__(
+        self,
+        count: int,
+        command: list[str],
+        *own: tuple[str, ...],
+        environments: Sequence[dict[str, str]] = (),
+    ):
         addresses = [f"127.0.0.1:{port}" for port in cluster.free_ports(count)]
         self.processes = [
             start(
                 *command,
                 *(own[index] if own else ()),
-                env=environment(TF_CONFIG=cluster.to_tf_config(addresses, index)),
+                env=environment(
+                    TF_CONFIG=cluster.to_tf_config(addresses, index),
+                    **(environments[index] if environments else {}),
+                ),
             )
             for index in range(count)
         ]
