@@ -224,7 +224,7 @@ def read(prefix: str) -> SavedRun:
     try:
         reader = tf.train.load_checkpoint(prefix)
         if not reader.has_tensor(DESCRIPTION_KEY):
-            raise UserError("another program wrote this checkpoint. Use one of run_trainer.py.")
+            raise UserError("another program wrote this checkpoint. Use another folder.")
         run = RunConfig.from_json(reader.get_tensor(DESCRIPTION_KEY).decode())
         step = int(reader.get_tensor(STEP_KEY))
         names = reader.get_variable_to_shape_map()

@@ -110,6 +110,12 @@ class DataConfig(Checked):
             raise UserError("must be two or more names.", "class_names", self.class_names)
 
     @property
+    def title(self) -> str:
+        """Returns the data set's name for readers."""
+        known = FORMATS.get(self.dataset)
+        return known.title if known else "synthetic images"
+
+    @property
     def scored_split(self) -> str:
         """Returns the split to evaluate a run on: "holdout" if it has one, "test" otherwise."""
         return "holdout" if self.holdout else "test"

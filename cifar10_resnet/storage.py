@@ -6,6 +6,7 @@ When a function here returns, the data that it wrote survives a power cut.
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import re
@@ -38,9 +39,14 @@ def refuse_patterns(path: str) -> None:
 
 def refuse_without_saved_model(folder: StrPath) -> None:
     """Refuses a folder that contains no SavedModel."""
-    if not os.path.isfile(os.path.join(folder, "saved_model.pb")):
-        why = f"contains no SavedModel. Run `{command('export')}` first."
-        raise UserError(why, "saved_model", folder)
+    if os.path.isfile(os.path.join(folder, "saved_model.pb")):
+        return
+    # TensorFlow Serving wants each version in a numbered folder.
+    versions = glob.glob(os.path.join(glob.escape(folder), "[0-9]*", "saved_model.pb"))
+    advice = f"Run `{command('export')}` first."
+    if versions:
+        advice = f"Use the folder inside it: {os.path.dirname(max(versions))}."
+    raise UserError(f"contains no SavedModel. {advice}", "saved_model", folder)
 
 
 def refuse_unwritable_folder(path: StrPath, apart_from: Sequence[str] = ()) -> None:

@@ -113,9 +113,11 @@ class Metrics:
             "images": self.num_images,
             "loss": f"{self.loss:.4f}",
             "accuracy": f"{self.accuracy:.2%}",
-            f"top-{min(5, len(names))} accuracy": f"{self.top_5_accuracy:.2%}",
+            "top-5 accuracy": f"{self.top_5_accuracy:.2%}",
             "calibration error": f"{self.calibration.error:.2%}",
         }
+        if len(names) <= 5:  # It would always be 100%.
+            del rows["top-5 accuracy"]
         shares = [
             "no images" if accuracy is None else f"{accuracy:.2%}"
             for accuracy in self.per_class_accuracy

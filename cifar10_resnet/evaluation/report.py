@@ -13,7 +13,6 @@ import numpy as np
 from cifar10_resnet.config import RunConfig, training_config
 from cifar10_resnet.data.photos import data_url
 from cifar10_resnet.evaluation.metrics import MISTAKES_SHOWN, NUM_BINS, Scored, wilson_interval
-from cifar10_resnet.formats import FORMATS
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SPLITS = {"train": "training", "holdout": "holdout", "test": "test"}
@@ -65,10 +64,8 @@ def html(scored: Scored, calibration_plot: bytes, made: Mapping[str, str]) -> st
 
 
 def _title(scored: Scored) -> str:
-    dataset = scored.run.data.dataset
-    name = FORMATS[dataset].title if dataset in FORMATS else "synthetic images"
     accuracy = f"{_percent(scored.metrics.accuracy)} {SPLITS[scored.split]} accuracy"
-    return f"{scored.run.model.title} on {name}: {accuracy}"
+    return f"{scored.run.model.title} on {scored.run.data.title}: {accuracy}"
 
 
 def _numbers(scored: Scored) -> str:

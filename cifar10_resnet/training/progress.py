@@ -255,7 +255,7 @@ def opening(
         trained = f"{_count(trainer.optimizer.variables):,} of its {parameters}"
         what = f"Fine-tuning the final layer of {run.model.name} ({trained})"
     lines = [
-        f"{what} on {num_images:,} images ({run.data.dataset}):",
+        f"{what} on {num_images:,} images ({run.data.title}):",
         f"{run.training.num_iterations:,} steps of {run.training.batch_size} images"
         f"{trainer.replicas.describe()}, recipe {run.training.recipe}, {options.dtype}, "
         f"{options.data_format}{', native kernels' if trainer.is_native else ''}.",

@@ -29,7 +29,6 @@ def test_the_report_has_the_figures_and_the_names():
         ["images", "8"],
         ["loss", "1.2500"],
         ["accuracy", "62.50%"],
-        ["top-3", "accuracy", "87.50%"],
         ["calibration", "error", "7.50%"],
         ["cat", "75.00%"],
         ["dog", "no", "images"],
