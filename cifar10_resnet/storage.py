@@ -41,7 +41,7 @@ def refuse_without_saved_model(folder: StrPath) -> None:
     """Refuses a folder that contains no SavedModel."""
     if os.path.isfile(os.path.join(folder, "saved_model.pb")):
         return
-    # TensorFlow Serving wants each version in a numbered folder.
+    # TensorFlow Serving expects each version in a numbered folder.
     versions = glob.glob(os.path.join(glob.escape(folder), "[0-9]*", "saved_model.pb"))
     advice = f"Run `{command('export')}` first."
     if versions:
