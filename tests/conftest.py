@@ -72,6 +72,15 @@ def write_cifar10(tmp_path) -> Callable[..., Path]:
     return write
 
 
+def write_random_cifar10(folder: Path) -> Path:
+    """Writes `cifar-10-batches-bin` with 30 random images in each file, and returns it."""
+    folder = folder / "cifar-10-batches-bin"
+    folder.mkdir()
+    for seed, name in enumerate((*TRAIN_FILES, "test_batch.bin")):
+        write_records(folder / name, *random_images(30, seed))
+    return folder
+
+
 def random_cifar100(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Returns images and their labels, coarse and fine, with the same values in both."""
     images, _ = random_images(count, seed)

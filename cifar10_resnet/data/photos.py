@@ -113,7 +113,12 @@ def data_url(image: np.ndarray) -> str:
     """Returns an image as the address of a PNG that a page can contain."""
     png = io.BytesIO()
     Image.fromarray(image).save(png, "PNG")
-    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    return png_url(png.getvalue())
+
+
+def png_url(png: bytes) -> str:
+    """Returns a PNG file as an address that a page can contain."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 @contextlib.contextmanager

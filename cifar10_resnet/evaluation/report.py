@@ -1,6 +1,5 @@
 """Builds the report of an evaluation: one HTML page that needs no scripts or other files."""
 
-import base64
 import dataclasses
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cifar10_resnet.config import RunConfig, training_config
-from cifar10_resnet.data.photos import data_url
+from cifar10_resnet.data.photos import data_url, png_url
 from cifar10_resnet.evaluation.metrics import MISTAKES_SHOWN, NUM_BINS, Scored, wilson_interval
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -54,7 +53,7 @@ def html(scored: Scored, calibration_plot: bytes, made: Mapping[str, str]) -> st
         numbers=_numbers(scored),
         confusion=_confusion(metrics.confusion_matrix, run.data.class_names),
         num_bins=NUM_BINS,
-        calibration_plot=f"data:image/png;base64,{base64.b64encode(calibration_plot).decode()}",
+        calibration_plot=png_url(calibration_plot),
         mistakes=_mistakes(scored),
         classes=_classes(metrics.confusion_matrix, run.data.class_names),
         settings=_settings(run),
@@ -64,7 +63,7 @@ def html(scored: Scored, calibration_plot: bytes, made: Mapping[str, str]) -> st
 
 
 def _title(scored: Scored) -> str:
-    accuracy = f"{_percent(scored.metrics.accuracy)} {SPLITS[scored.split]} accuracy"
+    accuracy = f"{scored.metrics.accuracy:.2%} {SPLITS[scored.split]} accuracy"
     return f"{scored.run.model.title} on {scored.run.data.title}: {accuracy}"
 
 
@@ -73,10 +72,10 @@ def _numbers(scored: Scored) -> str:
     shown = min(5, metrics.num_classes)
     interval = f"95% interval: {_percents(*metrics.accuracy_interval)}"
     numbers = (
-        ("Accuracy", _percent(metrics.accuracy), interval),
-        (f"Top-{shown} accuracy", _percent(metrics.top_5_accuracy), ""),
+        ("Accuracy", f"{metrics.accuracy:.2%}", interval),
+        (f"Top-{shown} accuracy", f"{metrics.top_5_accuracy:.2%}", ""),
         ("Loss", f"{metrics.loss:.4f}", "cross-entropy"),
-        ("Calibration error", _percent(metrics.calibration.error), "expected"),
+        ("Calibration error", f"{metrics.calibration.error:.2%}", "expected"),
         ("Images", f"{metrics.num_images:,}", f"{metrics.num_classes} classes"),
     )
     return "\n".join(
@@ -125,7 +124,7 @@ def _most_frequent_confusions(matrix: np.ndarray, names: Sequence[str]) -> str:
     if not pairs:
         return "<p>There are no mistakes.</p>"
     rows = [
-        (names[i], names[j], f"{wrong[i, j]:,}", _percent(wrong[i, j] / matrix[i].sum()))
+        (names[i], names[j], f"{wrong[i, j]:,}", f"{wrong[i, j] / matrix[i].sum():.2%}")
         for i, j in pairs
     ]
     return (
@@ -162,7 +161,7 @@ def _classes(matrix: np.ndarray, names: Sequence[str]) -> str:
     for i in np.argsort(-shares, kind="stable"):  # classes without images come last
         accuracy, interval = "no images", ""
         if counts[i]:
-            accuracy = _percent(shares[i])
+            accuracy = f"{shares[i]:.2%}"
             interval = _percents(*wilson_interval(matrix[i, i], counts[i]))
         wrong = np.where(np.arange(len(names)) == i, 0, matrix[i])
         most = f"{names[wrong.argmax()]} ({wrong.max():,})" if wrong.any() else ""
@@ -227,9 +226,5 @@ def _plain(value: Any) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f}%"
-
-
 def _percents(low: float, high: float) -> str:
-    return f"{_percent(low)} to {_percent(high)}"
+    return f"{low:.2%} to {high:.2%}"

@@ -95,7 +95,7 @@ def class_accuracy_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     with picture(
         height=160 + len(names) * row,
         title="Accuracy by class",
-        subtitle=f"With 95% intervals. Dashed: {_percent(overall)}, the accuracy on all images",
+        subtitle=f"With 95% intervals. Dashed: {overall:.1%}, the accuracy on all images",
     ) as figure:
         axes = figure.add_subplot()
         places = np.arange(len(names))
@@ -104,7 +104,7 @@ def class_accuracy_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
         axes.plot(shares[order], places, "o", color=BLUE, ms=5)
         axes.axvline(overall, color=MUTED, **DASHED)
         for place, i in enumerate(order):
-            text = f"{_percent(shares[i])} of {counts[i]:,}" if counts[i] else "no images"
+            text = f"{shares[i]:.1%} of {counts[i]:,}" if counts[i] else "no images"
             axes.text(
                 *(1.01, place, text),
                 transform=axes.get_yaxis_transform(),
@@ -194,7 +194,3 @@ def _percent_ticks(axes: Axes, axis: str, least: float = 0) -> None:
     axes.set(**{f"{axis}lim": (np.floor(10 * min(least, 0.9) + 1e-6) / 10, 1)})
     ticks = axes.xaxis if axis == "x" else axes.yaxis
     ticks.set_major_formatter(PercentFormatter(1, decimals=0, symbol="%"))
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"

@@ -7,7 +7,6 @@
 // Sums are taken over pieces of a fixed size and added up in a fixed order. So the results do not
 // depend on the number of threads.
 
-
 #ifndef CIFAR10_RESNET_NATIVE_BATCH_NORM_H_
 #define CIFAR10_RESNET_NATIVE_BATCH_NORM_H_
 
@@ -105,14 +104,18 @@ struct Norm {
   Norm(const Lines& lines, const float* mean, const float* scale, const float* gamma,
        const float* beta, bool relu, std::vector<float>& memory)
       : floor(relu ? 0 : -std::numeric_limits<float>::infinity()) {
-    memory = PerChannel(lines, [=](int64_t c) { return mean[c]; });
-    const auto factors = PerChannel(lines, [=](int64_t c) { return gamma[c] * scale[c]; });
-    const auto offsets = PerChannel(lines, [=](int64_t c) { return beta[c]; });
-    memory.insert(memory.end(), factors.begin(), factors.end());
-    memory.insert(memory.end(), offsets.begin(), offsets.end());
-    centre = memory.data();
-    factor = centre + lines.length;
-    offset = factor + lines.length;
+    memory.resize(3 * lines.length);
+    float *centres = memory.data(), *factors = centres + lines.length;
+    float* offsets = factors + lines.length;
+    for (int64_t i = 0; i < lines.length; ++i) {
+      const int64_t c = i % lines.channels;
+      centres[i] = mean[c];
+      factors[i] = gamma[c] * scale[c];
+      offsets[i] = beta[c];
+    }
+    centre = centres;
+    factor = factors;
+    offset = offsets;
   }
 
   template <typename V>

@@ -23,7 +23,7 @@ using tensorflow::OpKernelConstruction;
 using tensorflow::Tensor;
 
 constexpr int kTaps = 9;
-constexpr int kImages = 8;  // One thread adds up the kernel's gradient for this many images.
+constexpr int kImages = 8;  // A thread takes a group of this many images at a time.
 
 // Returns a word with two channels or pixels.
 inline uint32_t Pair(bfloat16 low, bfloat16 high) {
@@ -42,9 +42,19 @@ struct Images {
       : count(x.dim_size(0)), height(x.dim_size(1)), width(x.dim_size(2)), depth(x.dim_size(3)) {}
 
   int64_t size() const { return height * width * depth; }  // of an image
+  int64_t groups() const { return (count + kImages - 1) / kImages; }
 
   const int64_t count, height, width, depth;
 };
+
+// Calls compute(group, first image, one after the last) for each group of images, in all threads.
+template <typename F>
+void ForEachGroup(OpKernelContext* context, const Images& images, const F& compute) {
+  InParallel(context, images.groups(), [&](int64_t group) {
+    const int64_t first = group * kImages;
+    compute(group, first, std::min(images.count, first + kImages));
+  });
+}
 
 // --- The convolution -----------------------------------------------------------------------------
 
@@ -66,7 +76,7 @@ std::vector<uint32_t> PackKernel(const float* kernel, int64_t depth, bool turned
   return packed;
 }
 
-// Computes kPixels pixels of a row, for kVectors * 16 of its channels.
+// Computes kPixels pixels of a row, for kOut * 16 of its channels.
 template <int kPixels, int kOut>
 void ConvolvePixels(const uint32_t* padded, const uint32_t* kernel, int64_t row_words,
                     int64_t depth, bfloat16* y) {
@@ -93,14 +103,15 @@ void ConvolvePixels(const uint32_t* padded, const uint32_t* kernel, int64_t row_
 
 // Computes the rows of one image. kPixels divides the width, and 16 * kOut divides the depth.
 template <int kPixels, int kOut>
-void ConvolveImage(const Images& images, const uint32_t* padded, const uint32_t* kernel, bfloat16* y) {
+void ConvolveImage(const Images& images, const uint32_t* padded, const uint32_t* kernel,
+                   bfloat16* y) {
   const int64_t words = images.depth / 2, row_words = (images.width + 2) * words;
   for (int64_t out = 0; out < images.depth; out += kOut * kWidth)
     for (int64_t row = 0; row < images.height; ++row)
       for (int64_t pixel = 0; pixel < images.width; pixel += kPixels)
         ConvolvePixels<kPixels, kOut>(padded + row * row_words + pixel * words, kernel + out,
-                                         row_words, images.depth,
-                                         y + (row * images.width + pixel) * images.depth + out);
+                                      row_words, images.depth,
+                                      y + (row * images.width + pixel) * images.depth + out);
 }
 
 class Convolution3x3 : public OpKernel {
@@ -124,13 +135,11 @@ class Convolution3x3 : public OpKernel {
     const auto kernel = PackKernel(context->input(1).flat<float>().data(), depth, turned_);
 
     const int64_t row = width * depth, padded_row = (width + 2) * depth;
-    const int64_t groups = (images.count + kImages - 1) / kImages;
-    InParallel(context, groups, [&](int64_t group) {
+    ForEachGroup(context, images, [&](int64_t, int64_t first, int64_t last) {
       // Around the image, there is a border of zeros.
       std::vector<uint32_t> memory((images.height + 2) * padded_row / 2);
       auto* padded = reinterpret_cast<bfloat16*>(memory.data());
-      const int64_t last = std::min(images.count, (group + 1) * kImages);
-      for (int64_t n = group * kImages; n < last; ++n) {
+      for (int64_t n = first; n < last; ++n) {
         const bfloat16* image = x + n * images.size();
         for (int64_t i = 0; i < images.height; ++i)
           std::memcpy(padded + (i + 1) * padded_row + depth, image + i * row, row * sizeof(*x));
@@ -224,7 +233,7 @@ void AddImage(const PixelWords& words, float* gradient) {
       for (int64_t in = 0; in < depth; in += kIn)
         for (int64_t out = 0; out < depth; out += kOut * kWidth)
           AddProducts<kIn, kOut>(words, row, std::min(row + kRows, height), tap, in, out,
-                                    gradient);
+                                 gradient);
 }
 
 class Convolution3x3KernelGrad : public OpKernel {
@@ -245,13 +254,11 @@ class Convolution3x3KernelGrad : public OpKernel {
     const bfloat16* upstream = context->input(1).flat<bfloat16>().data();
 
     // The sums of the groups are added up in order, so they do not depend on the threads.
-    const int64_t groups = (images.count + kImages - 1) / kImages;
-    std::vector<float> sums(groups * size);
-    InParallel(context, groups, [&](int64_t group) {
+    std::vector<float> sums(images.groups() * size);
+    ForEachGroup(context, images, [&](int64_t group, int64_t first, int64_t last) {
       PixelWords words(images);
       float* gradient = sums.data() + group * size;
-      const int64_t last = std::min(images.count, (group + 1) * kImages);
-      for (int64_t n = group * kImages; n < last; ++n) {
+      for (int64_t n = first; n < last; ++n) {
         words.Fill(x + n * images.size(), upstream + n * images.size());
         if (depth % 32 == 0)
           AddImage<8, 2>(words, gradient);
@@ -261,12 +268,12 @@ class Convolution3x3KernelGrad : public OpKernel {
     });
     float* total = output->flat<float>().data();
     std::fill_n(total, size, 0.0f);
-    for (int64_t group = 0; group < groups; ++group)
+    for (int64_t group = 0; group < images.groups(); ++group)
       for (int64_t i = 0; i < size; ++i) total[i] += sums[group * size + i];
   }
 };
 
 }  // namespace
 
-#endif  // __AVX512BF16__
+#endif  // HAS_CONVOLUTION
 #endif  // CIFAR10_RESNET_NATIVE_CONVOLUTION_H_

@@ -36,8 +36,8 @@ def prepare_run(
     """Returns the run in `ckpt_path`, its data set and its newest intact checkpoint.
 
     Without a run there, it returns a new one and no checkpoint. A new run has the `given` settings
-    and starts from the network of the `pretrained` checkpoint,
-    if there is one. Without `data`, a run uses its own data set in its default folder.
+    and starts from the network of the `pretrained` checkpoint, if there is one.
+    Without `data`, a run uses its own data set in its default folder.
     """
     if data:
         given = {**given, "dataset": data.name}

@@ -34,9 +34,11 @@ class Trainer:
         self.replicas = replicas = replicas or Replicas()
         replicas.refuse_uneven(run.training.batch_size)
         self.is_native = native_library is not None
-        ways = {"normalise": replicas.normalise(sync_batch_norm)}
-        if native_library:
-            ways = kernels.ways(native_library)
+        ways = (
+            kernels.ways(native_library)
+            if native_library
+            else {"normalise": replicas.normalise(sync_batch_norm)}
+        )
         with replicas.strategy.scope():
             self.model = ResNet(
                 **run.model.arguments(),

@@ -13,6 +13,7 @@ from conftest import (
     random_images,
     skip_without_channels_first,
     values_in,
+    write_random_cifar10,
     write_records,
 )
 from programs import (
@@ -97,11 +98,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "cifar-10-batches-bin"
-    folder.mkdir()
-    for seed, name in enumerate((*TRAIN_FILES, "test_batch.bin")):
-        write_records(folder / name, *random_images(30, seed))
-    return folder
+    return write_random_cifar10(tmp_path_factory.mktemp("data"))
 
 
 # steps of some milliseconds, without and with which a run is as long as the other

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import TRAIN_FILES, assert_same_checkpoint, random_images, values_in, write_records
+from conftest import assert_same_checkpoint, values_in, write_random_cifar10
 from programs import Workers, run
 
 from cifar10_resnet.native import build
@@ -24,11 +24,7 @@ def library() -> str:
 
 @pytest.fixture(scope="module")
 def small_data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "cifar-10-batches-bin"
-    folder.mkdir()
-    for seed, name in enumerate((*TRAIN_FILES, "test_batch.bin")):
-        write_records(folder / name, *random_images(30, seed))
-    return folder
+    return write_random_cifar10(tmp_path_factory.mktemp("data"))
 
 
 def train(data: Path, folder: Path, *flags: str) -> str:
