@@ -124,6 +124,7 @@ def training_batches(
     alternate_flips: bool = False,
     cutout: int = 0,
     share: tuple[int, int] = (0, 1),
+    drawn_only: bool = False,
 ) -> tf.data.Dataset:
     """Returns batches of augmented images, float32 [batch_size, size, size, 3], and labels.
 
@@ -134,25 +135,28 @@ def training_batches(
     random. Later epochs alternate, so no two epochs in a row show it the same way. `cutout` is the
     width in pixels of a square of zeros around a random pixel. Epochs follow one another without a
     gap: a batch may contain the end of one and the start of the next.
+
+    With `drawn_only`, an element has only what was drawn for each image: int32 [batch_size, 4], or
+    [batch_size, 6] with `cutout`. `DeviceAugmentation` makes the same batch from it.
     """
     part = slice(*(batch_size * i // share[1] for i in (share[0], share[0] + 1)))
+    size = examples.images.shape[1]
     with tf.device("cpu"):
-        augment = _Augmentation(examples.images, mean)
-        labels = tf.constant(examples.labels)
+        augment = None if drawn_only else _Augmentation(examples, mean, cutout)
 
     @tf.autograph.experimental.do_not_convert
-    def batch(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def batch(step: tf.Tensor) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor]:
         place = step * batch_size + tf.range(part.start, part.stop, dtype=tf.int64)
         indices = _epoch_order(place, len(examples.labels), seed)
         dy, dx, flip = (drawn[part] for drawn in _draw_crops(step, batch_size, seed))
         if alternate_flips:
             first = tf.bitwise.right_shift(_hash(seed, indices), np.uint64(63))
             flip = (tf.cast(first, tf.int32) + tf.cast(place // len(examples.labels), tf.int32)) % 2
-        images = augment(indices, dy, dx, flip)
+        drawn = [tf.cast(indices, tf.int32), dy, dx, flip]
         if cutout:
-            centres = _draw_centres(step, batch_size, seed, images.shape[1])
-            images = _cut_out(images, centres[part], cutout)
-        return images, tf.gather(labels, indices)
+            drawn += tf.unstack(_draw_centres(step, batch_size, seed, size)[part], axis=1)
+        drawn = tf.stack(drawn, axis=1)
+        return drawn if augment is None else augment(drawn)
 
     last_step = np.iinfo(np.int64).max if num_steps is None else first_step + num_steps
     dataset = tf.data.Dataset.range(first_step, last_step)
@@ -215,16 +219,15 @@ def _draw_centres(step: tf.Tensor, count: int, seed: int, size: int) -> tf.Tenso
     )
 
 
-def _cut_out(images: tf.Tensor, centres: tf.Tensor, side: int) -> tf.Tensor:
-    """Returns the images with a square of zeros around each centre."""
-    places = tf.range(images.shape[1]) - centres[:, :, None] + side // 2
+def _square(centres: Sequence[tf.Tensor], side: int, size: int) -> tf.Tensor:
+    """Returns which pixels are in a square around each (row, column): bool [N, size, size]."""
+    places = tf.range(size) - tf.stack(centres, axis=1)[:, :, None] + side // 2
     inside = (places >= 0) & (places < side)
-    inside = inside[:, 0, :, None] & inside[:, 1, None, :]
-    return tf.where(inside[..., None], 0.0, images)
+    return inside[:, 0, :, None] & inside[:, 1, None, :]
 
 
 class _Augmentation:
-    """A function that crops and flips whole batches of uint8 images and subtracts the mean.
+    """A function that makes batches on a CPU: crops and flips uint8 images, subtracts the mean.
 
     It moves long rows of bytes, which is several times as fast as cutting one image after the
     other. Rows are gathered for the vertical shift. Then the batch is split into the 18 cases of
@@ -232,9 +235,12 @@ class _Augmentation:
     beforehand, is subtracted last. Padding is zero in both the image and the mean.
     """
 
-    def __init__(self, images: np.ndarray, mean: np.ndarray):
-        self._size = size = images.shape[1]
+    def __init__(self, examples: ImageSet, mean: np.ndarray, cutout: int):
+        images = examples.images
+        self._size, self._cutout = images.shape[1], cutout
+        size = self._size
         self._images = _as_tensor(images.reshape(len(images), -1))
+        self._labels = tf.constant(examples.labels)
         padded = np.pad(mean, ((PAD, PAD), (PAD, PAD), (0, 0)))
         self._means = tf.constant(
             np.stack(
@@ -247,9 +253,15 @@ class _Augmentation:
             )
         )
 
-    def __call__(
-        self, indices: tf.Tensor, dy: tf.Tensor, dx: tf.Tensor, flip: tf.Tensor
-    ) -> tf.Tensor:
+    def __call__(self, drawn: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        indices, dy, dx, flip, *centres = tf.unstack(drawn, axis=1)
+        images = self._crop(indices, dy, dx, flip)
+        if centres:
+            is_cut = _square(centres, self._cutout, self._size)
+            images = tf.where(is_cut[..., None], 0.0, images)
+        return images, tf.gather(self._labels, indices)
+
+    def _crop(self, indices: tf.Tensor, dy: tf.Tensor, dx: tf.Tensor, flip: tf.Tensor) -> tf.Tensor:
         size, count = self._size, indices.shape[0]
         height, image_bytes = size + 2 * PAD, size * size * CHANNELS
         images = tf.reshape(tf.gather(self._images, indices), [count, size, size * CHANNELS])
@@ -270,3 +282,40 @@ class _Augmentation:
 
         mean = tf.gather(self._means, dy * (2 * SHIFTS) + case)
         return tf.reshape(tf.cast(cropped, tf.float32) - mean, [count, size, size, CHANNELS])
+
+
+class DeviceAugmentation:
+    """A function that makes the same batches on a GPU, which keeps all images in its memory.
+
+    XLA compiles it to one pass over the pixels of a batch: each is gathered from its place in its
+    image, or is zero in the padding and the square.
+    """
+
+    # A pixel's place is an int32. Twice as much would fit, but a GPU has other uses for its memory.
+    MOST_BYTES = 2**31
+
+    def __init__(self, examples: ImageSet, mean: np.ndarray, cutout: int = 0):
+        self._size, self._cutout = examples.images.shape[1], cutout
+        self._pixels = tf.constant(examples.images.reshape(-1, CHANNELS))
+        # An int32 constant would stay in the host's memory.
+        self._labels = tf.constant(examples.labels, tf.int64)
+        self._means = tf.constant(mean.reshape(-1, CHANNELS), tf.float32)
+        self._compiled = tf.function(self._make, autograph=False, jit_compile=True)
+
+    def __call__(self, drawn: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return self._compiled(drawn)
+
+    def _make(self, drawn: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        indices, dy, dx, flip, *centres = tf.unstack(drawn, axis=1)
+        size, there = self._size, tf.range(self._size)
+        across = tf.where(flip[:, None] == 1, size - 1 - there, there)
+        rows = (there + dy[:, None] - PAD)[:, :, None]
+        columns = (across + dx[:, None] - PAD)[:, None, :]
+        is_shown = (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)
+        if centres:
+            is_shown &= ~_square(centres, self._cutout, size)
+        places = tf.where(is_shown, rows * size + columns, 0)
+        pixels = tf.gather(self._pixels, indices[:, None, None] * size * size + places)
+        pixels = tf.cast(pixels, tf.float32) - tf.gather(self._means, places)
+        labels = tf.cast(tf.gather(self._labels, indices), tf.int32)
+        return tf.where(is_shown[..., None], pixels, 0.0), labels

@@ -10,21 +10,24 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
+from cifar10_resnet import device
 from cifar10_resnet.cli import app
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.data import dataset
 from cifar10_resnet.data.dataset import Dataset
-from cifar10_resnet.device import resolve_data_format, start_tensorflow
 from cifar10_resnet.distributed import cluster
-from cifar10_resnet.errors import UserError
 from cifar10_resnet.options import Options
 from cifar10_resnet.terminal import command, emphasised, quietly, table
 from cifar10_resnet.training import run_folder
 
 if TYPE_CHECKING:
+    import tensorflow as tf
+
+    from cifar10_input import ImageSet
     from cifar10_resnet.cli.flags import Flags
     from cifar10_resnet.distributed.replicas import Replicas
     from cifar10_resnet.training.loop import Outcome
+    from cifar10_resnet.training.trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,7 @@ def main(flags: "Flags") -> int:
     if options.export_dir and (workers is None or workers.index == 0):  # the chief
         run_folder.refuse_export(options)
 
-    device = start_tensorflow(options.device, options.verbose, options.num_gpus)
+    device.start_tensorflow(options.device, options.verbose, options.num_gpus)
     from cifar10_resnet import checkpoints
     from cifar10_resnet.distributed import replicas as distributed
     from cifar10_resnet.serving import export
@@ -54,10 +57,7 @@ def main(flags: "Flags") -> int:
         print(f"Joining the others as {workers.name(workers.index)}.", flush=True)
     # TensorFlow needs this before it computes anything.
     replicas = distributed.choose(options.distribution_strategy, workers, options.worker_timeout)
-    if options.jit_compile and replicas.count > 1:
-        raise UserError("--jit_compile works on one device only. Remove it, or use --num_gpus=1.")
-    layout = resolve_data_format(options.data_format, options.dtype)
-    options = dataclasses.replace(options, device=device, data_format=layout)
+    options = device.settle(options, replicas.count)
     with replicas.ending_together(), contextlib.ExitStack() as held:
         replicas.refuse_differences(flags.in_common())
         if options.eval_only:
@@ -76,7 +76,7 @@ def main(flags: "Flags") -> int:
             outcome = train(run, options, data, resume_from, replicas)
             if options.export_dir and replicas.is_chief and not outcome.stopped_by:
                 # With "auto", a network that was trained on a GPU is exported to run anywhere.
-                layout = "channels_last" if flags.data_format == "auto" else layout
+                layout = "channels_last" if flags.data_format == "auto" else flags.data_format
                 export.export_saved_model(
                     checkpoints.read(outcome.checkpoint), options.export_dir, layout, options.dtype
                 )
@@ -97,14 +97,12 @@ def train(
     Without `data`, it uses its own data set in its default folder. If several workers train
     together, only the chief reads and writes checkpoints.
     """
-    from cifar10_input import training_batches
     from cifar10_resnet.distributed.replicas import Replicas
     from cifar10_resnet.training import loop, progress, resume, signals
 
     options = run_folder.settle(options, run.settings())
-    layout = resolve_data_format(options.data_format, options.dtype)
-    options = dataclasses.replace(options, data_format=layout)
     data, replicas = data or dataset.find(None, run.data.dataset), replicas or Replicas()
+    options = device.settle(options, replicas.count)
     trainer, images = resume.ready(run, options, data, resume_from, replicas)
     num_images, step = len(images.train.labels), trainer.steps_done
     agenda = loop.Agenda(run, options, num_images, replicas.num_workers)
@@ -115,17 +113,7 @@ def train(
         return loop.Outcome(step, resume_from, evaluations.metrics)
     say(progress.opening(run, options, trainer, num_images, agenda.last, resume_from))
 
-    batches = training_batches(
-        images.train,
-        trainer.model.image_mean.numpy(),
-        run.training.batch_size,
-        run.training.seed,
-        first_step=step,
-        num_steps=agenda.last - step,
-        alternate_flips=run.training.alternate_flips,
-        cutout=run.training.cutout,
-        share=(replicas.worker, replicas.num_workers),
-    )
+    batches = _batches(trainer, options.device, images.train)
     kind = progress.Progress if replicas.is_chief else progress.Silent
     saving = loop.Saving(trainer, options)
     with (
@@ -137,6 +125,26 @@ def train(
         signals.saving_on_closed_output(saving.check, saving.save),
     ):
         return loop.train(trainer, batches, agenda, evaluations, saving, shown, stop)
+
+
+def _batches(trainer: "Trainer", device: str, examples: "ImageSet") -> "tf.data.Dataset":
+    """Returns the run's batches from its next step on. One GPU makes them from what is drawn."""
+    from cifar10_input import DeviceAugmentation, training_batches
+
+    training, mean = trainer.run.training, trainer.model.image_mean.numpy()
+    replicas = trainer.replicas
+    is_small = examples.images.nbytes <= DeviceAugmentation.MOST_BYTES
+    on_gpu = device == "gpu" and replicas.count == 1 and is_small
+    if on_gpu:
+        trainer.make_batch = DeviceAugmentation(examples, mean, training.cutout)
+    return training_batches(
+        *(examples, mean, training.batch_size, training.seed),
+        first_step=trainer.steps_done,
+        alternate_flips=training.alternate_flips,
+        cutout=training.cutout,
+        share=(replicas.worker, replicas.num_workers),
+        drawn_only=on_gpu,
+    )
 
 
 def _evaluate(options: Options, data: Dataset | None, given: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 
 from cifar10_resnet.errors import UserError
+from cifar10_resnet.options import Options
 
 # These passes over a graph find nothing to do in these networks on a CPU. They take 0.4 of
 # the 6.4 seconds that ResNet-110 needs to start (AMD EPYC, two cores). "remapping" is not in the
@@ -47,12 +48,24 @@ def start_tensorflow(device: str, verbose: bool = False, num_gpus: int | None = 
     return "gpu" if has_gpu else "cpu"
 
 
+def visible_device() -> str:
+    """Returns "gpu" if TensorFlow uses one, else "cpu"."""
+    import tensorflow as tf
+
+    return "gpu" if tf.config.get_visible_devices("GPU") else "cpu"
+
+
+def settle(options: Options, num_replicas: int) -> Options:
+    """Returns the options with every "auto" settled for the devices that TensorFlow uses."""
+    device = visible_device()
+    layout = resolve_data_format(options.data_format, options.dtype, device)
+    return options.settled(device, layout, num_replicas)
+
+
 def resolve_data_format(data_format: str, dtype: str, device: str = "auto") -> str:
     """Turns `auto` into the device's data format. Refuses a format that its kernels lack."""
     if device == "auto":
-        import tensorflow as tf
-
-        device = "gpu" if tf.config.get_visible_devices("GPU") else "cpu"
+        device = visible_device()
     if data_format == "auto":
         return "channels_first" if device == "gpu" else "channels_last"
     if data_format == "channels_first" and device == "cpu" and not _cpu_trains(data_format, dtype):

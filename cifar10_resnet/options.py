@@ -3,7 +3,7 @@
 The flags, their checks and docs/flags.md follow from the fields here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,8 @@ checkpoint = partial(
     setting, help="Checkpoint, or a folder (its newest checkpoint is used)", also=("model_dir",)
 )
 
+# A GPU takes this many steps in the time in which Python prepares several calls.
+STEPS_PER_GPU_CALL = 50
 # Without --log_per_iterations, learning curves have enough points however short the run is.
 LEAST_LOGS, MOST_STEPS_PER_LOG = 20, 200
 
@@ -110,9 +112,14 @@ class Options(Checked):
         "Native kernels for CPUs (auto: if they can be built; on: required)",
         choices=("auto", "on", "off"),
     )
-    jit_compile: bool = of_device(False, "Compile the step with XLA (slower on CPUs)")
-    steps_per_call: int = of_device(
-        1, "Steps per call from Python (more is faster on GPUs)", least=1
+    jit_compile: bool | None = of_device(
+        None, "Compile the steps with XLA (slower on CPUs)", shown="on one GPU"
+    )
+    steps_per_call: int | None = of_device(
+        None,
+        "Steps per call from Python",
+        least=1,
+        shown=f"1 on CPUs, {STEPS_PER_GPU_CALL} on GPUs",
     )
     distribution_strategy: str = of_several(
         "auto",
@@ -163,6 +170,21 @@ class Options(Checked):
             raise UserError(
                 "--use_synthetic_data does not work with --dataset or --coarse_labels. Remove them."
             )
+
+    def settled(self, device: str, data_format: str, num_replicas: int) -> "Options":
+        """Returns the options for "cpu" or "gpu", with a value in place of each "auto"."""
+        if self.jit_compile and num_replicas > 1:
+            raise UserError(
+                "--jit_compile works on one device only. Remove it, or use --num_gpus=1."
+            )
+        is_gpu, jit_compile, steps = device == "gpu", self.jit_compile, self.steps_per_call
+        return replace(
+            self,
+            device=device,
+            data_format=data_format,
+            jit_compile=is_gpu and num_replicas == 1 if jit_compile is None else jit_compile,
+            steps_per_call=steps or (STEPS_PER_GPU_CALL if is_gpu else 1),
+        )
 
     def last_step(self, run: RunConfig) -> int:
         """Returns the step at which this start of a run ends."""

@@ -348,3 +348,21 @@ def test_the_shares_of_a_batch_are_together_the_batch(count):
         for kind in (0, 1):
             together = np.concatenate([share[step][kind] for share in shares])
             np.testing.assert_array_equal(together, batch[kind])
+
+
+# --- On a device ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"cutout": 7}, {"alternate_flips": True, "cutout": 32}, {"share": (1, 3)}]
+)
+def test_a_device_makes_the_same_batches_bit_for_bit_from_what_was_drawn(settings):
+    examples = numbered(50)
+    mean = cifar10_input.mean_image(examples.images)
+    arguments = {"batch_size": 48, "seed": 5, "first_step": 3, "num_steps": 6, **settings}
+    batches = cifar10_input.training_batches(examples, mean, **arguments)
+    draws = cifar10_input.training_batches(examples, mean, **arguments, drawn_only=True)
+    make = cifar10_input.DeviceAugmentation(examples, mean, settings.get("cutout", 0))
+    made = [make(drawn) for drawn in draws]
+    assert_same_batches([[part.numpy() for part in batch] for batch in made], list(batches))
+    assert {part.dtype for batch in made for part in batch} == {tf.float32, tf.int32}

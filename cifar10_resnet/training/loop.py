@@ -157,7 +157,7 @@ def train(
     stop: StopSignals,
 ) -> Outcome:
     """Takes steps, and does what is due after each. Returns how the run ended."""
-    replicas, batches = trainer.replicas, iter(pipeline)
+    replicas, batches = trainer.replicas, trainer.batches_of(pipeline)
     step, stopped_by, saved = trainer.steps_done, 0, ""
     due = agenda.due(step)
     while True:
@@ -179,9 +179,7 @@ def train(
             saving.check()
         if "log" in due:
             progress.log_training(step, *trainer.means(reset=True), rate, trainer.norms)
-            progress.show_once(
-                step, trainer.trace, lambda: next(iter(pipeline))[0] + trainer.model.image_mean
-            )
+            progress.show_once(step, trainer.trace, lambda: trainer.images_of(next(iter(pipeline))))
         if "evaluate" in due:
             reached = evaluations.reach_threshold()
             progress.log_evaluation(step, evaluations.split, evaluations.metrics)

@@ -170,7 +170,7 @@ class Progress(Silent):
         self, step: int, graph: Callable[[], tf.Graph], images: Callable[[], np.ndarray]
     ) -> None:
         """Records the run's settings, graph and images, once."""
-        if not self._has_shown_run:
+        if self._summaries.are_written and not self._has_shown_run:
             self._summaries.run(step, self._run, graph(), images())
             self._has_shown_run = True
 

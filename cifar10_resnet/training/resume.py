@@ -122,7 +122,8 @@ def ready(
             options.data_format,
             options.dtype,
             options.loss_scale,
-            options.jit_compile,
+            bool(options.jit_compile),
+            options.steps_per_call or 1,
             replicas,
             options.sync_batch_norm,
             library,
@@ -133,7 +134,7 @@ def ready(
             if replicas.is_chief:
                 checkpoints.restore_pretrained(trainer.model, run.training.pretrained)
             trainer.copy_from_chief()
-        if trainer.steps_done < options.last_step(run):
+        if trainer.steps_done < options.last_step(run) and not trainer.loops_in_xla:
             trainer.trace()
         images = reading.result()
     if replicas.num_workers > 1:

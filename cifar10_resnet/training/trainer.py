@@ -2,7 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -26,12 +27,16 @@ class Trainer:
         dtype: str = "fp32",
         loss_scale: float = 1.0,
         jit_compile: bool = False,
+        steps_per_call: int = 1,
         replicas: Replicas | None = None,
         sync_batch_norm: bool = False,
         native_library: str | None = None,
     ):
         self.run = run
         self.replicas = replicas = replicas or Replicas()
+        self.steps_per_call, self.loops_in_xla = steps_per_call, jit_compile and steps_per_call > 1
+        # This makes a batch from an element of the pipeline. On a GPU, that is its draws only.
+        self.make_batch: Callable[..., tuple[tf.Tensor, tf.Tensor]] = lambda batch: batch
         replicas.refuse_uneven(run.training.batch_size)
         self.is_native = native_library is not None
         ways = (
@@ -80,20 +85,42 @@ class Trainer:
         self._means_since = 0
         self._watched: tuple[int, list] | None = None
 
-    def train_steps(self, batches: Iterator, count: int) -> None:
-        """Takes `count` steps in one call, so a GPU does not wait for Python between them."""
-        if count == 1:
-            self.train_step(*next(batches))
+    def batches_of(self, pipeline: tf.data.Dataset) -> "Iterator | Chunks":
+        """Returns the batches of a pipeline, in the form that `train_steps` takes."""
+        if self.loops_in_xla:
+            return Chunks(pipeline, self.steps_per_call)  # XLA cannot read a pipeline.
+        return iter(pipeline)
+
+    def images_of(self, element: Any) -> np.ndarray:
+        """Returns the images of an element of the pipeline, 0 to 255."""
+        return (self.make_batch(element)[0] + self.model.image_mean).numpy()
+
+    def train_steps(self, batches: "Iterator | Chunks", count: int) -> None:
+        """Takes `count` steps in few calls, so a GPU does not wait for Python between them."""
+        if self.loops_in_xla:
+            for chunk, first, end in batches.take(count):
+                self._steps_in_xla(chunk, tf.constant(first), tf.constant(end))
+        elif count == 1:
+            self.train_step(*self.make_batch(next(batches)))
         else:
             self._several_steps(batches, tf.constant(count))
 
     @tf.function(autograph=False)
     def _several_steps(self, batches: Iterator, count: tf.Tensor) -> None:
         def step(done: tf.Tensor) -> list[tf.Tensor]:
-            self.train_step(*batches.get_next())
+            self.train_step(*self.make_batch(batches.get_next()))
             return [done + 1]
 
         tf.while_loop(lambda done: done < count, step, [0], parallel_iterations=1)
+
+    @tf.function(autograph=False, jit_compile=True)
+    def _steps_in_xla(self, chunk: tf.Tensor, first: tf.Tensor, end: tf.Tensor) -> None:
+        def step(place: tf.Tensor) -> list[tf.Tensor]:
+            element = tf.nest.map_structure(lambda part: tf.gather(part, place), chunk)
+            self._train_step(*self.make_batch(element))
+            return [place + 1]
+
+        tf.while_loop(lambda place: place < end, step, [first], parallel_iterations=1)
 
     def _train_step(self, images: tf.Tensor, labels: tf.Tensor) -> None:
         """Takes one step on a batch of mean-subtracted images and integer labels.
@@ -222,6 +249,24 @@ class Trainer:
             f"Training diverged: {what}. {rest}. Use a lower --init_lr than "
             f"{self.run.training.init_lr:g}, or --dtype=fp32, in a new --ckpt_path."
         )
+
+
+class Chunks:
+    """The batches of a pipeline in chunks, of which each call takes some."""
+
+    def __init__(self, pipeline: tf.data.Dataset, size: int):
+        # A chunk has a fixed size, because XLA compiles anew for each shape.
+        self._chunks = iter(pipeline.batch(size, drop_remainder=True).prefetch(2))
+        self._size = self._place = size
+
+    def take(self, count: int) -> Iterator[tuple[Any, int, int]]:
+        """Yields chunks with the first place to take and the place after the last."""
+        while count:
+            if self._place == self._size:
+                self._chunk, self._place = next(self._chunks), 0
+            first, self._place = self._place, min(self._place + count, self._size)
+            count -= self._place - first
+            yield self._chunk, first, self._place
 
 
 def _block_norms(kind: str, values: dict[str, np.ndarray]) -> dict[str, float]:
