@@ -20,7 +20,7 @@ LOGGED = re.compile(r"step (\d+)/.* images/s (\d+)")
 
 @dataclass(frozen=True)
 class Bench:
-    """What all parts need: a temporary folder, the data, and how long to measure."""
+    """The needs of all parts: a temporary folder, the data, and how long to measure."""
 
     folder: Path
     path: Path | None = None
@@ -120,23 +120,34 @@ def measure_recipe(bench: Bench, clock: Clock, result: Results) -> None:
 # --- PyTorch and the bare step --------------------------------------------------------------------
 
 
-def measure_pytorch(
-    bench: Bench, layers: int, dtype: str, forms: tuple[str, ...], clock: Clock, result: Results
+def measure_forms(
+    bench: Bench,
+    program: str,
+    layers: int,
+    dtype: str,
+    forms: tuple[str, ...],
+    clock: Clock,
+    result: Results,
 ) -> None:
-    """Measures the forms of PyTorch's training step, in a process without TensorFlow."""
-    if importlib.util.find_spec("torch") is None:
+    """Measures the forms of a step in one process, which prints a line of JSON for each."""
+    is_pytorch = program.startswith("pytorch")
+    if is_pytorch and importlib.util.find_spec("torch") is None:
         raise Failure("PyTorch is not installed")
-    command = [FOLDER / "contenders" / "pytorch_gpu.py", f"--layers={bench.layers(layers)}"]
-    command += [f"--dtype={dtype}", f"--forms={','.join(forms)}", f"--seconds={bench.seconds / 2}"]
-    command += [f"--batch_size={bench.batch_size}"]
-    command += ["--device=cpu", "--steps=2"] if bench.is_cpu else [f"--steps={2000 // layers}"]
+    gpu = "cuda" if is_pytorch else "gpu"
+    command = [
+        *(FOLDER / "contenders" / program, f"--layers={bench.layers(layers)}"),
+        *(f"--dtype={dtype}", f"--forms={','.join(forms)}", f"--batch_size={bench.batch_size}"),
+        f"--device={'cpu' if bench.is_cpu else gpu}",
+        f"--steps={2 if bench.is_cpu else 2000 // layers}",
+        f"--seconds={bench.seconds / 2}",
+    ]
     result["forms"] = []
 
     def read(lines: list[str], times: list[float]) -> bool:
         if lines[-1].startswith("{"):
             result["forms"].append(json.loads(lines[-1]))
-            best = [form.get("images_per_second", 0) for form in result["forms"]]
-            result["images_per_second"] = max(best)
+            rates = [form.get("images_per_second", 0) for form in result["forms"]]
+            result["images_per_second"] = max(rates)
         return False
 
     clock.run(*command, enough=read)
@@ -159,8 +170,16 @@ def make_parts(bench: Bench) -> list[Part]:
 
     def torch(layers: int, dtype: str, name: str, forms: tuple[str, ...], deadline: float) -> Part:
         title = f"PyTorch, ResNet-{layers}, {dtype}, {', '.join(forms)}"
-        measure = functools.partial(measure_pytorch, bench, layers, dtype, forms)
+        how = (bench, "pytorch_gpu.py", layers, dtype, forms)
+        measure = functools.partial(measure_forms, *how)
         return Part(f"pytorch-{layers}-{dtype}-{name}", title, deadline, measure)
+
+    def step(name: str, layers: int, *forms: str) -> Part:
+        title = (
+            f"the step of ResNet-{layers} with its batch on the device, bf16, {', '.join(forms)}"
+        )
+        how = (bench, "step_gpu.py", layers, "bf16", forms)
+        return Part(name, title, 100, functools.partial(measure_forms, *how))
 
     bf16, fp32 = "--dtype=bf16", "--dtype=fp32"
     recipe = functools.partial(measure_recipe, bench)
@@ -173,6 +192,7 @@ def make_parts(bench: Bench) -> list[Part]:
         torch(20, "bf16", "eager", EAGER, 45),
         train(20, "bf16-nhwc", bf16, NHWC),
         train(20, "bf16-notjit", bf16, NOT_COMPILED),
+        step("step-20", 20, "step"),
         train(20, "bf16-1step", bf16, "--steps_per_call=1"),
         train(110, "bf16-nhwc", bf16, NHWC),
         train(20, "bf16-200steps", bf16, "--steps_per_call=200"),
@@ -181,6 +201,7 @@ def make_parts(bench: Bench) -> list[Part]:
         train(20, "bf16-10steps", bf16, "--steps_per_call=10"),
         train(20, "bf16-notjit-nhwc", bf16, NOT_COMPILED, NHWC),
         train(110, "bf16-notjit", bf16, NOT_COMPILED),
+        step("step-110", 110, "step"),
         torch(20, "fp32", "compiled", COMPILED, 100),
         torch(20, "fp32", "eager", EAGER, 45),
         train(20, "fp32-notjit", fp32, NOT_COMPILED),
@@ -189,4 +210,5 @@ def make_parts(bench: Bench) -> list[Part]:
         torch(110, "fp32", "eager", EAGER, 60),
         # Compiling 110 layers takes over a minute, so the fastest form comes first.
         torch(110, "bf16", "compiled", ("compile-graph", "compile"), 150),
+        step("less-20", 20, "loop", "gradients", "without-batch-norm", "forward"),
     ]
