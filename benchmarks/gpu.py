@@ -57,7 +57,36 @@ def table(results: dict[str, Any]) -> str:
         if "forms" in part and "problem" in part:
             rows.append(row(name, {"problem": part["problem"]}, part))
     lines = "\n".join(f"| {' | '.join(cells)} |".replace("  ", " ") for cells in rows)
-    return f"`{results['command']}`, {results['date']}, {where}:\n\n{lines}\n"
+    said = "".join(f"- {sentence}\n" for sentence in ratios(results["parts"]))
+    return f"`{results['command']}`, {results['date']}, {where}:\n\n{lines}\n\n{said}"
+
+
+def ratios(parts: dict[str, Any]) -> list[str]:
+    """Returns sentences that compare the trainer with its bare step and with PyTorch."""
+    said = []
+    for name in ("20-bf16", "20-fp32", "110-bf16", "110-fp32"):
+        layers, dtype = name.split("-")
+        ours = parts.get(name, {}).get("images_per_second")
+        forms = [
+            form
+            for other, part in parts.items()
+            if other.startswith(f"pytorch-{name}-")
+            for form in part.get("forms", [])
+            if "images_per_second" in form
+        ]
+        bare = parts.get(f"step-{layers}", {}).get("images_per_second")
+        if ours and bare and dtype == "bf16":
+            said.append(
+                f"ResNet-{layers}, {dtype}: the trainer / its bare step = {ours / bare:.2f}"
+            )
+        if ours and forms:
+            best = max(forms, key=lambda form: form["images_per_second"])
+            ratio = ours / best["images_per_second"]
+            said.append(
+                f"ResNet-{layers}, {dtype}: the trainer / PyTorch's fastest form "
+                f"({best['form']}, without input) = {ratio:.2f}"
+            )
+    return said
 
 
 def row(name: str, entry: dict[str, Any], part: dict[str, Any]) -> list[str]:

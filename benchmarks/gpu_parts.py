@@ -1,5 +1,6 @@
 """Defines the parts of gpu.py: what each measures, in the order of their importance."""
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -89,7 +90,8 @@ def measure_trainer(
         try:
             ended = clock.run(*command, enough=enough)
         except Late as late:
-            read(late.lines, late.times)
+            with contextlib.suppress(Failure):
+                read(late.lines, late.times)
             raise
         read(ended.lines, ended.times)
 
@@ -148,6 +150,7 @@ def measure_forms(
             result["forms"].append(json.loads(lines[-1]))
             rates = [form.get("images_per_second", 0) for form in result["forms"]]
             result["images_per_second"] = max(rates)
+            clock.save()
         return False
 
     clock.run(*command, enough=read)
@@ -166,7 +169,7 @@ def make_parts(bench: Bench) -> list[Part]:
     def train(layers: int, name: str, *flags: str) -> Part:
         title = f"run_trainer.py, ResNet-{layers}, {' '.join(flags)}"
         measure = functools.partial(measure_trainer, bench, layers, flags)
-        return Part(f"{layers}-{name}", title, 60 if layers < 50 else 110, measure)
+        return Part(f"{layers}-{name}", title, 60 if layers < 50 else 120, measure)
 
     def torch(layers: int, dtype: str, name: str, forms: tuple[str, ...], deadline: float) -> Part:
         title = f"PyTorch, ResNet-{layers}, {dtype}, {', '.join(forms)}"

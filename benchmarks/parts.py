@@ -24,10 +24,14 @@ Results = dict[str, Any]
 
 
 class Clock:
-    """The deadline of one part, which all programs of the part share."""
+    """The deadline of one part, which all programs of the part share.
 
-    def __init__(self, deadline: float):
+    `save` writes what the part has measured so far.
+    """
+
+    def __init__(self, deadline: float, save: Callable[[], None]):
         self._deadline, self._started = deadline, time.monotonic()
+        self.save = save
 
     def run(self, *command: Any, **keywords: Any) -> Ended:
         """Runs a program in the seconds that are left, as `run_program` does."""
@@ -129,7 +133,7 @@ class Benchmark:
         """Measures a part within its deadline, and records how it ended."""
         began = time.monotonic()
         try:
-            part.measure(Clock(deadline), result)
+            part.measure(Clock(deadline, self.write), result)
             result["status"] = "measured"
         # The next parts must run, whatever goes wrong in this part.
         except Exception as error:

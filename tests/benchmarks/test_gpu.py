@@ -102,6 +102,19 @@ def test_a_program_that_printed_enough_is_ended():
     assert ended.seconds < 30
 
 
+def test_the_table_compares_the_trainer_with_its_bare_step_and_with_pytorch():
+    forms = [{"form": form, "images_per_second": rate} for form, rate in (("a", 50), ("b", 80))]
+    parts = {
+        "20-bf16": {"images_per_second": 100},
+        "pytorch-20-bf16-eager": {"forms": [*forms, {"form": "c", "problem": "failed"}]},
+        "step-20": {"images_per_second": 125},
+        "110-bf16": {"problem": "failed"},
+    }
+    bare, torch = gpu.ratios(parts)
+    assert bare.endswith("its bare step = 0.80")
+    assert torch.endswith("(b, without input) = 1.25")
+
+
 def test_parts_after_the_budget_are_skipped_and_known_parts_are_not_measured_again(tmp_path):
     parts = [Part(str(i), "a part", 60, program("print(5)")) for i in range(2)]
     found = measured(parts, tmp_path, budget=0)["parts"]
