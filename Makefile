@@ -1,5 +1,5 @@
 # `make demo` trains and evaluates a network, `make test` runs the tests, `make bench` measures the
-# project beside others, `make figures` draws the pictures in files/, `make savedmodels` exports the
+# project beside others, `make gpu` tests and measures it on a GPU, `make figures` draws the pictures in files/, `make savedmodels` exports the
 # trained networks in files/pretrained. `make drill`, `make fuzz` and `make load` are the long forms
 # of the tests in tests/faults. Each first makes the environment it needs.
 # Another interpreter: make demo PYTHON=/path/to/python3.12
@@ -8,8 +8,9 @@ PYTHON ?=
 VENV := .venv
 BENCH_VENV := .venv-bench
 RUN := $(VENV)/bin/python
+comma := ,
 
-.PHONY: demo test lint bench figures savedmodels drill fuzz load
+.PHONY: demo test lint bench gpu figures savedmodels drill fuzz load
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -36,6 +37,16 @@ load: $(VENV)/ready
 
 bench: $(BENCH_VENV)/ready
 	$(BENCH_VENV)/bin/python benchmarks/compare.py
+
+# `make gpu RUN=python3` uses that Python's own packages. QUICK=1 only measures what matters most.
+# A test that fails must not stop the measurement, but it stops make at the end.
+gpu: $(if $(filter $(VENV)/%,$(RUN)),$(VENV)/ready-for-gpus)
+ifdef QUICK
+	$(RUN) benchmarks/gpu.py --quick $(GPU_FLAGS)
+else
+	@failed=0; $(RUN) -m pytest tests/gpu || failed=1; \
+		$(RUN) benchmarks/gpu.py $(GPU_FLAGS) && exit $$failed
+endif
 
 figures: $(VENV)/ready
 	$(RUN) docs/draw_parts.py
@@ -88,6 +99,9 @@ $(VENV)/ready: requirements.txt
 
 $(VENV)/ready-for-tests: pyproject.toml $(VENV)/ready
 	$(call install,$(VENV),'.[test]')
+
+$(VENV)/ready-for-gpus: pyproject.toml $(VENV)/ready
+	$(call install,$(VENV),'.[gpu$(comma)test]')
 
 $(BENCH_VENV)/ready: requirements.txt benchmarks/requirements.txt
 	$(call make_environment,$(BENCH_VENV))

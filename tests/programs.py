@@ -80,7 +80,9 @@ def in_terminal(*command: object, columns: int = 80, **keywords) -> tuple[int, s
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(PROJECT), **more}
+    # A machine's own libraries may be on this path too.
+    path = os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, **more}
 
 
 def without_tensorflow(folder: Path) -> dict[str, str]:

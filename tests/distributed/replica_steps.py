@@ -1,7 +1,9 @@
-"""Takes training steps on COUNT virtual CPU devices and writes the results to a file.
+"""Takes training steps on COUNT devices and writes the results to a file.
 
 One process can have one number of replicas only, so this is a program:
-replica_steps.py COUNT FILE NETWORK...
+replica_steps.py COUNT KIND FILE NETWORK...
+The KIND is CPU or GPU. If there are too few GPUs, the devices are parts of the first one, as they
+are parts of the CPU.
 """
 
 import sys
@@ -16,6 +18,7 @@ from cifar10_resnet.distributed import replicas as distributed
 from cifar10_resnet.training.trainer import Trainer
 
 BATCH_SIZE = 8
+GPU_MIB = 4096
 NETWORKS = {
     "momentum": ({}, {}, "channels_last"),
     "channels_first": ({"nesterov": True}, {}, "channels_first"),
@@ -69,12 +72,27 @@ def take_steps(
     return found
 
 
+def use_devices(count: int, kind: str) -> None:
+    """Shows only COUNT devices of a kind to TensorFlow."""
+    physical = tf.config.list_physical_devices(kind)
+    if kind == "CPU":
+        tf.config.set_visible_devices([], "GPU")
+    elif len(physical) >= count:
+        tf.config.set_visible_devices(physical[:count], kind)
+        return
+    else:
+        tf.config.set_visible_devices(physical[:1], kind)
+    limit = GPU_MIB if kind == "GPU" else None
+    parts = [tf.config.LogicalDeviceConfiguration(memory_limit=limit)] * count
+    tf.config.set_logical_device_configuration(physical[0], parts)
+
+
 if __name__ == "__main__":
-    count = int(sys.argv[1])
-    tf.config.set_logical_device_configuration(
-        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * count
-    )
+    count, kind, file, *names = sys.argv[1:]
+    use_devices(int(count), kind)
+    # TF32 would hide whether the replicas add up.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
     chosen = distributed.choose("auto", None)
-    assert chosen.count == count
+    assert chosen.count == int(count)
     assert distributed.choose("off", None).count == 1
-    np.savez(sys.argv[2], **take_steps(chosen, sys.argv[3:]))
+    np.savez(file, **take_steps(chosen, names))

@@ -42,7 +42,7 @@ def test_replicas_take_the_steps_of_one_device(count, networks, tmp_path):
         skip_without_channels_first()
     one_device = replica_steps.take_steps(distributed.Replicas(), networks)
     file = tmp_path / "found.npz"
-    program = ("tests/distributed/replica_steps.py", count, file, *networks)
+    program = ("tests/distributed/replica_steps.py", count, "CPU", file, *networks)
     run(*program, env=environment(TF_CPP_MIN_LOG_LEVEL="2"))
     found = np.load(file)
     assert set(found) == set(one_device)
