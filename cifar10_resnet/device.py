@@ -31,6 +31,10 @@ def start_tensorflow(device: str, verbose: bool = False, num_gpus: int | None = 
         found = len(gpus)
         gpus = [] if device == "cpu" else gpus[:num_gpus]
         tf.config.set_visible_devices(gpus, "GPU")
+        for gpu in gpus:
+            # Otherwise the first program takes all of a GPU's memory, and no other can start.
+            # TF_FORCE_GPU_ALLOW_GROWTH in the environment overrides this.
+            tf.config.experimental.set_memory_growth(gpu, True)
         has_gpu = bool(gpus)
         if not has_gpu:
             tf.config.optimizer.set_experimental_options(dict.fromkeys(IDLE_PASSES, False))

@@ -1,4 +1,4 @@
-"""The data format for a device: chosen, or refused if the device lacks its kernels."""
+"""TensorFlow's start: its data format, and how it uses a GPU's memory and arithmetic."""
 
 import os
 from collections.abc import Callable
@@ -89,3 +89,27 @@ for dtype in {DTYPES}:
     environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "0", "CUDA_VISIBLE_DEVICES": ""}
     output = run_code(code, env=environment).stdout
     assert output.splitlines() == [f"{dtype} refused True" for dtype in DTYPES]
+
+
+@pytest.mark.parametrize(
+    ("device_name", "num_gpus", "used"),
+    [("auto", None, ["a", "b", "c"]), ("gpu", 2, ["a", "b"]), ("cpu", None, []), ("auto", 0, [])],
+)
+def test_each_gpu_in_use_takes_memory_as_it_needs_it(monkeypatch, device_name, num_gpus, used):
+    seen = {"visible": None, "growing": []}
+
+    def show(gpus: list[str], kind: str) -> None:
+        seen["visible"] = gpus
+
+    def grow(gpu: str, enable: bool) -> None:
+        assert enable
+        assert seen["visible"] is not None  # TensorFlow grows only the memory of visible GPUs.
+        seen["growing"].append(gpu)
+
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: ["a", "b", "c"])
+    monkeypatch.setattr(tf.config, "set_visible_devices", show)
+    monkeypatch.setattr(tf.config.experimental, "set_memory_growth", grow)
+    monkeypatch.setattr(tf.config.optimizer, "set_experimental_options", lambda options: None)
+    found = device.start_tensorflow(device_name, num_gpus=num_gpus)
+    assert seen == {"visible": used, "growing": used}
+    assert found == ("gpu" if used else "cpu")
