@@ -48,7 +48,12 @@ def main(flags: "Flags") -> int:
     if options.export_dir and (workers is None or workers.index == 0):  # the chief
         run_folder.refuse_export(options)
 
-    device.start_tensorflow(options.device, options.verbose, options.num_gpus)
+    device.start_tensorflow(
+        *(options.device, options.verbose, options.num_gpus),
+        # Like run_evaluator.py, --eval_only computes fp32 exactly.
+        tf32=options.tf32 and not options.eval_only,
+        deterministic=options.deterministic,
+    )
     from cifar10_resnet import checkpoints
     from cifar10_resnet.distributed import replicas as distributed
     from cifar10_resnet.serving import export

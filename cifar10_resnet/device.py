@@ -20,8 +20,19 @@ IDLE_PASSES = (
 )
 
 
-def start_tensorflow(device: str, verbose: bool = False, num_gpus: int | None = None) -> str:
-    """Imports TensorFlow quietly, selects the device and returns "cpu" or "gpu"."""
+def start_tensorflow(
+    device: str,
+    verbose: bool = False,
+    num_gpus: int | None = None,
+    *,
+    tf32: bool = False,
+    deterministic: str = "off",
+) -> str:
+    """Imports TensorFlow quietly, selects the device and returns "cpu" or "gpu".
+
+    TensorFlow computes fp32 in TF32 by default. Here it does that only with `tf32`, because only
+    training gains from it.
+    """
     if verbose:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")
     with _quiet_start():
@@ -32,6 +43,14 @@ def start_tensorflow(device: str, verbose: bool = False, num_gpus: int | None = 
         found = len(gpus)
         gpus = [] if device == "cpu" else gpus[:num_gpus]
         tf.config.set_visible_devices(gpus, "GPU")
+        for gpu in gpus:
+            # Otherwise the first program takes all of a GPU's memory, and no other can start.
+            # TF_FORCE_GPU_ALLOW_GROWTH in the environment overrides this.
+            tf.config.experimental.set_memory_growth(gpu, True)
+        tf.config.experimental.enable_tensor_float_32_execution(tf32)
+        if deterministic == "ops":
+            # TensorFlow then also sets xla_gpu_deterministic_ops for everything that XLA compiles.
+            tf.config.experimental.enable_op_determinism()
         has_gpu = bool(gpus)
         if not has_gpu:
             tf.config.optimizer.set_experimental_options(dict.fromkeys(IDLE_PASSES, False))

@@ -101,6 +101,14 @@ class Options(Checked):
         "Data format inside the network (auto: channels_first only on GPUs)",
         choices=("auto", "channels_first", "channels_last"),
     )
+    deterministic: str = of_device(
+        "off",
+        "Operations for bit-identical runs on a GPU (ops: deterministic, slower)",
+        choices=("off", "ops"),
+    )
+    tf32: bool = of_device(
+        True, "Compute fp32 on recent NVIDIA GPUs in TF32 (10-bit mantissa, faster)"
+    )
     dtype: str = of_device(
         "fp32",
         "Precision of the computation (variables stay fp32)",

@@ -1,13 +1,16 @@
-"""The data format for a device: chosen, or refused if the device lacks its kernels."""
+"""TensorFlow's start: its data format, and how it uses a GPU's memory and arithmetic."""
 
 import os
 from collections.abc import Callable
 
 import pytest
 import tensorflow as tf
-from programs import run_code
+from conftest import assert_same_checkpoint
+from programs import SMALL, run, run_code
 
+import run_trainer
 from cifar10_resnet import device
+from cifar10_resnet.cli.flags import Flags
 from cifar10_resnet.device import resolve_data_format
 from cifar10_resnet.errors import UserError
 
@@ -89,3 +92,106 @@ for dtype in {DTYPES}:
     environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "0", "CUDA_VISIBLE_DEVICES": ""}
     output = run_code(code, env=environment).stdout
     assert output.splitlines() == [f"{dtype} refused True" for dtype in DTYPES]
+
+
+@pytest.mark.parametrize(
+    ("device_name", "num_gpus", "used"),
+    [("auto", None, ["a", "b", "c"]), ("gpu", 2, ["a", "b"]), ("cpu", None, []), ("auto", 0, [])],
+)
+def test_each_gpu_in_use_takes_memory_as_it_needs_it(monkeypatch, device_name, num_gpus, used):
+    seen = {"visible": None, "growing": []}
+
+    def show(gpus: list[str], kind: str) -> None:
+        seen["visible"] = gpus
+
+    def grow(gpu: str, enable: bool) -> None:
+        assert enable
+        assert seen["visible"] is not None  # TensorFlow grows only the memory of visible GPUs.
+        seen["growing"].append(gpu)
+
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: ["a", "b", "c"])
+    monkeypatch.setattr(tf.config, "set_visible_devices", show)
+    monkeypatch.setattr(tf.config.experimental, "set_memory_growth", grow)
+    monkeypatch.setattr(tf.config.optimizer, "set_experimental_options", lambda options: None)
+    found = device.start_tensorflow(device_name, num_gpus=num_gpus)
+    assert seen == {"visible": used, "growing": used}
+    assert found == ("gpu" if used else "cpu")
+
+
+def started(*arguments: str) -> list[str]:
+    """Returns whether TF32 and determinism are on after a start in a separate process."""
+    code = f"""
+from cifar10_resnet.device import start_tensorflow
+
+start_tensorflow("cpu", {", ".join(arguments)})
+import tensorflow as tf
+from tensorflow.python.framework.config import is_op_determinism_enabled
+
+print(tf.config.experimental.tensor_float_32_execution_enabled(), is_op_determinism_enabled())
+"""
+    return run_code(code).stdout.split()
+
+
+def test_tf32_and_determinism_are_on_only_if_a_program_asks_for_them():
+    assert started() == ["False", "False"]
+    assert started("tf32=True", "deterministic='off'") == ["True", "False"]
+    assert started("deterministic='ops'") == ["False", "True"]
+
+
+def test_determinism_reaches_what_xla_compiles(tmp_path):
+    code = """
+import sys
+from cifar10_resnet.device import start_tensorflow
+
+start_tensorflow("cpu", deterministic=sys.argv[1])
+import tensorflow as tf
+
+tf.function(lambda x: tf.sin(x) @ x, jit_compile=True)(tf.ones([2, 2]))
+"""
+    for deterministic in ("off", "ops"):
+        folder = tmp_path / deterministic
+        environment = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={folder}"}
+        run_code(code, deterministic, env=environment)
+        (options,) = folder.glob("*.debug_options")
+        # XLA writes only the options that differ from their defaults.
+        written = "xla_gpu_deterministic_ops: true" in options.read_text()
+        assert written == (deterministic == "ops")
+
+
+def test_a_run_with_deterministic_operations_repeats_and_resumes_bit_identically(data, tmp_path):
+    def train(folder: str, *more: str) -> str:
+        return run(
+            *("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path / folder}", *SMALL),
+            *("--num_iterations=30", "--recipe=fast", "--deterministic=ops"),
+            *("--epochs_between_evals=1", "--native=off", *more),
+        ).stdout
+
+    assert "channels_last, deterministic operations." in train("whole")
+    train("resumed", "--max_train_steps=12")
+    train("resumed")
+    assert_same_checkpoint(tmp_path / "whole/model.ckpt-30", tmp_path / "resumed/model.ckpt-30")
+
+
+@pytest.mark.parametrize(
+    ("words", "tf32", "deterministic"),
+    [
+        ((), True, "off"),
+        (("--notf32", "--deterministic=ops"), False, "ops"),
+        (("--eval_only",), False, "off"),
+        (("--eval_only", "--tf32"), False, "off"),
+    ],
+)
+def test_training_uses_tf32_unless_it_is_turned_off_and_an_evaluation_never_does(
+    tmp_path, monkeypatch, words, tf32, deterministic
+):
+    class Reached(Exception):
+        pass
+
+    def start_tensorflow(*arguments: object, **keywords: object) -> None:
+        raise Reached(keywords)
+
+    monkeypatch.setattr(run_trainer, "start_tensorflow", start_tensorflow)
+    argv = ["run_trainer.py", "--use_synthetic_data", f"--ckpt_path={tmp_path}", *words]
+    with pytest.raises(Reached) as reached:
+        run_trainer.main(Flags(run_trainer.Settings, argv).parse())
+    assert reached.value.args == ({"tf32": tf32, "deterministic": deterministic},)

@@ -32,7 +32,7 @@ class Reached(Exception):
 def parse(arguments: list[str]) -> None:
     read = Flags(run_trainer.Settings, ["run_trainer.py", *arguments]).parse()
 
-    def reached(*arguments: object) -> None:
+    def reached(*arguments: object, **keywords: object) -> None:
         given = read.given(run_trainer.Settings)
         raise Reached(given, training_config(given))
 
