@@ -190,7 +190,7 @@ def test_training_uses_tf32_unless_it_is_turned_off_and_an_evaluation_never_does
     def start_tensorflow(*arguments: object, **keywords: object) -> None:
         raise Reached(keywords)
 
-    monkeypatch.setattr(run_trainer, "start_tensorflow", start_tensorflow)
+    monkeypatch.setattr(device, "start_tensorflow", start_tensorflow)
     argv = ["run_trainer.py", "--use_synthetic_data", f"--ckpt_path={tmp_path}", *words]
     with pytest.raises(Reached) as reached:
         run_trainer.main(Flags(run_trainer.Settings, argv).parse())

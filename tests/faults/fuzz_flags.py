@@ -36,7 +36,7 @@ def parse(arguments: list[str]) -> None:
         given = read.given(run_trainer.Settings)
         raise Reached(given, training_config(given))
 
-    run_trainer.start_tensorflow = reached
+    run_trainer.device.start_tensorflow = reached
     run_trainer.main(read)
 
 
