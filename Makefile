@@ -1,7 +1,8 @@
 # `make demo` trains and evaluates a network, `make test` runs the tests, `make bench` measures the
-# project beside others, `make gpu` tests and measures it on a GPU, `make figures` draws the pictures in files/, `make savedmodels` exports the
-# trained networks in files/pretrained. `make drill`, `make fuzz` and `make load` are the long forms
-# of the tests in tests/faults. Each first makes the environment it needs.
+# project beside others, `make gpu` tests and measures it on a GPU. `make figures` draws the pictures
+# in files/, `make savedmodels` exports the trained networks in files/pretrained. `make drill`, `make
+# fuzz` and `make load` are the long forms of the tests in tests/faults. Each first makes the
+# environment it needs.
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 PYTHON ?=

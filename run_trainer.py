@@ -62,7 +62,7 @@ def main(flags: "Flags") -> int:
         print(f"Joining the others as {workers.name(workers.index)}.", flush=True)
     # TensorFlow needs this before it computes anything.
     replicas = distributed.choose(options.distribution_strategy, workers, options.worker_timeout)
-    options = device.settle(options, replicas.count)
+    options = _settled(options, replicas.count)
     with replicas.ending_together(), contextlib.ExitStack() as held:
         replicas.refuse_differences(flags.in_common())
         if options.eval_only:
@@ -107,7 +107,7 @@ def train(
 
     options = run_folder.settle(options, run.settings())
     data, replicas = data or dataset.find(None, run.data.dataset), replicas or Replicas()
-    options = device.settle(options, replicas.count)
+    options = _settled(options, replicas.count)
     trainer, images = resume.ready(run, options, data, resume_from, replicas)
     num_images, step = len(images.train.labels), trainer.steps_done
     agenda = loop.Agenda(run, options, num_images, replicas.num_workers)
@@ -130,6 +130,13 @@ def train(
         signals.saving_on_closed_output(saving.check, saving.save),
     ):
         return loop.train(trainer, batches, agenda, evaluations, saving, shown, stop)
+
+
+def _settled(options: Options, num_replicas: int) -> Options:
+    """Returns the options with every "auto" settled for the devices that TensorFlow uses."""
+    found = device.visible_device()
+    layout = device.resolve_data_format(options.data_format, options.dtype, found)
+    return options.settled(found, layout, num_replicas)
 
 
 def _batches(trainer: "Trainer", device: str, examples: "ImageSet") -> "tf.data.Dataset":

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator
 
 from cifar10_resnet.errors import UserError
-from cifar10_resnet.options import Options
 
 # These passes over a graph find nothing to do in these networks on a CPU. They take 0.4 of
 # the 6.4 seconds that ResNet-110 needs to start (AMD EPYC, two cores). "remapping" is not in the
@@ -72,13 +71,6 @@ def visible_device() -> str:
     import tensorflow as tf
 
     return "gpu" if tf.config.get_visible_devices("GPU") else "cpu"
-
-
-def settle(options: Options, num_replicas: int) -> Options:
-    """Returns the options with every "auto" settled for the devices that TensorFlow uses."""
-    device = visible_device()
-    layout = resolve_data_format(options.data_format, options.dtype, device)
-    return options.settled(device, layout, num_replicas)
 
 
 def resolve_data_format(data_format: str, dtype: str, device: str = "auto") -> str:

@@ -1,7 +1,6 @@
 """Builds a network with its optimizer, takes training steps, and restores its state."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -204,17 +203,32 @@ class Trainer:
 
     def watch_next_step(self) -> None:
         """Takes the snapshot from which `norms` computes the next step's gradients."""
-        self._watched = self.steps_done + 1, self.optimizer.snapshot()
+        self._watched = self.steps_done + 1, self._snapshot()
 
     def norms(self) -> dict[str, float]:
         """Returns each block's weight norms and, if the last step was watched, gradient norms."""
-        weights = {v.name: v.numpy() for v in self.model.trainable_variables}
-        norms = _block_norms("weight_norm", weights)
-        if self._watched and self._watched[0] == self.steps_done:
-            gradients = self.optimizer.gradients_since(self._watched[1])
-            norms |= _block_norms("gradient_norm", gradients)
+        step, before = self._watched or (None, None)
         self._watched = None
+        norms = self._norms(before if step == self.steps_done else None)
+        return {tag: float(norm) for tag, norm in norms.items()}
+
+    # These read the whole network in one call each. A read of each variable would take a GPU as
+    # long as 50 steps.
+
+    @tf.function(autograph=False)
+    def _snapshot(self) -> list[tuple[tf.Tensor, tf.Tensor]]:
+        return self.optimizer.snapshot()
+
+    @tf.function(autograph=False)
+    def _norms(self, before: list[tuple[tf.Tensor, tf.Tensor]] | None) -> dict[str, tf.Tensor]:
+        norms = _block_norms("weight_norm", {v.name: v for v in self.model.trainable_variables})
+        if before is not None:
+            norms |= _block_norms("gradient_norm", self.optimizer.gradients_since(before))
         return norms
+
+    @tf.function(autograph=False)
+    def _is_finite(self) -> tf.Tensor:
+        return tf.reduce_all([tf.reduce_all(tf.math.is_finite(v)) for v in self.model.variables])
 
     def restore(self, prefix: str) -> None:
         """Restores the run from a checkpoint that only the chief has to be able to read."""
@@ -238,7 +252,7 @@ class Trainer:
         bad_step = int(self._first_bad_step.numpy())
         if bad_step >= 0:
             what = f"the loss was not finite at step {bad_step}"
-        elif not all(np.isfinite(v.numpy()).all() for v in self.model.variables):
+        elif not self._is_finite():
             # ReLU turns NaN into zero, so the loss may not show it.
             what = f"the weights were no longer finite by step {self.steps_done}"
         else:
@@ -252,10 +266,10 @@ class Trainer:
 
 
 class Chunks:
-    """The batches of a pipeline in chunks, of which each call takes some."""
+    """The batches of a pipeline in chunks. Each call takes some batches of a chunk."""
 
     def __init__(self, pipeline: tf.data.Dataset, size: int):
-        # A chunk has a fixed size, because XLA compiles anew for each shape.
+        # A chunk has a fixed size, because XLA compiles for each shape again.
         self._chunks = iter(pipeline.batch(size, drop_remainder=True).prefetch(2))
         self._size = self._place = size
 
@@ -269,10 +283,10 @@ class Chunks:
             yield self._chunk, first, self._place
 
 
-def _block_norms(kind: str, values: dict[str, np.ndarray]) -> dict[str, float]:
-    """Returns the Euclidean norms of arrays, grouped by the first part of their names."""
-    squares: dict[str, float] = {}
+def _block_norms(kind: str, values: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """Returns the Euclidean norms of tensors, grouped by the first part of their names."""
+    blocks: dict[str, list[tf.Tensor]] = {}
     for name, value in values.items():
-        tag = f"{kind}/{name.split('/')[0]}"
-        squares[tag] = squares.get(tag, 0.0) + float(np.square(value, dtype=np.float64).sum())
-    return {tag: math.sqrt(square) for tag, square in squares.items()}
+        square = tf.reduce_sum(tf.square(tf.cast(value, tf.float64)))
+        blocks.setdefault(f"{kind}/{name.split('/')[0]}", []).append(square)
+    return {tag: tf.sqrt(tf.add_n(squares)) for tag, squares in blocks.items()}

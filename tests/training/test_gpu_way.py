@@ -17,7 +17,7 @@ from cifar10_resnet.training.trainer import Chunks, Trainer
 RUN = RunConfig(
     ModelConfig(num_layers=8),
     DataConfig("synthetic", CLASS_NAMES),
-    TrainingConfig(batch_size=8, num_iterations=9, alternate_flips=True, cutout=6),
+    TrainingConfig(batch_size=8, num_iterations=9, alternate_flips=True, cutout=6, init_lr=1e-3),
 )
 
 
