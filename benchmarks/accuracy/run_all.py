@@ -156,16 +156,16 @@ def _middle(group: Sequence[Result]) -> Result:
     return sorted(group, key=lambda result: result.csv.accuracy)[(len(group) - 1) // 2]
 
 
-def train(run: Run, path: str, runs_dir: str) -> None:
+def train(run: Run, path: str, runs_dir: str, device: str = "auto") -> None:
     """Trains or resumes a run to its end, evaluates it, and writes its CSV file."""
     folder = os.path.abspath(os.path.join(runs_dir, run.name))
-    where = (f"--path={os.path.abspath(path)}", f"--ckpt_path={folder}")
+    where = (f"--path={os.path.abspath(path)}", f"--ckpt_path={folder}", f"--device={device}")
     scores = os.path.join(folder, "scores.json")
     _run_program("run_trainer.py", *where, *run.flags())
     _run_program("run_evaluator.py", *where, f"--output_json={scores}")
     with open(scores) as file:
         score = json.load(file)
-    _write_csv(run, folder, score)
+    _write_csv(run, folder, score, device)
 
 
 def _run_program(*words: str) -> None:
@@ -179,7 +179,7 @@ def _run_program(*words: str) -> None:
 
 
 @stderr_held_back()  # TensorFlow's start-up messages
-def _write_csv(run: Run, folder: str, score: dict[str, Any]) -> None:
+def _write_csv(run: Run, folder: str, score: dict[str, Any], device: str) -> None:
     import tensorflow as tf
 
     from cifar10_resnet.training.history import read_history
@@ -188,6 +188,7 @@ def _write_csv(run: Run, folder: str, score: dict[str, Any]) -> None:
     description = RunConfig.from_json(json.dumps(score["description"]))
     network = ResNet(**description.model.arguments())
     parameters = sum(v.shape.num_elements() for v in network.trainable_variables)
+    gpus = map(_name_of, tf.config.list_physical_devices("GPU") if device != "cpu" else [])
     rows, seconds, step = read_history(os.path.join(folder, "log")), 0.0, 0
     for row in rows:
         if "train_images_per_second" in row:
@@ -199,7 +200,7 @@ def _write_csv(run: Run, folder: str, score: dict[str, Any]) -> None:
     comments = {
         "command": shlex.join(["python", "run_trainer.py", *run.flags()]),
         "versions": f"Python {platform.python_version()}, TensorFlow {tf.__version__}",
-        "processor": f"{_processor()}, {os.cpu_count()} threads",
+        "processor": ", ".join([f"{_processor()}, {os.cpu_count()} threads", *gpus]),
         "parameters": parameters,
         "test_accuracy": score["accuracy"],
     }
@@ -211,6 +212,12 @@ def _write_csv(run: Run, folder: str, score: dict[str, Any]) -> None:
         [_rounded(row.get(IN_EVENTS.get(name, name))) for name in run_csv.COLUMNS] for row in rows
     )
     storage.new_file(str(RESULTS / f"{run.name}.csv"), content.getvalue().encode())
+
+
+def _name_of(gpu: Any) -> str:
+    import tensorflow as tf
+
+    return tf.config.experimental.get_device_details(gpu).get("device_name", "a GPU")
 
 
 def _rounded(value: float | None) -> str:
@@ -252,6 +259,9 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument(
         "--only", action="append", choices=[run.name for run in RUNS], help="only this; repeatable"
     )
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "gpu"), help="device to train on"
+    )
     parser.add_argument("--again", action="store_true", help="those too whose results are there")
     parser.add_argument("--table", action="store_true", help="train nothing: print the table")
     return parser.parse_args()
@@ -270,7 +280,7 @@ def main() -> int:
             print(f"== {run.name} is there", flush=True)
         else:
             print(f"== {run.name}", flush=True)
-            train(run, flags.path, flags.runs_dir)
+            train(run, flags.path, flags.runs_dir, flags.device)
             if run.is_shipped:
                 ship(run.seeds, flags.runs_dir)
     return 0
