@@ -1,10 +1,12 @@
 """Dynamic loss scaling: what an overflow changes, and what it does not change."""
 
+import re
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import assert_same_checkpoint, values_in
-from programs import run_code
+from programs import SMALL, run, run_code
 from test_trainer import make_batch, make_run
 
 from cifar10_resnet import checkpoints
@@ -290,7 +292,7 @@ def test_a_step_that_was_undone_has_no_gradient_norms():
     assert "loss_scale" not in Trainer(make_run(), dtype="fp16", loss_scale=128).summary()
 
 
-# --- Replicas -------------------------------------------------------------------------------------
+# --- Replicas and the program ---------------------------------------------------------------------
 
 REPLICAS = """
 import numpy as np, tensorflow as tf
@@ -327,3 +329,17 @@ for sync_batch_norm in (False, True):
 def test_two_replicas_skip_together():
     code = "import sys; sys.path[:0] = ['tests', 'tests/training']\n" + REPLICAS
     run_code(code)
+
+
+def test_the_program_trains_stops_and_resumes_bit_identically(tmp_path):
+    command = ("run_trainer.py", "--use_synthetic_data", *SMALL, "--dtype=fp16")
+    command += ("--num_iterations=8", "--verbose")
+    dynamic, folder = "--loss_scale=dynamic", f"--ckpt_path={tmp_path / 'parts'}"
+    shown = run(*command, dynamic, f"--ckpt_path={tmp_path / 'whole'}").stdout
+    assert re.search("^  loss_scale  +dynamic$", shown, re.M)
+    run(*command, dynamic, folder, "--max_train_steps=3")
+    assert "at step 3" in run(*command, dynamic, folder).stdout
+    assert_same_checkpoint(tmp_path / "whole/model.ckpt-8", tmp_path / "parts/model.ckpt-8")
+    saved = values_in(tmp_path / "parts/model.ckpt-8")
+    assert saved["loss_scale/good_steps/.ATTRIBUTES/VARIABLE_VALUE"] == 8
+    assert "This run is finished" in run(*command, "--loss_scale=64", folder).stdout
