@@ -10,7 +10,7 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import tensorflow as tf
@@ -236,11 +236,21 @@ def read(prefix: str) -> SavedRun:
         raise UserError(f"{prefix} is damaged: {why}") from error
 
 
-def restore(checkpoint: tf.train.Checkpoint, prefix: str) -> None:
-    """Restores a whole run: every object of `checkpoint` and every value in the file."""
+def restore(
+    checkpoint: tf.train.Checkpoint,
+    prefix: str,
+    optional: Mapping[str, tf.Module] | None = None,
+) -> None:
+    """Restores a whole run: every object of `checkpoint` and every value in the file.
+
+    If the file does not contain an `optional` part, that part is unchanged.
+    """
     with _restoring(prefix):
+        names = tf.train.load_checkpoint(prefix).get_variable_to_shape_map()
+        in_file = {name.partition("/")[0] for name in names}
+        more = {name: part for name, part in (optional or {}).items() if name in in_file}
         # Without expect_partial(), TensorFlow warns of unused values again at the exit.
-        status = checkpoint.read(prefix).expect_partial()
+        status = tf.train.Checkpoint(checkpoint, **more).read(prefix).expect_partial()
         status.assert_existing_objects_matched().assert_consumed()
 
 

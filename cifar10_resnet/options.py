@@ -114,7 +114,13 @@ class Options(Checked):
         "Precision of the computation (variables stay fp32)",
         choices=("fp32", "bf16", "fp16"),
     )
-    loss_scale: float = of_device(128.0, "Factor on the loss against fp16 underflow", least=1)
+    loss_scale: float | str = of_device(
+        128.0,
+        "Factor on the loss against fp16 underflow (dynamic: adapts to the gradients)",
+        least=1,
+        words=("dynamic",),
+        meaning="a number of 1 or more, or dynamic",
+    )
     native: str = of_device(
         "auto",
         "Native kernels for CPUs (auto: if they can be built; on: required)",

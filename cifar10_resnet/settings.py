@@ -26,10 +26,10 @@ def setting(
 
     A setting without a default must be given. `group` is its group's title in --help, and `also`
     has other names of its flag. `more` may contain bounds (`least`, `most`, `above`, `below`,
-    `multiple`), `choices`, or a `pattern` with its `meaning` in words. `notes` has a line of help
-    for each choice. `shown` is the default as --help shows it. `implied_by` contains the flags that
-    set it too. With `own`, each of several workers may have its own value. With `first`, --help
-    shows it first in its group.
+    `multiple`), `choices`, or a `pattern` with its `meaning` in words. `words` has the words that a
+    number may be instead. `notes` has a line of help for each choice. `shown` is the default as
+    --help shows it. `implied_by` contains the flags that set it too. With `own`, each of several
+    workers may have its own value. With `first`, --help shows it first in its group.
     """
     return field(default=default, metadata={"help": help, "group": group, "also": also, **more})
 
@@ -43,7 +43,7 @@ def same(kind: type, name: str, **changes: Any) -> Any:
 
 def type_of(item: Field) -> type:
     """Returns a setting's type: int, float, bool, str or one of the tuples."""
-    if isinstance(item.type, UnionType):  # ... | None
+    if isinstance(item.type, UnionType):  # ... | None, or a number | a word
         return next(kind for kind in get_args(item.type) if kind is not NoneType)
     return item.type
 
@@ -63,7 +63,9 @@ def valid_values(item: Field) -> str:
 
 def check(item: Field, value: Any) -> None:
     """Refuses a value that a setting cannot have."""
-    if value is None and (isinstance(item.type, UnionType) or item.default is None):
+    if value is None and (NoneType in get_args(item.type) or item.default is None):
+        return
+    if isinstance(value, str) and value in item.metadata.get("words", ()):
         return
     kind, values = type_of(item), (value,)
     if get_origin(kind) is tuple:

@@ -559,6 +559,24 @@ def test_a_restored_run_is_bit_identical_to_the_saved_one(trainer, tmp_path):
         assert Path(again + part).read_bytes() == Path(prefix + part).read_bytes()
 
 
+class Part(tf.Module):
+    """A part that some checkpoints contain."""
+
+    def __init__(self, value: float):
+        self.value = tf.Variable(value)
+
+
+def test_an_optional_part_is_restored_if_the_file_contains_it(trainer, saved, tmp_path):
+    more = tf.train.Checkpoint(trainer.checkpoint, part=Part(1.0))
+    with_part = checkpoints.save(more, str(tmp_path), 1)
+    for prefix, value in ((prefix_of(saved, 30), 5.0), (with_part, 1.0)):
+        other, part = stirred_trainer(seed=1), Part(5.0)
+        checkpoints.restore(other.checkpoint, prefix, {"part": part})
+        assert values(other.model.variables) == values(trainer.model.variables)
+        assert float(part.value) == value
+    assert "cannot be restored" in refusal(checkpoints.restore, other.checkpoint, with_part)
+
+
 @pytest.mark.parametrize(
     ("data_format", "dtype"),
     [("channels_last", "fp32"), ("channels_first", "fp32"), ("channels_first", "bf16")],

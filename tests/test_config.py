@@ -168,6 +168,9 @@ def test_names_of_networks(config, name):
         (lambda: Options(train_epochs=0), "a number, above 0"),
         (lambda: Options(profile_steps=(3, 2)), "a first and a last step, as in 100,110"),
         (lambda: Options(clean=1), "true or false"),
+        (lambda: Options(loss_scale=0.5), "a number of 1 or more, or dynamic"),
+        (lambda: Options(loss_scale="static"), "a number of 1 or more, or dynamic"),
+        (lambda: Options(loss_scale=None), "a number of 1 or more, or dynamic"),
     ],
 )
 def test_a_value_that_a_setting_cannot_have_is_refused_with_those_that_it_can(make, wanted):
@@ -178,6 +181,7 @@ def test_a_value_that_a_setting_cannot_have_is_refused_with_those_that_it_can(ma
 def test_values_at_the_bounds_are_good():
     TrainingConfig(batch_size=1, momentum=1, label_smoothing=0, seed=2**63 - 1, init_lr=1e308)
     Options(profile_steps=(5, 5), stop_threshold=1, epochs_between_evals=1, num_gpus=None)
+    assert [Options(loss_scale=scale).loss_scale for scale in (1, "dynamic")] == [1, "dynamic"]
 
 
 # --- JSON -----------------------------------------------------------------------------------------

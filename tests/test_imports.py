@@ -61,7 +61,7 @@ WITH_TENSORFLOW = (
         "serving.server",
     ),
     *("training.optimizers", "training.trainer", "training.loop", "training.resume"),
-    *("training.progress", "training.summaries"),
+    *("training.progress", "training.summaries", "training.loss_scale"),
 )
 
 

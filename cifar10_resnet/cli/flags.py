@@ -76,6 +76,8 @@ class _Parser(flags.ArgumentParser):
         return value
 
     def _convert(self, text: str) -> Any:
+        if text in self.item.metadata.get("words", ()):
+            return text
         if self.kind is bool:
             return flags.BooleanParser().parse(text)
         if get_origin(self.kind) is not tuple:

@@ -178,7 +178,7 @@ def train(
         if due & {"log", "save", "evaluate"}:
             saving.check()
         if "log" in due:
-            progress.log_training(step, *trainer.means(reset=True), rate, trainer.norms)
+            progress.log_training(step, *trainer.means(reset=True), rate, trainer.summary)
             progress.show_once(step, trainer.trace, lambda: trainer.images_of(next(iter(pipeline))))
         if "evaluate" in due:
             reached = evaluations.reach_threshold()

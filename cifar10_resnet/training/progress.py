@@ -138,11 +138,12 @@ class Progress(Silent):
         loss: float,
         accuracy: float,
         learning_rate: float,
-        norms: Callable[[], dict[str, float]],
+        more: Callable[[], dict[str, float]],
     ) -> None:
         """Records the mean training loss and accuracy since the last log."""
         rate = self._rate(self._logged_step, self._logged_at, step)
-        self._trained.append((loss, accuracy, step - self._logged_step))
+        if np.isfinite(loss):  # A dynamic loss scale may have skipped all steps since the last log.
+            self._trained.append((loss, accuracy, step - self._logged_step))
         while sum(steps for *_, steps in self._trained[1:]) >= STEPS_OF_RESULT:
             del self._trained[0]
         self._logged_step, self._logged_at = step, time.monotonic()
@@ -164,7 +165,7 @@ class Progress(Silent):
             "images_per_second": rate,
             "epoch": step / self._steps_per_epoch,
         }
-        self._summaries.scalars("train", step, values | norms())
+        self._summaries.scalars("train", step, values | more())
 
     def show_once(
         self, step: int, graph: Callable[[], tf.Graph], images: Callable[[], np.ndarray]

@@ -1,6 +1,7 @@
 """Builds a network with its optimizer, takes training steps, and restores its state."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from cifar10_resnet.config import RunConfig
 from cifar10_resnet.distributed.replicas import Replicas
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.native import kernels
+from cifar10_resnet.training.loss_scale import DynamicLossScale, loss_scaling
 from cifar10_resnet.training.optimizers import OPTIMIZERS, learning_rates
 from resnet_model import IMAGE_SHAPE, ResNet, assign
 
@@ -24,7 +26,7 @@ class Trainer:
         run: RunConfig,
         data_format: str = "channels_last",
         dtype: str = "fp32",
-        loss_scale: float = 1.0,
+        loss_scale: float | str = 1.0,
         jit_compile: bool = False,
         steps_per_call: int = 1,
         replicas: Replicas | None = None,
@@ -52,6 +54,7 @@ class Trainer:
                 **ways,
             )
             self.optimizer = OPTIMIZERS[run.training.optimizer](self.model, run.training)
+            self._loss_scale = loss_scaling(loss_scale, dtype)
             self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
             # The mean of a run's images identifies them when the run is resumed. The network
             # subtracts this mean, unless a pretrained network brought its own.
@@ -61,19 +64,21 @@ class Trainer:
             # These stay on the device, so no step waits for the host to read them.
             self._loss_sum = tf.Variable(0.0, dtype=tf.float64, trainable=False)
             self._correct = tf.Variable(0, dtype=tf.int64, trainable=False)
+            self._counted = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._first_bad_step = tf.Variable(-1, dtype=tf.int64, trainable=False)
         self.learning_rates = learning_rates(run.training)
         with tf.device("cpu"):
             self._description = tf.Variable(run.to_json(), trainable=False)
         parts |= {"model": self.model, "momentum": self.optimizer.slots, "step": self.step}
-        self.checkpoint = tf.train.Checkpoint(description=self._description, **parts)
-        self._loss_scale = loss_scale if dtype == "fp16" else 1.0
+        parts["description"] = self._description
+        self._required = tf.train.Checkpoint(**parts)
+        self.checkpoint = tf.train.Checkpoint(**parts, **self._loss_scale.parts)
         self._rates = tf.constant(self.learning_rates)
+        norms = () if run.training.fine_tune else self.model.norms
+        statistics = [s for norm in norms for s in (norm.moving_mean, norm.moving_variance)]
+        self._changing = [*self.optimizer.variables, *self.optimizer.slots.values(), *statistics]
         # Each replica updates its own statistics, so every step averages them again.
-        self._statistics: list[tf.Variable] = []
-        if replicas.count > 1 and not sync_batch_norm and not run.training.fine_tune:
-            for norm in self.model.norms:
-                self._statistics += [norm.moving_mean, norm.moving_variance]
+        self._statistics = statistics if replicas.count > 1 and not sync_batch_norm else []
         # No Python code in a step depends on a tensor's value. Without AutoGraph, tracing takes
         # half the time.
         self.train_step = tf.function(
@@ -81,7 +86,6 @@ class Trainer:
             autograph=False,
             jit_compile=jit_compile,
         )
-        self._means_since = 0
         self._watched: tuple[int, list] | None = None
 
     def batches_of(self, pipeline: tf.data.Dataset) -> "Iterator | Chunks":
@@ -128,6 +132,7 @@ class Trainer:
         """
         images, labels = self.replicas.own_share(images), self.replicas.own_share(labels)
         frozen = self.run.training.fine_tune
+        before = self._loss_scale.snapshot(self._changing)
         with tf.GradientTape() as tape:
             # Layers that the tape does not record have no backward pass.
             with tape.stop_recording() if frozen else contextlib.nullcontext():
@@ -136,23 +141,26 @@ class Trainer:
             loss = tf.reduce_mean(self._cross_entropy(labels, logits))
             if self.replicas.count > 1:
                 loss /= self.replicas.count  # this replica's part of the whole batch's mean
-            scaled_loss = loss * self._loss_scale
+            scaled_loss = self._loss_scale.scaled(loss)
         gradients = tape.gradient(scaled_loss, self.optimizer.variables)
-        if self._loss_scale != 1.0:
-            gradients = [gradient / self._loss_scale for gradient in gradients]
+        gradients = self._loss_scale.unscaled(gradients)
         right = tf.equal(tf.argmax(logits, axis=1, output_type=labels.dtype), labels)
         right = tf.math.count_nonzero(right)
         if self.replicas.count > 1:
             gradients, loss, right = self._over_replicas(gradients, loss, right)
         with tf.name_scope("optimizer"):
             self.optimizer.apply(gradients, tf.gather(self._rates, self.step))
+        has_diverged = self._loss_scale.settle(loss, before)
 
         # Each replica changes its own copies by handle, as in `assign`. They stay equal.
         add = tf.raw_ops.AssignAddVariableOp
         add(resource=self.step.handle, value=tf.constant(1, tf.int64))
-        add(resource=self._correct.handle, value=right)
-        add(resource=self._loss_sum.handle, value=tf.cast(loss, tf.float64))
-        is_first_bad = ~tf.math.is_finite(loss) & (self._first_bad_step < 0)
+        # A run may skip a step whose loss is not finite. Such a loss would spoil the means.
+        counts = tf.math.is_finite(loss)
+        add(resource=self._counted.handle, value=tf.cast(counts, tf.int64))
+        add(resource=self._correct.handle, value=tf.where(counts, right, 0))
+        add(resource=self._loss_sum.handle, value=tf.cast(tf.where(counts, loss, 0.0), tf.float64))
+        is_first_bad = has_diverged & (self._first_bad_step < 0)
         assign(self._first_bad_step, tf.where(is_first_bad, self.step, self._first_bad_step))
 
     def _over_replicas(
@@ -190,26 +198,29 @@ class Trainer:
         return int(self.step.numpy())
 
     def means(self, reset: bool = False) -> tuple[float, float]:
-        """Returns the mean loss and accuracy over the steps since the last reset."""
-        step = self.steps_done
-        steps = max(step - self._means_since, 1)
+        """Returns the mean loss and accuracy since the last reset, or NaN if no step counts."""
+        steps = int(self._counted.numpy()) or math.nan
         loss = float(self._loss_sum.numpy()) / steps
         accuracy = int(self._correct.numpy()) / (steps * self.run.training.batch_size)
         if reset:
-            self._loss_sum.assign(0)
-            self._correct.assign(0)
-            self._means_since = step
+            for variable in (self._loss_sum, self._correct, self._counted):
+                variable.assign(0)
         return loss, accuracy
 
     def watch_next_step(self) -> None:
         """Takes the snapshot from which `norms` computes the next step's gradients."""
         self._watched = self.steps_done + 1, self._snapshot()
 
+    def summary(self) -> dict[str, float]:
+        """Returns the numbers for TensorBoard: the norms, and a dynamic loss scale."""
+        return self.norms() | self._loss_scale.summary()
+
     def norms(self) -> dict[str, float]:
         """Returns each block's weight norms and, if the last step was watched, gradient norms."""
         step, before = self._watched or (None, None)
         self._watched = None
-        norms = self._norms(before if step == self.steps_done else None)
+        is_known = step == self.steps_done and not self._loss_scale.has_skipped
+        norms = self._norms(before if is_known else None)
         return {tag: float(norm) for tag, norm in norms.items()}
 
     # These read the whole network in one call each. A read of each variable would take a GPU as
@@ -234,24 +245,24 @@ class Trainer:
         """Restores the run from a checkpoint that only the chief has to be able to read."""
 
         def read() -> str:
-            checkpoints.restore(self.checkpoint, prefix)
+            # A run can change between a fixed and a dynamic loss scale.
+            optional = {"loss_scale": DynamicLossScale()} | self._loss_scale.parts
+            checkpoints.restore(self._required, prefix, optional)
             return str(self.step.numpy())
 
-        self._means_since = int(self.replicas.from_chief(read))
-        self.step.assign(self._means_since)
+        self.step.assign(int(self.replicas.from_chief(read)))
         self.copy_from_chief()
 
     def copy_from_chief(self) -> None:
-        """Copies the chief's network, momentum and mean image to every worker."""
-        self.replicas.copy_from_chief(
-            [*self.model.variables, *self.optimizer.slots.values(), self.data_mean]
-        )
+        """Copies the chief's network, momentum, loss scale and mean image to every worker."""
+        state = [*self.optimizer.slots.values(), *self._loss_scale.variables]
+        self.replicas.copy_from_chief([*self.model.variables, *state, self.data_mean])
 
     def check_finite(self, ckpt_path: str) -> None:
         """Refuses a loss or weights that are not finite, so they are never saved."""
         bad_step = int(self._first_bad_step.numpy())
         if bad_step >= 0:
-            what = f"the loss was not finite at step {bad_step}"
+            what = f"{self._loss_scale.guarded} was not finite at step {bad_step}"
         elif not self._is_finite():
             # ReLU turns NaN into zero, so the loss may not show it.
             what = f"the weights were no longer finite by step {self.steps_done}"
