@@ -111,7 +111,7 @@ def train(
     trainer, images = resume.ready(run, options, data, resume_from, replicas)
     num_images, step = len(images.train.labels), trainer.steps_done
     agenda = loop.Agenda(run, options, num_images, replicas.num_workers)
-    evaluations = loop.Evaluations(trainer.model, options, images, replicas)
+    evaluations = loop.Evaluations(trainer, options, images)
     say = print if replicas.is_chief else lambda line: None
     if over := loop.reason_to_end(trainer, agenda, evaluations, resume_from):
         say(over)

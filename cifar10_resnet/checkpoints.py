@@ -22,6 +22,7 @@ from resnet_model import ResNet
 
 NAME = "model.ckpt"
 DESCRIPTION_KEY = "description/.ATTRIBUTES/VARIABLE_VALUE"
+AVERAGED_KEY = "average/count/.ATTRIBUTES/VARIABLE_VALUE"
 STEP_KEY = "step/.ATTRIBUTES/VARIABLE_VALUE"
 STATE = "checkpoint"  # the file where `tf.train.latest_checkpoint` finds the newest one
 # TensorFlow's reader raises any of these over a damaged file, not only its own errors.
@@ -255,9 +256,13 @@ def restore(
 
 
 def restore_model(model: ResNet, prefix: str) -> None:
-    """Restores only the network, whatever else the checkpoint contains."""
+    """Restores only the network: the average of the run's last epochs, if there is one."""
     with _restoring(prefix):
-        status = tf.train.Checkpoint(model=model).read(prefix).expect_partial()
+        part = tf.train.Checkpoint(model=model)
+        reader = tf.train.load_checkpoint(prefix)
+        if reader.has_tensor(AVERAGED_KEY) and reader.get_tensor(AVERAGED_KEY) > 0:
+            part = tf.train.Checkpoint(average=tf.train.Checkpoint(network=model))
+        status = part.read(prefix).expect_partial()
         status.assert_existing_objects_matched()
 
 

@@ -177,6 +177,12 @@ class TrainingConfig(Checked):
     cutout: int = of_recipe(
         0, "Width in pixels of the square blanked in each training image", least=0
     )
+    mixup: float = of_recipe(
+        0.0, "Mix images and labels in pairs, for this fraction of the run", least=0, most=1
+    )
+    average_epochs: int = of_recipe(
+        0, "Average the weights at the ends of the last N epochs", least=0
+    )
     seed: int = of_recipe(0, "Random seed for weights, image order, crops and flips", least=0)
     pretrained: str = setting("")  # the checkpoint that the network started from, if any
     fine_tune: bool = of_pretrained(False, "Train only the final layer")

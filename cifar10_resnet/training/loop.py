@@ -1,14 +1,14 @@
 """Runs the training loop: takes steps, and does what is due after each, until the run ends."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import tensorflow as tf
 
 from cifar10_resnet import checkpoints
-from cifar10_resnet.config import RunConfig
+from cifar10_resnet.config import RunConfig, TrainingConfig
 from cifar10_resnet.data.splits import RunImages
-from cifar10_resnet.distributed.replicas import Replicas
 from cifar10_resnet.evaluation.evaluator import Evaluator
 from cifar10_resnet.evaluation.metrics import Metrics
 from cifar10_resnet.options import Options
@@ -48,6 +48,13 @@ def next_end(step: int, images: int, batch_size: int) -> int:
     return -(-(done + 1) * images // batch_size)
 
 
+def next_average(training: TrainingConfig, images: int, step: int) -> int:
+    """Returns the next step to average: the end of one of the last epochs, or the last step."""
+    length, size = training.num_iterations, training.batch_size
+    first = length - training.average_epochs * images // size
+    return min(next_end(max(step, first), images, size), length)
+
+
 class Agenda:
     """The duties of a run. Each is a function from a step to the next step when it is due."""
 
@@ -68,6 +75,8 @@ class Agenda:
             between = options.epochs_between_evals * num_images
             size = run.training.batch_size
             self._next["evaluate"] = lambda step: min(next_end(step, between, size), self.last)
+        if run.training.average_epochs:
+            self._next["average"] = functools.partial(next_average, run.training, num_images)
         if options.profile_steps:
             first, last = options.profile_steps
             self._next["profile"] = lambda step: first - 1 if step < first - 1 else last
@@ -108,10 +117,10 @@ def reason_to_end(
 class Evaluations:
     """The evaluations of a run while it trains. The chief evaluates for all workers."""
 
-    def __init__(self, model: tf.Module, options: Options, images: RunImages, replicas: Replicas):
-        is_made = options.epochs_between_evals and replicas.is_chief
-        self._evaluate = Evaluator(model) if is_made else None
-        self._images, self._replicas = images, replicas
+    def __init__(self, trainer: Trainer, options: Options, images: RunImages):
+        self._trainer, self._replicas, self._images = trainer, trainer.replicas, images
+        self._are_made = options.epochs_between_evals and trainer.replicas.is_chief
+        self._evaluate: Evaluator | None = None
         self.threshold = options.stop_threshold
         self.have_threshold = bool(options.epochs_between_evals and options.stop_threshold)
         self.split, self.metrics = images.scored_split, None
@@ -123,7 +132,10 @@ class Evaluations:
 
     def reach_threshold(self) -> bool:
         """Evaluates, and returns on all workers whether --stop_threshold is reached."""
-        if self._evaluate:
+        if self._are_made:
+            network = self._trainer.network
+            if self._evaluate is None or self._evaluate.model is not network:
+                self._evaluate = Evaluator(network)
             self.metrics = self._evaluate(self._images.scored)
         reached = self.metrics and self.threshold and self.metrics.accuracy >= self.threshold
         return bool(self._replicas.largest(bool(reached)))
@@ -175,8 +187,10 @@ def train(
         rate = trainer.learning_rates[step - 1]
         if progress.is_due():
             progress.update(step, *trainer.means(), rate)
-        if due & {"log", "save", "evaluate"}:
+        if due & {"log", "save", "evaluate", "average"}:
             saving.check()
+        if "average" in due:
+            trainer.average.add()
         if "log" in due:
             progress.log_training(step, *trainer.means(reset=True), rate, trainer.summary)
             progress.show_once(step, trainer.trace, lambda: trainer.images_of(next(iter(pipeline))))

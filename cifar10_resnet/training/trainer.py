@@ -13,6 +13,8 @@ from cifar10_resnet.config import RunConfig
 from cifar10_resnet.distributed.replicas import Replicas
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.native import kernels
+from cifar10_resnet.training import mixup
+from cifar10_resnet.training.average import WeightAverage
 from cifar10_resnet.training.loss_scale import DynamicLossScale, loss_scaling
 from cifar10_resnet.training.optimizers import OPTIMIZERS, learning_rates
 from resnet_model import IMAGE_SHAPE, ResNet, assign
@@ -45,14 +47,12 @@ class Trainer:
             if native_library
             else {"normalise": replicas.normalise(sync_batch_norm)}
         )
+        arguments = {**run.model.arguments(), "data_format": data_format, "dtype": dtype}
         with replicas.strategy.scope():
-            self.model = ResNet(
-                **run.model.arguments(),
-                data_format=data_format,
-                dtype=dtype,
-                seed=run.training.seed,
-                **ways,
-            )
+            self.model = ResNet(**arguments, seed=run.training.seed, **ways)
+            self.average = None
+            if run.training.average_epochs:
+                self.average = WeightAverage(self.model, ResNet(**arguments))
             self.optimizer = OPTIMIZERS[run.training.optimizer](self.model, run.training)
             self._loss_scale = loss_scaling(loss_scale, dtype)
             self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
@@ -71,6 +71,8 @@ class Trainer:
             self._description = tf.Variable(run.to_json(), trainable=False)
         parts |= {"model": self.model, "momentum": self.optimizer.slots, "step": self.step}
         parts["description"] = self._description
+        if self.average:
+            parts["average"] = self.average
         self._required = tf.train.Checkpoint(**parts)
         self.checkpoint = tf.train.Checkpoint(**parts, **self._loss_scale.parts)
         self._rates = tf.constant(self.learning_rates)
@@ -131,6 +133,10 @@ class Trainer:
         Runs on each replica, with its worker's part of the batch.
         """
         images, labels = self.replicas.own_share(images), self.replicas.own_share(labels)
+        pairs = None
+        if self.run.training.mixup:
+            pairs = mixup.Pairs(self.run.training, self.step.read_value())
+            images, others = pairs.mixed(images, mixup.before(images)), mixup.before(labels)
         frozen = self.run.training.fine_tune
         before = self._loss_scale.snapshot(self._changing)
         with tf.GradientTape() as tape:
@@ -138,7 +144,11 @@ class Trainer:
             with tape.stop_recording() if frozen else contextlib.nullcontext():
                 features = self.model.features(images, not frozen)
             logits = self.model.project(features)
-            loss = tf.reduce_mean(self._cross_entropy(labels, logits))
+            losses = self._cross_entropy(labels, logits)
+            if pairs:
+                losses = pairs.mixed(losses, self._cross_entropy(others, logits))
+                labels = pairs.larger(labels, others)
+            loss = tf.reduce_mean(losses)
             if self.replicas.count > 1:
                 loss /= self.replicas.count  # this replica's part of the whole batch's mean
             scaled_loss = self._loss_scale.scaled(loss)
@@ -191,6 +201,11 @@ class Trainer:
             labels, classes, 1 - smoothing + smoothing / classes, smoothing / classes
         )
         return tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+
+    @property
+    def network(self) -> ResNet:
+        """Returns the network to evaluate: the averaged one once there is one."""
+        return self.average.network if self.average and self.average.has_begun else self.model
 
     @property
     def steps_done(self) -> int:
@@ -254,8 +269,9 @@ class Trainer:
         self.copy_from_chief()
 
     def copy_from_chief(self) -> None:
-        """Copies the chief's network, momentum, loss scale and mean image to every worker."""
+        """Copies the chief's state to every worker: all float32 variables of a checkpoint."""
         state = [*self.optimizer.slots.values(), *self._loss_scale.variables]
+        state += self.average.variables if self.average else ()
         self.replicas.copy_from_chief([*self.model.variables, *state, self.data_mean])
 
     def check_finite(self, ckpt_path: str) -> None:
