@@ -6,9 +6,9 @@ from resnet_model import ResNet
 
 
 class WeightAverage(tf.Module):
-    """The mean of a network's variables at several steps, as a network of its own.
+    """The mean of a network's variables at several steps, as a separate network.
 
-    Its weights are between those of the steps, where the loss is often lower than at each of them
+    The loss is often lower between the weights of several steps than at each of the steps
     (Izmailov et al., 2018). The statistics of batch norm are averaged like the weights.
     """
 

@@ -47,7 +47,7 @@ def variables_of(prefix: str) -> list[np.ndarray]:
 
 
 def raw_variables_of(prefix: str) -> list[np.ndarray]:
-    """Returns the variables of the step itself, which the run goes on from."""
+    """Returns the variables of the step itself, from which the run continues."""
     trainer = Trainer(checkpoints.read(prefix).run)
     trainer.restore(prefix)
     return [v.numpy() for v in trainer.model.variables]
@@ -80,7 +80,7 @@ def test_a_checkpoint_is_read_as_the_mean_of_the_averaged_steps(tmp_path):
     for mean, found in zip(means, variables_of(last), strict=True):
         np.testing.assert_allclose(found, mean, rtol=1e-4, atol=1e-5)
     assert any(np.abs(m - v).max() > 1e-3 for m, v in zip(means, steps[-1], strict=True))
-    # Before the first averaged step, it is read as the weights of its own step.
+    # Before the first averaged step, it is read as the weights at its step.
     early = str(tmp_path / "model.ckpt-9")
     for raw, found in zip(raw_variables_of(early), variables_of(early), strict=True):
         np.testing.assert_array_equal(found, raw)
