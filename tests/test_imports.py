@@ -62,6 +62,7 @@ WITH_TENSORFLOW = (
     ),
     *("training.optimizers", "training.trainer", "training.loop", "training.resume"),
     *("training.progress", "training.summaries", "training.loss_scale"),
+    *("training.average", "training.mixup"),
 )
 
 
