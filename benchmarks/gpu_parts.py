@@ -66,7 +66,7 @@ def measure_trainer(
     bench: Bench, layers: int, flags: tuple[str, ...], clock: Clock, result: Results
 ) -> None:
     """Measures `run_trainer.py` as users start it: its rate, input included, and its start."""
-    every = 2 if bench.is_cpu else 200 if layers < 50 else 100
+    every = 2 if bench.is_cpu else 1000 if layers < 50 else 250
     result["flags"] = " ".join(flags) or "default"
 
     def enough(lines: list[str], times: list[float]) -> bool:

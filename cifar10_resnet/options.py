@@ -22,10 +22,13 @@ checkpoint = partial(
     setting, help="Checkpoint, or a folder (its newest checkpoint is used)", also=("model_dir",)
 )
 
-# A GPU takes this many steps in the time in which Python prepares several calls.
-STEPS_PER_GPU_CALL = 50
+# By device: steps in a call from Python, steps from save to save, and the most from log to log.
+# A GPU takes 500 steps a second, and each call, save or log interrupts it.
+STEPS_PER_CALL = {"cpu": 1, "gpu": 50}
+STEPS_PER_SAVE = {"cpu": 1000, "gpu": 10_000}
+MOST_STEPS_PER_LOG = {"cpu": 200, "gpu": 1000}
 # Without --log_per_iterations, learning curves have enough points however short the run is.
-LEAST_LOGS, MOST_STEPS_PER_LOG = 20, 200
+LEAST_LOGS = 20
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,20 @@ class Options(Checked):
         None, "Write a SavedModel to this new folder at the end", own=True
     )
     clean: bool = of_files(False, "Delete the run in --ckpt_path and start again")
-    save_per_iterations: int = of_logging(1000, "Save a checkpoint every N steps", least=1)
+    save_per_iterations: int | None = of_logging(
+        STEPS_PER_SAVE["cpu"],
+        "Save a checkpoint every N steps",
+        least=1,
+        shown="{cpu}, on GPUs {gpu}".format(**STEPS_PER_SAVE),
+    )
     max_ckpts: int = of_logging(5, "Number of newest checkpoints to keep (negative: all)")
     log_per_iterations: int | None = of_logging(
         None,
         "Log every N steps",
         also=("log_per_steps",),
         least=1,
-        shown=f"{MOST_STEPS_PER_LOG}, or less for at least {LEAST_LOGS} logs",
+        shown="{cpu}, on GPUs {gpu}, ".format(**MOST_STEPS_PER_LOG)
+        + f"or less for at least {LEAST_LOGS} logs",
     )
     profile_steps: tuple[int, int] | None = of_logging(
         None,
@@ -133,7 +142,7 @@ class Options(Checked):
         None,
         "Steps per call from Python",
         least=1,
-        shown=f"1 on CPUs, {STEPS_PER_GPU_CALL} on GPUs",
+        shown="{cpu}, on GPUs {gpu}".format(**STEPS_PER_CALL),
     )
     distribution_strategy: str = of_several(
         "auto",
@@ -191,13 +200,16 @@ class Options(Checked):
             raise UserError(
                 "--jit_compile works on one device only. Remove it, or use --num_gpus=1."
             )
-        is_gpu, jit_compile, steps = device == "gpu", self.jit_compile, self.steps_per_call
+        jit_compile = self.jit_compile
+        if jit_compile is None:
+            jit_compile = device == "gpu" and num_replicas == 1
         return replace(
             self,
             device=device,
             data_format=data_format,
-            jit_compile=is_gpu and num_replicas == 1 if jit_compile is None else jit_compile,
-            steps_per_call=steps or (STEPS_PER_GPU_CALL if is_gpu else 1),
+            jit_compile=jit_compile,
+            steps_per_call=self.steps_per_call or STEPS_PER_CALL[device],
+            save_per_iterations=self.save_per_iterations or STEPS_PER_SAVE[device],
         )
 
     def last_step(self, run: RunConfig) -> int:
@@ -207,4 +219,5 @@ class Options(Checked):
     def steps_per_log(self, run: RunConfig) -> int:
         """Returns the number of steps from one log of a run to the next."""
         enough = max(1, self.last_step(run) // LEAST_LOGS)
-        return self.log_per_iterations or min(enough, MOST_STEPS_PER_LOG)
+        most = MOST_STEPS_PER_LOG["gpu" if self.device == "gpu" else "cpu"]
+        return self.log_per_iterations or min(enough, most)

@@ -11,7 +11,7 @@ from cifar10_resnet import device
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.data.synthetic import CLASS_NAMES
 from cifar10_resnet.errors import UserError
-from cifar10_resnet.options import STEPS_PER_GPU_CALL, Options
+from cifar10_resnet.options import Options
 from cifar10_resnet.training.trainer import Chunks, Trainer
 
 RUN = RunConfig(
@@ -61,9 +61,10 @@ def test_the_way_of_a_gpu_resumes_bit_identically_and_trains_as_a_cpu_does(
 def test_a_gpu_gets_xla_and_several_steps_a_call_unless_they_are_set():
     auto = Options()
     settled = auto.settled("gpu", "channels_first", 1)
-    assert (settled.jit_compile, settled.steps_per_call) == (True, STEPS_PER_GPU_CALL)
+    assert (settled.jit_compile, settled.steps_per_call) == (True, 50)
     settled = auto.settled("gpu", "channels_first", 2)  # XLA compiles the step of one device only.
-    assert (settled.jit_compile, settled.steps_per_call) == (False, STEPS_PER_GPU_CALL)
+    assert (settled.jit_compile, settled.steps_per_call) == (False, 50)
+    assert settled.steps_per_log(RunConfig()) == 1000
     settled = auto.settled("cpu", "channels_last", 1)
     assert (settled.jit_compile, settled.steps_per_call) == (False, 1)
     typed = Options(jit_compile=False, steps_per_call=3).settled("gpu", "channels_first", 1)
