@@ -42,11 +42,9 @@ class Trainer:
         self.make_batch: Callable[..., tuple[tf.Tensor, tf.Tensor]] = lambda batch: batch
         replicas.refuse_uneven(run.training.batch_size)
         self.is_native = native_library is not None
-        ways = (
-            kernels.ways(native_library)
-            if native_library
-            else {"normalise": replicas.normalise(sync_batch_norm)}
-        )
+        ways = {"normalise": replicas.normalise(sync_batch_norm)}
+        if native_library:
+            ways = kernels.ways(native_library)
         arguments = {**run.model.arguments(), "data_format": data_format, "dtype": dtype}
         with replicas.strategy.scope():
             self.model = ResNet(**arguments, seed=run.training.seed, **ways)
@@ -68,19 +66,14 @@ class Trainer:
             self._first_bad_step = tf.Variable(-1, dtype=tf.int64, trainable=False)
         self.learning_rates = learning_rates(run.training)
         with tf.device("cpu"):
-            self._description = tf.Variable(run.to_json(), trainable=False)
+            parts["description"] = self._description = tf.Variable(run.to_json(), trainable=False)
         parts |= {"model": self.model, "momentum": self.optimizer.slots, "step": self.step}
-        parts["description"] = self._description
         if self.average:
             parts["average"] = self.average
         self._required = tf.train.Checkpoint(**parts)
         self.checkpoint = tf.train.Checkpoint(**parts, **self._loss_scale.parts)
         self._rates = tf.constant(self.learning_rates)
-        norms = () if run.training.fine_tune else self.model.norms
-        statistics = [s for norm in norms for s in (norm.moving_mean, norm.moving_variance)]
-        self._changing = [*self.optimizer.variables, *self.optimizer.slots.values(), *statistics]
-        # Each replica updates its own statistics, so every step averages them again.
-        self._statistics = statistics if replicas.count > 1 and not sync_batch_norm else []
+        self._sync_batch_norm = sync_batch_norm
         # No Python code in a step depends on a tensor's value. Without AutoGraph, tracing takes
         # half the time.
         self.train_step = tf.function(
@@ -138,7 +131,7 @@ class Trainer:
             pairs = mixup.Pairs(self.run.training, self.step.read_value())
             images, others = pairs.mixed(images, mixup.before(images)), mixup.before(labels)
         frozen = self.run.training.fine_tune
-        before = self._loss_scale.snapshot(self._changing)
+        before = self._loss_scale.snapshot(self.changing)
         with tf.GradientTape() as tape:
             # Layers that the tape does not record have no backward pass.
             with tape.stop_recording() if frozen else contextlib.nullcontext():
@@ -177,13 +170,25 @@ class Trainer:
         self, gradients: list[tf.Tensor], loss: tf.Tensor, right: tf.Tensor
     ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
         """Returns the sums of the replicas' results. Averages the statistics that they updated."""
-        statistics = [statistic / self.replicas.count for statistic in self._statistics]
+        statistics = [] if self._sync_batch_norm else self._statistics
+        shares = [statistic / self.replicas.count for statistic in statistics]
         *sums, loss, right = self.replicas.sum(
-            [*gradients, *statistics, loss, tf.cast(right, tf.float32)]
+            [*gradients, *shares, loss, tf.cast(right, tf.float32)]
         )
-        for variable, mean in zip(self._statistics, sums[len(gradients) :], strict=True):
+        for variable, mean in zip(statistics, sums[len(gradients) :], strict=True):
             assign(variable, mean)
         return sums[: len(gradients)], loss, tf.cast(right, tf.int64)
+
+    @property
+    def _statistics(self) -> list[tf.Variable]:
+        """Returns the statistics of batch norm that a step updates."""
+        norms = () if self.run.training.fine_tune else self.model.norms
+        return [s for norm in norms for s in (norm.moving_mean, norm.moving_variance)]
+
+    @property
+    def changing(self) -> list[tf.Variable]:
+        """Returns the weights, momenta and statistics that a step changes."""
+        return [*self.optimizer.variables, *self.optimizer.slots.values(), *self._statistics]
 
     def trace(self) -> tf.Graph:
         """Returns the graph of `train_step`, traced now instead of in the first step."""

@@ -18,9 +18,15 @@ from cifar10_resnet.training.trainer import Trainer
 OVERFLOWS = 2.0**40
 
 
-def make_trainer(scale: float = 2.0**10, jit_compile: bool = False, **hyperparameters) -> Trainer:
+def make_trainer(
+    scale: float = 2.0**10, jit_compile: bool = False, steps_per_call: int = 1, **hyperparameters
+) -> Trainer:
     trainer = Trainer(
-        make_run(**hyperparameters), dtype="fp16", loss_scale="dynamic", jit_compile=jit_compile
+        make_run(**hyperparameters),
+        dtype="fp16",
+        loss_scale="dynamic",
+        jit_compile=jit_compile,
+        steps_per_call=steps_per_call,
     )
     trainer._loss_scale.scale.assign(scale)
     return trainer
@@ -128,17 +134,19 @@ def test_the_steps_around_an_overflow_are_those_of_a_fixed_scale():
     assert state(trainer) == state(fixed)
 
 
-def test_several_steps_in_a_call_skip_as_single_ones_do():
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_several_steps_in_a_call_skip_as_single_ones_do(jit_compile):
     batches = [make_batch(0), huge_batch(), make_batch(2), make_batch(3)]
-    one_by_one, together = make_trainer(), make_trainer()
+    one_by_one, together = make_trainer(), make_trainer(jit_compile=jit_compile, steps_per_call=4)
     for batch in batches:
         one_by_one.train_step(*batch)
     images, labels = (tf.stack(values) for values in zip(*batches, strict=True))
     data = tf.data.Dataset.from_tensor_slices((images, labels))
-    together.train_steps(iter(data), len(batches))
+    together.train_steps(together.batches_of(data), len(batches))
     assert scaling(together) == scaling(one_by_one) == (2**9, 2)
-    assert state(together) == state(one_by_one)
-    assert together.means() == one_by_one.means()
+    assert together.means() == pytest.approx(one_by_one.means(), rel=1e-3)
+    if not jit_compile:  # XLA rounds in other places.
+        assert state(together) == state(one_by_one)
 
 
 def test_a_fine_tuned_layer_is_left_alone_too():
@@ -320,7 +328,7 @@ for sync_batch_norm in (False, True):
     assert state(trainer) != before
     assert scaling(trainer) == (2**14, 1), scaling(trainer)
     rule = trainer._loss_scale
-    for variable in [*trainer._changing, trainer.step, rule.scale, rule.good_steps]:
+    for variable in [*trainer.changing, trainer.step, rule.scale, rule.good_steps]:
         one, other = replicas.strategy.experimental_local_results(variable)
         assert one.numpy().tobytes() == other.numpy().tobytes(), variable.name
 """
