@@ -24,7 +24,7 @@ checkpoint = partial(
 
 # By device: steps in a call from Python, steps from save to save, and the most from log to log.
 # A GPU takes 500 steps a second, and each call, save or log interrupts it.
-STEPS_PER_CALL = {"cpu": 1, "gpu": 50}
+STEPS_PER_CALL = {"cpu": 1, "gpu": 100}
 STEPS_PER_SAVE = {"cpu": 1000, "gpu": 10_000}
 MOST_STEPS_PER_LOG = {"cpu": 200, "gpu": 1000}
 # Without --log_per_iterations, learning curves have enough points however short the run is.

@@ -33,7 +33,7 @@ class Momentum:
         pairs = zip(self.variables, self.slots.values(), strict=True)
         return [(variable.read_value(), slot.read_value()) for variable, slot in pairs]
 
-    def gradients_since(self, before: list[tuple[tf.Tensor, tf.Tensor]]) -> dict[str, tf.Tensor]:
+    def gradients_since(self, before: list[tuple[tf.Tensor, tf.Tensor]]) -> dict[str, np.ndarray]:
         """Returns the gradients, by variable, of the step since a snapshot, without L2 penalty.
 
         It derives them from the momenta, so watching a step cannot change what it computes.
@@ -44,7 +44,7 @@ class Momentum:
             gained = slot - self._training.momentum * old_slot
             if variable.ref() in self._decayed:
                 gained -= self._training.weight_decay * old_value
-            gradients[variable.name] = gained
+            gradients[variable.name] = gained.numpy()
         return gradients
 
     def _move(

@@ -165,7 +165,8 @@ class Progress(Silent):
             "images_per_second": rate,
             "epoch": step / self._steps_per_epoch,
         }
-        self._summaries.scalars("train", step, values | more())
+        if self._summaries.are_written:
+            self._summaries.scalars("train", step, values | more())
 
     def show_once(
         self, step: int, graph: Callable[[], tf.Graph], images: Callable[[], np.ndarray]

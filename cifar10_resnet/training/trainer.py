@@ -229,7 +229,7 @@ class Trainer:
 
     def watch_next_step(self) -> None:
         """Takes the snapshot from which `norms` computes the next step's gradients."""
-        self._watched = self.steps_done + 1, self._snapshot()
+        self._watched = self.steps_done + 1, self.optimizer.snapshot()
 
     def summary(self) -> dict[str, float]:
         """Returns the numbers for TensorBoard: the norms, and a dynamic loss scale."""
@@ -237,29 +237,14 @@ class Trainer:
 
     def norms(self) -> dict[str, float]:
         """Returns each block's weight norms and, if the last step was watched, gradient norms."""
-        step, before = self._watched or (None, None)
+        weights = {v.name: v.numpy() for v in self.model.trainable_variables}
+        norms = _block_norms("weight_norm", weights)
+        is_watched = self._watched and self._watched[0] == self.steps_done
+        if is_watched and not self._loss_scale.has_skipped:
+            gradients = self.optimizer.gradients_since(self._watched[1])
+            norms |= _block_norms("gradient_norm", gradients)
         self._watched = None
-        is_known = step == self.steps_done and not self._loss_scale.has_skipped
-        norms = self._norms(before if is_known else None)
-        return {tag: float(norm) for tag, norm in norms.items()}
-
-    # These read the whole network in one call each. A read of each variable would take a GPU as
-    # long as 50 steps.
-
-    @tf.function(autograph=False)
-    def _snapshot(self) -> list[tuple[tf.Tensor, tf.Tensor]]:
-        return self.optimizer.snapshot()
-
-    @tf.function(autograph=False)
-    def _norms(self, before: list[tuple[tf.Tensor, tf.Tensor]] | None) -> dict[str, tf.Tensor]:
-        norms = _block_norms("weight_norm", {v.name: v for v in self.model.trainable_variables})
-        if before is not None:
-            norms |= _block_norms("gradient_norm", self.optimizer.gradients_since(before))
         return norms
-
-    @tf.function(autograph=False)
-    def _is_finite(self) -> tf.Tensor:
-        return tf.reduce_all([tf.reduce_all(tf.math.is_finite(v)) for v in self.model.variables])
 
     def restore(self, prefix: str) -> None:
         """Restores the run from a checkpoint that only the chief has to be able to read."""
@@ -284,7 +269,7 @@ class Trainer:
         bad_step = int(self._first_bad_step.numpy())
         if bad_step >= 0:
             what = f"{self._loss_scale.guarded} was not finite at step {bad_step}"
-        elif not self._is_finite():
+        elif not all(np.isfinite(v.numpy()).all() for v in self.model.variables):
             # ReLU turns NaN into zero, so the loss may not show it.
             what = f"the weights were no longer finite by step {self.steps_done}"
         else:
@@ -315,10 +300,10 @@ class Chunks:
             yield self._chunk, first, self._place
 
 
-def _block_norms(kind: str, values: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """Returns the Euclidean norms of tensors, grouped by the first part of their names."""
-    blocks: dict[str, list[tf.Tensor]] = {}
+def _block_norms(kind: str, values: dict[str, np.ndarray]) -> dict[str, float]:
+    """Returns the Euclidean norms of arrays, grouped by the first part of their names."""
+    squares: dict[str, float] = {}
     for name, value in values.items():
-        square = tf.reduce_sum(tf.square(tf.cast(value, tf.float64)))
-        blocks.setdefault(f"{kind}/{name.split('/')[0]}", []).append(square)
-    return {tag: tf.sqrt(tf.add_n(squares)) for tag, squares in blocks.items()}
+        tag = f"{kind}/{name.split('/')[0]}"
+        squares[tag] = squares.get(tag, 0.0) + float(np.square(value, dtype=np.float64).sum())
+    return {tag: math.sqrt(square) for tag, square in squares.items()}

@@ -61,9 +61,9 @@ def test_the_way_of_a_gpu_resumes_bit_identically_and_trains_as_a_cpu_does(
 def test_a_gpu_gets_xla_and_several_steps_a_call_unless_they_are_set():
     auto = Options()
     settled = auto.settled("gpu", "channels_first", 1)
-    assert (settled.jit_compile, settled.steps_per_call) == (True, 50)
+    assert (settled.jit_compile, settled.steps_per_call) == (True, 100)
     settled = auto.settled("gpu", "channels_first", 2)  # XLA compiles the step of one device only.
-    assert (settled.jit_compile, settled.steps_per_call) == (False, 50)
+    assert (settled.jit_compile, settled.steps_per_call) == (False, 100)
     assert settled.steps_per_log(RunConfig()) == 1000
     settled = auto.settled("cpu", "channels_last", 1)
     assert (settled.jit_compile, settled.steps_per_call) == (False, 1)
