@@ -222,8 +222,9 @@ def test_a_network_has_the_same_logits_gradients_and_averages(library, kind, tra
         gradients = tape.gradient(loss, model.trainable_variables) if training else []
         results.append([logits, *gradients, *model.non_trainable_variables])
     for one, other in zip(*results, strict=True):
-        scale = np.abs(other).max() + 1e-3
-        np.testing.assert_allclose(one, other, atol=2e-2 * scale)
+        # Rounding may change which numbers a ReLU keeps. That moves single elements further.
+        distance = np.linalg.norm(np.subtract(one, other))
+        assert distance <= 1e-2 * np.linalg.norm(other) + 1e-3
     np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-3, rtol=1e-4)
 
 
