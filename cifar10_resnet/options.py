@@ -133,6 +133,10 @@ class Options(Checked):
         "auto",
         "Devices to use: all workers in TF_CONFIG, all local GPUs, or one",
         choices=("auto", "off", "mirrored", "multi_worker"),
+        elsewhere=dict.fromkeys(
+            ("worker_hosts", "task_index"),
+            "Set TF_CONFIG to the list of workers instead: see docs/distributed.md.",
+        ),
     )
     num_gpus: int | None = of_several(None, "Number of local GPUs to use", least=0, shown="all")
     sync_batch_norm: bool = of_several(
