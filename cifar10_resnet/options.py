@@ -103,8 +103,8 @@ class Options(Checked):
     )
     deterministic: str = of_device(
         "off",
-        "Operations for bit-identical runs on a GPU (ops: deterministic, slower)",
-        choices=("off", "ops"),
+        "Bit-identical runs (ops: deterministic operations, strict: on the same machine only)",
+        choices=("off", "ops", "strict"),
     )
     tf32: bool = of_device(
         True, "Compute fp32 on recent NVIDIA GPUs in TF32 (10-bit mantissa, faster)"

@@ -61,7 +61,8 @@ WITH_TENSORFLOW = (
         "serving.rest",
         "serving.server",
     ),
-    *("training.optimizers", "training.trainer", "training.loop", "training.resume"),
+    *("training.machine", "training.optimizers", "training.trainer"),
+    *("training.loop", "training.resume"),
     *("training.progress", "training.summaries"),
 )
 
