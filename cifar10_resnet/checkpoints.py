@@ -7,11 +7,12 @@ the network again.
 
 import contextlib
 import glob
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import tensorflow as tf
 
@@ -24,6 +25,8 @@ NAME = "model.ckpt"
 DESCRIPTION_KEY = "description/.ATTRIBUTES/VARIABLE_VALUE"
 AVERAGED_KEY = "average/count/.ATTRIBUTES/VARIABLE_VALUE"
 STEP_KEY = "step/.ATTRIBUTES/VARIABLE_VALUE"
+# The description of a run may contain facts about the machine of its last start. They are optional.
+MACHINE = "machine"
 STATE = "checkpoint"  # the file where `tf.train.latest_checkpoint` finds the newest one
 # TensorFlow's reader raises any of these over a damaged file, not only its own errors.
 UNREADABLE = (tf.errors.OpError, ValueError, RuntimeError, IndexError, AttributeError)
@@ -35,13 +38,15 @@ SUFFIXES = (".sha256", ".data-00000-of-00001", ".index")
 class SavedRun:
     """A checkpoint that was read: its prefix, its run and its step.
 
-    `is_whole` is false if it contains only the network, because `save_network` wrote it.
+    `is_whole` is false if it contains only the network, because `save_network` wrote it. `machine`
+    has the facts about the machine of the run's last start, if they were recorded.
     """
 
     prefix: str
     run: RunConfig
     step: int
     is_whole: bool
+    machine: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep: int = -1) -> str:
@@ -226,10 +231,14 @@ def read(prefix: str) -> SavedRun:
         reader = tf.train.load_checkpoint(prefix)
         if not reader.has_tensor(DESCRIPTION_KEY):
             raise UserError("another program wrote this checkpoint. Use another folder.")
-        run = RunConfig.from_json(reader.get_tensor(DESCRIPTION_KEY).decode())
+        description = reader.get_tensor(DESCRIPTION_KEY).decode()
+        run = RunConfig.from_json(description)
+        machine = json.loads(description).get(MACHINE)
+        machine = machine if isinstance(machine, dict) else {}
         step = int(reader.get_tensor(STEP_KEY))
         names = reader.get_variable_to_shape_map()
-        return SavedRun(prefix, run, step, any(name.startswith("momentum/") for name in names))
+        is_whole = any(name.startswith("momentum/") for name in names)
+        return SavedRun(prefix, run, step, is_whole, machine)
     except UserError as error:
         raise UserError(f"{prefix} cannot be used: {error}") from error
     except UNREADABLE as error:

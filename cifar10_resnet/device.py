@@ -47,7 +47,7 @@ def start_tensorflow(
             # TF_FORCE_GPU_ALLOW_GROWTH in the environment overrides this.
             tf.config.experimental.set_memory_growth(gpu, True)
         tf.config.experimental.enable_tensor_float_32_execution(tf32)
-        if deterministic == "ops":
+        if deterministic != "off":
             # TensorFlow then also sets xla_gpu_deterministic_ops for everything that XLA compiles.
             tf.config.experimental.enable_op_determinism()
         has_gpu = bool(gpus)

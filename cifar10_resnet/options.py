@@ -112,8 +112,8 @@ class Options(Checked):
     )
     deterministic: str = of_device(
         "off",
-        "Operations for bit-identical runs on a GPU (ops: deterministic, slower)",
-        choices=("off", "ops"),
+        "Bit-identical runs (ops: deterministic operations, strict: on the same machine only)",
+        choices=("off", "ops", "strict"),
     )
     tf32: bool = of_device(
         True, "Compute fp32 on recent NVIDIA GPUs in TF32 (10-bit mantissa, faster)"
@@ -148,6 +148,10 @@ class Options(Checked):
         "auto",
         "Devices to use: all workers in TF_CONFIG, all local GPUs, or one",
         choices=("auto", "off", "mirrored", "multi_worker"),
+        elsewhere=dict.fromkeys(
+            ("worker_hosts", "task_index"),
+            "Set TF_CONFIG to the list of workers instead: see docs/distributed.md.",
+        ),
     )
     num_gpus: int | None = of_several(None, "Number of local GPUs to use", least=0, shown="all")
     sync_batch_norm: bool = of_several(

@@ -29,7 +29,8 @@ def setting(
     `multiple`), `choices`, or a `pattern` with its `meaning` in words. `words` has the words that a
     number may be instead. `notes` has a line of help for each choice. `shown` is the default as
     --help shows it. `implied_by` contains the flags that set it too. With `own`, each of several
-    workers may have its own value. With `first`, --help shows it first in its group.
+    workers may have its own value. With `first`, --help shows it first in its group. `elsewhere`
+    has other programs' flags for the same, and what to do instead.
     """
     return field(default=default, metadata={"help": help, "group": group, "also": also, **more})
 

@@ -136,6 +136,7 @@ def test_tf32_and_determinism_are_on_only_if_a_program_asks_for_them():
     assert started() == ["False", "False"]
     assert started("tf32=True", "deterministic='off'") == ["True", "False"]
     assert started("deterministic='ops'") == ["False", "True"]
+    assert started("deterministic='strict'") == ["False", "True"]
 
 
 def test_determinism_reaches_what_xla_compiles(tmp_path):

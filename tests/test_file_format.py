@@ -303,6 +303,32 @@ def test_a_description_is_read_and_newer_settings_take_their_defaults(descriptio
     assert RunConfig.from_json(json.dumps(description)) == RunConfig()
 
 
+def test_the_machine_in_a_description_is_optional_and_identifies_no_run(tmp_path):
+    trainer = Trainer(RunConfig(ModelConfig(num_layers=8)))
+    checkpoints.save(trainer.checkpoint, str(tmp_path), 1)
+    trainer.record_machine({"device": "cpu", "threads": "2"})
+    checkpoints.save(trainer.checkpoint, str(tmp_path), 2)
+
+    without, having = (checkpoints.read(str(tmp_path / f"model.ckpt-{step}")) for step in (1, 2))
+    assert without.machine == {}
+    assert having.machine == {"device": "cpu", "threads": "2"}
+    assert having.run == without.run == trainer.run
+    reader = tf.train.load_checkpoint(having.prefix)
+    text = reader.get_tensor("description/.ATTRIBUTES/VARIABLE_VALUE").decode()
+    assert json.loads(text)["machine"] == {"device": "cpu", "threads": "2"}
+    # A network without its training does not depend on a machine.
+    alone = checkpoints.save_network(having, str(tmp_path / "network"))
+    assert checkpoints.read(alone).machine == {}
+
+
+@pytest.mark.parametrize("machine", [None, 7, "x", [], ["threads"]])
+def test_a_machine_that_is_not_understood_is_ignored(machine, tmp_path):
+    keys = expected_keys("residual")
+    description = TODAY | {"model": TODAY["model"] | {"num_layers": 8}, "machine": machine}
+    write_checkpoint(tmp_path / "model.ckpt-3", keys, description)
+    assert checkpoints.find(str(tmp_path)).machine == {}
+
+
 @pytest.mark.parametrize(
     ("part", "name", "value"),
     [

@@ -38,7 +38,7 @@ PROGRAMS = ("cli", "commands", "__main__", *FRONT[2:])
 LIFTED_OUT = {"numpy", "tensorflow"}
 STANDARD_LIBRARY_ALONE = (
     *("errors", "terminal", "storage", "formats", "settings", "config", "options"),
-    "distributed.cluster",
+    *("distributed.cluster", "distributed.meeting"),
     *("data.download", "data.archive", "data.data_folder", "training.signals"),
 )
 # These modules may import these packages. All modules may import NumPy, TensorFlow and protobuf.
@@ -52,7 +52,8 @@ OWNERS = {
 FREE = {"numpy", "tensorflow", "google"}
 WITH_TENSORFLOW = (
     *("resnet_model", "cifar10_input", "data.splits", "checkpoints", "figures.trace"),
-    *("distributed.replicas", "distributed.sync_batch_norm", "evaluation.evaluator"),
+    *("distributed.replicas", "distributed.joining", "distributed.sync_batch_norm"),
+    "evaluation.evaluator",
     *(
         "native.kernels",
         "serving.export",
@@ -60,9 +61,9 @@ WITH_TENSORFLOW = (
         "serving.rest",
         "serving.server",
     ),
-    *("training.optimizers", "training.trainer", "training.loop", "training.resume"),
-    *("training.progress", "training.summaries", "training.loss_scale"),
-    *("training.average", "training.mixup"),
+    *("training.machine", "training.optimizers", "training.trainer"),
+    *("training.loop", "training.resume", "training.progress", "training.summaries"),
+    *("training.loss_scale", "training.average", "training.mixup"),
 )
 
 

@@ -128,6 +128,8 @@ def _sentence(error: Exception, settings: type[Checked]) -> UserError:
         near = difflib.get_close_matches(unknown, names, 1)
         near += [name for name in names if unknown in name.split("_")]  # --lr: --init_lr
         advice = f"Did you mean --{near[0]}?" if near else "--help lists the flags."
+        for item in items_of(settings):
+            advice = item.metadata.get("elsewhere", {}).get(unknown, advice)
         return UserError(f"--{unknown} is not a flag. {advice}")
     if missing := re.match(r"Missing value for flag (--\S+)", str(error)):
         return UserError(f"{missing[1]} needs a value. Write {missing[1]}=value.")

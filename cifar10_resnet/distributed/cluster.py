@@ -1,14 +1,14 @@
-"""Finds the workers that `TF_CONFIG` lists, and waits for them.
+"""Finds the workers that `TF_CONFIG` lists.
 
 Nothing slow is imported: a wrong `TF_CONFIG` is refused before TensorFlow starts.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import socket
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,9 +16,6 @@ from cifar10_resnet.errors import UserError
 from cifar10_resnet.terminal import command
 
 EXAMPLE = '{"cluster": {"worker": ["host0:4000", "host1:4000"]}, "task": {"type": "worker", "index": 0}}'  # fmt: skip  # noqa: E501
-
-ALL_ARE_HERE = b"all are here"
-ANSWER_SECONDS = 5  # to connect to the chief, or to send it an index
 
 
 @dataclass(frozen=True)
@@ -30,6 +27,18 @@ class Cluster:
 
     def name(self, index: int) -> str:
         return f"worker {index} ({self.addresses[index]})"
+
+    @property
+    def token(self) -> str:
+        """Returns what only workers with the same list of workers know."""
+        return hashlib.sha256(json.dumps(self.addresses).encode()).hexdigest()
+
+    def loss_of(self, index: int) -> UserError:
+        """Returns the error of this worker if another worker is lost."""
+        return UserError(
+            f"{self.name(index)} was lost, so {self.name(self.index)} stopped. Run the same "
+            "command on every worker to resume."
+        )
 
     def host_and_port(self, index: int) -> tuple[str, int]:
         host, _, port = self.addresses[index].rpartition(":")
@@ -85,71 +94,6 @@ def _named_by_environment() -> Cluster | None:
 
 def _is_address(text: str) -> bool:
     return bool(re.fullmatch(r"\S+:\d{1,5}", text)) and 0 < int(text.rpartition(":")[2]) < 2**16
-
-
-def meet(cluster: Cluster, timeout: float) -> None:
-    """Waits until all workers have started, for `timeout` seconds at most.
-
-    TensorFlow waits too, but it ignores Ctrl-C and does not name the missing workers.
-    """
-    end = time.monotonic() + timeout
-    with _own_port(cluster) as door:
-        if cluster.index == 0:
-            absent = _receive(door, len(cluster.addresses), end)
-    if cluster.index != 0:
-        absent = [] if _call_chief(cluster, end) else [0]
-    if absent:
-        raise UserError(
-            f"{', '.join(map(cluster.name, absent))} did not start within {timeout:g} seconds. Run "
-            "the same command there, with its own index in TF_CONFIG."
-        )
-
-
-def _own_port(cluster: Cluster) -> socket.socket:
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    _, port = cluster.host_and_port(cluster.index)
-    try:
-        return socket.create_server(("", port), family=family, dualstack_ipv6=both)
-    except OSError as error:
-        raise UserError(
-            f"{cluster.name(cluster.index)} cannot use port {port}: {error.strerror}. Use "
-            "another port in every worker's TF_CONFIG."
-        ) from error
-
-
-def _receive(door: socket.socket, count: int, end: float) -> list[int]:
-    """Answers all other workers once each has called. Returns the indices of missing workers."""
-    callers: dict[int, socket.socket] = {}
-    with contextlib.ExitStack() as opened:
-        while absent := [index for index in range(1, count) if index not in callers]:
-            door.settimeout(max(end - time.monotonic(), 0.001))
-            try:
-                caller = opened.enter_context(door.accept()[0])
-            except TimeoutError:
-                return absent
-            caller.settimeout(ANSWER_SECONDS)
-            with contextlib.suppress(OSError, ValueError):  # an unknown or lost client
-                callers[int(caller.recv(16))] = caller
-        for caller in callers.values():
-            with contextlib.suppress(OSError):
-                caller.sendall(ALL_ARE_HERE)
-    return []
-
-
-def _call_chief(cluster: Cluster, end: float) -> bool:
-    """Calls the chief until it answers. Returns whether all workers have started."""
-    while time.monotonic() < end:
-        with (
-            contextlib.suppress(OSError),
-            socket.create_connection(cluster.host_and_port(0), ANSWER_SECONDS) as chief,
-        ):
-            chief.sendall(str(cluster.index).encode())
-            chief.settimeout(max(end - time.monotonic(), 0.001))
-            if chief.recv(len(ALL_ARE_HERE)) == ALL_ARE_HERE:
-                return True
-        time.sleep(0.2)
-    return False
 
 
 def free_ports(count: int) -> list[int]:

@@ -7,25 +7,16 @@ replica in one process is the usual case, and costs nothing.
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import CoordinatedJob
 
-# Only the limit on how long a worker may be silent has no public name.
-from tensorflow.python.eager import context as tf_context
-
-from cifar10_resnet.device import stderr_held_back
-from cifar10_resnet.distributed import sync_batch_norm
-from cifar10_resnet.distributed.cluster import Cluster, meet
+from cifar10_resnet.distributed import joining, sync_batch_norm
+from cifar10_resnet.distributed.cluster import Cluster
 from cifar10_resnet.errors import UserError
 from resnet_model import Normalise, batch_norm_relu
-
-# All workers must start within these seconds. Schedulers start them minutes apart.
-START_TIMEOUT = 600
 
 
 class Replicas:
@@ -164,26 +155,11 @@ def choose(strategy: str, cluster: Cluster | None, worker_timeout: float = 60) -
     """Returns the replicas for --distribution_strategy, on the visible devices."""
     if cluster:
         with _naming_the_lost(cluster):
-            return Replicas(_join(cluster, worker_timeout), cluster)
+            return Replicas(joining.join(cluster, worker_timeout), cluster)
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
     if strategy == "off" or len(devices) == 1:
         return Replicas()
     return Replicas(tf.distribute.MirroredStrategy([device.name for device in devices]))
-
-
-def _join(cluster: Cluster, worker_timeout: float) -> tf.distribute.Strategy:
-    meet(cluster, START_TIMEOUT)
-    tf_context.context().configure_coordination_service(
-        service_type="standalone",
-        service_leader="/job:worker/replica:0/task:0",
-        cluster_register_timeout_in_ms=START_TIMEOUT * 1000,
-        heartbeat_timeout_in_ms=round(worker_timeout * 1000),
-        coordinated_jobs=[CoordinatedJob(name="worker", num_tasks=len(cluster.addresses))],
-    )
-    # TensorFlow 2.20 reports its server's start at every log level.
-    is_quiet = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "3"
-    with stderr_held_back() if is_quiet else contextlib.nullcontext():
-        return tf.distribute.MultiWorkerMirroredStrategy()
 
 
 @contextlib.contextmanager
@@ -194,10 +170,7 @@ def _naming_the_lost(cluster: Cluster | None) -> Iterator[None]:
         lost = _lost_worker(str(error)) if cluster else None
         if lost is None:
             raise
-        raise UserError(
-            f"{cluster.name(lost)} was lost, so {cluster.name(cluster.index)} stopped. Run the "
-            "same command on every worker to resume."
-        ) from error
+        raise cluster.loss_of(lost) from error
 
 
 def _lost_worker(message: str) -> int | None:

@@ -85,11 +85,11 @@ def _digest(compiler: str) -> str:
         (file, os.stat(file).st_size, os.stat(file).st_mtime) for file in (compiler, tensorflow)
     ]
     sources = [file.read_bytes() for file in sorted(FOLDER.glob("*.[ch]*"))]
-    parts = [*files, *FLAGS, _processor(), *sources]
+    parts = [*files, *FLAGS, processor(), *sources]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _processor() -> str:
+def processor() -> str:
     """Returns what is known of the processor's instructions."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
         kept = [line for line in lines if line.startswith(("flags", "Features", "model name"))]

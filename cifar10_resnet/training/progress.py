@@ -261,7 +261,7 @@ def opening(
         f"{run.training.num_iterations:,} steps of {run.training.batch_size} images"
         f"{trainer.replicas.describe()}, recipe {run.training.recipe}, {options.dtype}, "
         f"{options.data_format}{', native kernels' if trainer.is_native else ''}"
-        f"{', deterministic operations' if options.deterministic == 'ops' else ''}.",
+        f"{', deterministic operations' if options.deterministic != 'off' else ''}.",
         f"Checkpoints go to {options.ckpt_path}.",
     ]
     if run.model.num_layers in IMAGENET_DEPTHS:

@@ -23,6 +23,7 @@ from cifar10_resnet.distributed.replicas import Replicas
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.native import kernels
 from cifar10_resnet.options import Options
+from cifar10_resnet.training import machine
 from cifar10_resnet.training.trainer import Trainer
 
 
@@ -117,6 +118,16 @@ def ready(
         library = kernels.library(options, replicas.count)
         if replicas.largest(library is None):
             library = None  # All workers use the same kernels.
+        now = machine.facts(options, library is not None, replicas)
+        if resume_from:
+            is_strict = options.deterministic == "strict"
+            changes = replicas.from_chief(
+                lambda: machine.compare(
+                    checkpoints.read(resume_from).machine, now, resume_from, is_strict
+                )
+            )
+            if changes and replicas.is_chief:
+                print(changes, flush=True)
         trainer = Trainer(
             run,
             options.data_format,
@@ -134,6 +145,7 @@ def ready(
             if replicas.is_chief:
                 checkpoints.restore_pretrained(trainer.model, run.training.pretrained)
             trainer.copy_from_chief()
+        trainer.record_machine(now)
         if trainer.steps_done < options.last_step(run) and not trainer.loops_in_xla:
             trainer.trace()
         images = reading.result()

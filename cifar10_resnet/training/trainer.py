@@ -1,6 +1,7 @@
 """Builds a network with its optimizer, takes training steps, and restores its state."""
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -206,6 +207,11 @@ class Trainer:
             labels, classes, 1 - smoothing + smoothing / classes, smoothing / classes
         )
         return tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+
+    def record_machine(self, facts: dict[str, str]) -> None:
+        """Adds facts about the machine to the description that checkpoints contain."""
+        description = json.loads(self.run.to_json()) | {checkpoints.MACHINE: facts}
+        self._description.assign(json.dumps(description, sort_keys=True))
 
     @property
     def network(self) -> ResNet:

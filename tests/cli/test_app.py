@@ -62,6 +62,8 @@ def test_absls_own_full_help_stays():
         (["--num_layer=20"], "--num_layer is not a flag. Did you mean --num_layers?"),
         (["--shortcut_conections"], "Did you mean --shortcut_connections?"),
         (["--nobotleneck"], "--nobotleneck is not a flag. Did you mean --nobottleneck?"),
+        (["--worker_hosts=a:1,b:1"], "--worker_hosts is not a flag. Set TF_CONFIG to the list of"),
+        (["--task_index=1"], "--task_index is not a flag. Set TF_CONFIG to the list of workers"),
         (["--lr=1"], "--lr is not a flag. Did you mean --init_lr?"),
         (["--xyz=1"], "--xyz is not a flag. --help lists the flags."),
         (["--shortcut_connection", "False"], "for example --shortcut_connection=False."),

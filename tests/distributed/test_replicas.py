@@ -1,7 +1,12 @@
 """Several replicas and workers do what one device does, and survive one another."""
 
+import contextlib
 import re
 import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +32,9 @@ from programs import (
 
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import RunConfig
-from cifar10_resnet.distributed import cluster
+from cifar10_resnet.distributed import cluster, meeting
 from cifar10_resnet.distributed import replicas as distributed
+from cifar10_resnet.distributed.meeting import Meeting
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.training.trainer import Trainer
 
@@ -119,8 +125,10 @@ def assert_close_checkpoint(one: Path, other: Path) -> None:
             # the momentum; one other batch would make it all.
             distance = np.linalg.norm(value - theirs[name])
             assert distance <= 0.05 * np.linalg.norm(theirs[name]) + 1e-3, name
-        else:
+        elif name != checkpoints.DESCRIPTION_KEY:
             assert value == theirs[name], name
+    # The description also contains the number of replicas, which the two may not share.
+    assert checkpoints.read(str(one)).run == checkpoints.read(str(other)).run
 
 
 @pytest.fixture(scope="module")
@@ -201,16 +209,79 @@ def test_a_worker_with_other_flags_or_data_than_the_chief_is_refused(data, tmp_p
     assert not list((tmp_path / "run").glob("*.index"))
 
 
-def test_a_worker_that_waits_for_the_others_can_be_stopped(data, tmp_path):
-    addresses = [f"127.0.0.1:{port}" for port in cluster.free_ports(2)]
-    waiting = start(
-        *command(data, tmp_path),
-        env=environment(TF_CONFIG=cluster.to_tf_config(addresses, 0)),
+@contextlib.contextmanager
+def worker_that_starts(
+    data: Path, folder: Path, index: int, *more: str
+) -> Iterator[tuple[cluster.Cluster, subprocess.Popen]]:
+    """Yields the other worker's view of two workers, and the process of the one with this index."""
+    addresses = tuple(f"127.0.0.1:{port}" for port in cluster.free_ports(2))
+    process = start(
+        *command(data, folder, *more),
+        env=environment(TF_CONFIG=cluster.to_tf_config(addresses, index)),
     )
-    assert waiting.stdout.readline().startswith("Joining the others as worker 0")
-    waiting.send_signal(signal.SIGTERM)
-    assert waiting.wait(timeout=120) == 128 + signal.SIGTERM
-    waiting.communicate()
+    try:
+        assert process.stdout.readline().startswith(f"Joining the others as worker {index}")
+        yield cluster.Cluster(addresses, 1 - index), process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_until_tensorflow_waits(own: cluster.Cluster) -> None:
+    """Waits until the chief's TensorFlow listens. It then waits for the other workers."""
+    for _ in range(600):
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection(own.host_and_port(0), 60).close()
+        time.sleep(0.1)
+    raise AssertionError("TensorFlow never listened")
+
+
+def test_a_worker_that_waits_for_the_others_can_be_stopped(data, tmp_path):
+    with worker_that_starts(data, tmp_path, 0) as (_, waiting):
+        waiting.send_signal(signal.SIGTERM)
+        assert waiting.wait(timeout=120) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_in_which_tensorflow_waits_for_the_others_can_be_stopped(number, data, tmp_path):
+    with (
+        worker_that_starts(data, tmp_path, 0) as (other, waiting),
+        Meeting(other, 120, 600) as met,
+    ):
+        met.gather()
+        wait_until_tensorflow_waits(other)
+        waiting.send_signal(number)
+        # Its --worker_timeout is 60 seconds, and TensorFlow's own limit is 600.
+        _, error = waiting.communicate(timeout=30)
+        assert waiting.returncode == 128 + number
+        assert re.fullmatch("run_trainer.py: interrupted before any work was lost.*\n", error), (
+            error
+        )
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_worker_that_ends_while_tensorflow_waits_for_it_is_named(index, data, tmp_path):
+    with worker_that_starts(data, tmp_path, index) as (other, waiting):
+        with Meeting(other, 120, 600) as met:
+            met.gather() if index == 0 else answer_once(other)
+        assert_lost((waiting.wait(timeout=30), waiting.stderr.read()), 1 - index)
+
+
+def answer_once(chief: cluster.Cluster) -> None:
+    """Calls for the other worker as a chief that ends once it has answered."""
+    with socket.create_server(chief.host_and_port(0)) as door:
+        caller, _ = door.accept()
+        with caller:
+            caller.sendall(f"{meeting.ALL_ARE_HERE}\n".encode())
+
+
+def test_a_worker_that_falls_silent_while_tensorflow_waits_for_it_is_named(data, tmp_path):
+    with (
+        worker_that_starts(data, tmp_path, 0, "--worker_timeout=2") as (other, waiting),
+        Meeting(other, 120, 600) as met,
+    ):
+        met.gather()
+        assert_lost((waiting.wait(timeout=30), waiting.stderr.read()), 1)
 
 
 @pytest.mark.parametrize(
