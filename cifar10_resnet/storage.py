@@ -41,11 +41,13 @@ def refuse_without_saved_model(folder: StrPath) -> None:
     """Refuses a folder that contains no SavedModel."""
     if os.path.isfile(os.path.join(folder, "saved_model.pb")):
         return
-    # TensorFlow Serving expects each version in a numbered folder.
-    versions = glob.glob(os.path.join(glob.escape(folder), "[0-9]*", "saved_model.pb"))
+    # TensorFlow Serving expects each version in a numbered folder, and uses the greatest number.
+    files = glob.glob(os.path.join(glob.escape(os.fspath(folder)), "*", "saved_model.pb"))
+    names = [os.path.basename(os.path.dirname(file)) for file in files]
+    versions = [name for name in names if name.isdecimal()]
     advice = f"Run `{command('export')}` first."
     if versions:
-        advice = f"Use the folder inside it: {os.path.dirname(max(versions))}."
+        advice = f"Use the folder inside it: {os.path.join(folder, max(versions, key=int))}."
     raise UserError(f"contains no SavedModel. {advice}", "saved_model", folder)
 
 

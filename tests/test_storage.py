@@ -35,6 +35,20 @@ def events(monkeypatch) -> list[tuple[str, str]]:
     return found
 
 
+# --- Early refusals -------------------------------------------------------------------------------
+
+
+def test_the_advice_for_numbered_saved_models_is_the_greatest_number(tmp_path):
+    for name in ("9", "10", "2", "99-old", "backup"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "saved_model.pb").touch()
+    (tmp_path / "11").mkdir()
+    with pytest.raises(UserError) as refused:
+        storage.refuse_without_saved_model(tmp_path)
+    assert f"Use the folder inside it: {tmp_path / '10'}." in str(refused.value)
+    storage.refuse_without_saved_model(tmp_path / "10")
+
+
 # --- Folders --------------------------------------------------------------------------------------
 
 
