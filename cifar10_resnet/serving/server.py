@@ -1,8 +1,9 @@
 """Serves a page to try the network on photos, and TensorFlow Serving's REST API.
 
 One thread does all reading and writing, so a slow client costs only its connection. A few threads
-do the work, on whole requests. The server limits the size of a request, the bodies of all requests
-together, the number of connections, and the time to send a request.
+work on whole requests. Heavy requests have their own thread, so light ones never wait for them. The
+server limits the bytes and pixels of a request, the bodies of all requests together, connections,
+waiting requests, and the time to send a request and to answer it.
 """
 
 import asyncio
@@ -22,9 +23,8 @@ from typing import Any
 
 import numpy as np
 from tornado import httpserver, iostream, netutil, template, web
-from tornado.httputil import responses
 
-from cifar10_resnet.data.photos import data_url, read_photo
+from cifar10_resnet.data.photos import MAX_PIXELS, data_url
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.serving import rest
 from cifar10_resnet.serving.saved_network import SavedNetwork
@@ -40,10 +40,16 @@ MAX_BODY = 16 * 2**20
 # answer before they have sent everything.
 MAX_READ = 8 * MAX_BODY
 MAX_BODIES = 16 * MAX_BODY
+TOO_LARGE = f"the request is larger than {MAX_BODY >> 20} MiB."
 MAX_HEADER = 16 * 2**10
 MAX_CONNECTIONS = 1000
 OTHER_FILES = 100  # generous limit for open files that are not connections
-WORKERS = 2  # TensorFlow spreads each request over the processors already
+# Heavy requests have more than LIGHT_BYTES, or photos with more pixels than light ones may have.
+# TensorFlow spreads each request over the processors already.
+LIGHT_BYTES = 256 * 2**10
+THREADS = {"light": 2, "heavy": 1}
+PIXELS = {"light": 2_000_000, "heavy": MAX_PIXELS}
+MAX_WAITING = 256  # requests of each kind
 SECONDS_TO_FINISH = 5
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -56,86 +62,107 @@ async def serve(
 ) -> int:
     """Answers requests until Ctrl-C or SIGTERM, and returns the number of that signal."""
     loop = asyncio.get_running_loop()
-    stopped = loop.create_future()
-
-    def stop(number: int) -> None:
-        for each in STOP_SIGNALS:
-            loop.remove_signal_handler(each)  # a second signal stops at once
-        stopped.set_result(number)
-
+    signals: asyncio.Queue[int] = asyncio.Queue()
     for number in STOP_SIGNALS:
-        loop.add_signal_handler(number, stop, number)
-    application = _Application(network, host)
-    server = _Server(
-        application,
-        idle_connection_timeout=timeout,
-        body_timeout=timeout,
-        max_header_size=MAX_HEADER,
-        max_body_size=MAX_READ,
-    )
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    application = _Application(network, host, timeout)
+    server = _Server(application)
     server.add_sockets(sockets)
+    port = sockets[0].getsockname()[1]
     shown = "127.0.0.1" if host in ANYWHERE else f"[{host}]" if ":" in host else host
-    address = f"http://{shown}:{sockets[0].getsockname()[1]}"
+    address = f"http://{shown}:{port}"
+    others = f" On other machines, open http://{socket.gethostname()}:{port}."
     print(
-        f"Open {address} in a browser. REST API: {address}{API}:predict. Press Ctrl-C to stop.",
+        f"Open {address} in a browser.{others if host in ANYWHERE else ''} "
+        f"REST API: {address}{API}:predict. Press Ctrl-C to stop.",
         flush=True,
     )
-    stopped_by = await stopped
+    stopped_by = await signals.get()
+    for number in STOP_SIGNALS:
+        loop.remove_signal_handler(number)  # a second signal stops at once
     server.stop()
-    await application.finish()
+    end = time.monotonic() + SECONDS_TO_FINISH
+    while application.requests and time.monotonic() < end:
+        await asyncio.sleep(0.05)
+    for threads in application.threads.values():
+        threads.shutdown(wait=False, cancel_futures=True)
     await server.close_all_connections()
     return stopped_by
 
 
 class _Server(httpserver.HTTPServer):
-    """Tornado's server with a limit on its connections. It closes any further one at once."""
+    """Tornado's server with a limit on its connections, and half of it for each address.
 
-    def initialize(self, *arguments: Any, **keywords: Any) -> None:
-        super().initialize(*arguments, **keywords)
+    At a limit, a new one replaces the one that is silent for longest and is not being answered.
+    """
+
+    def initialize(self, application: "_Application") -> None:
+        super().initialize(
+            application,
+            idle_connection_timeout=application.timeout,
+            body_timeout=application.timeout,
+            max_header_size=MAX_HEADER,
+            max_body_size=MAX_READ,
+        )
+        self._clients = application.clients
+        self._answering = application.answering
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        unlimited = files == resource.RLIM_INFINITY
-        self._free = MAX_CONNECTIONS if unlimited else min(MAX_CONNECTIONS, files - OTHER_FILES)
+        most = MAX_CONNECTIONS if files == resource.RLIM_INFINITY else files - OTHER_FILES
+        self._most = min(MAX_CONNECTIONS, most)
 
     def handle_stream(self, stream: iostream.IOStream, address: tuple) -> None:
-        if self._free > 0:
-            self._free -= 1
+        same = {each: other for each, other in self._clients.items() if other == address[0]}
+        for crowd, most in ((same, self._most // 2), (self._clients, self._most)):
+            if len(crowd) >= most:
+                replaced = next((each for each in crowd if each not in self._answering), stream)
+                replaced.close()
+                self._clients.pop(replaced, None)
+        if not stream.closed():
+            self._clients[stream] = address[0]
             super().handle_stream(stream, address)
-        else:
-            stream.close()
 
-    def on_close(self, server_conn: object) -> None:
-        self._free += 1
+    def on_close(self, server_conn: Any) -> None:
+        self._clients.pop(server_conn.stream, None)
         super().on_close(server_conn)
 
 
 class _Application(web.Application):
-    """The state that handlers share: the network, the threads and the size of open requests."""
+    """The state that handlers share: the network, the threads and the open requests."""
 
-    def __init__(self, network: SavedNetwork, host: str):
+    def __init__(self, network: SavedNetwork, host: str, timeout: float):
         self.network = network
-        self.workers = ThreadPoolExecutor(WORKERS)
+        self.timeout = timeout
+        self.threads = {kind: ThreadPoolExecutor(number) for kind, number in THREADS.items()}
+        self.waiting = dict.fromkeys(THREADS, 0)
+        # Each connection has its client's address. The first one has been silent for longest.
+        self.clients: dict[iostream.IOStream, str] = {}
+        self.answering: dict[iostream.IOStream, asyncio.Task] = {}
         self.requests = 0
         self.body_bytes = 0
         self._answered_bytes = 0
-        self._hosts = {*LOOPBACK, host.lower()}
         self._anywhere = host in ANYWHERE
-        if self._anywhere:
-            self._hosts.add(socket.gethostname().lower())
+        own_name = socket.gethostname() if self._anywhere else host
+        self._hosts = {*LOOPBACK, own_name.lower()}
         with open(PAGE, "rb") as file:
-            self.page = template.Template(file.read(), whitespace="all").generate(
+            page = template.Template(file.read(), whitespace="all").generate(
                 class_names=network.class_names, max_body=MAX_BODY, api=API
             )
-        self.page_policy = _page_policy(self.page)
+        status = {"error_code": "OK", "error_message": ""}
+        version = {"version": VERSION, "state": "AVAILABLE", "status": status}
+        metadata = {
+            "model_spec": {"name": MODEL, "signature_name": "", "version": VERSION},
+            "metadata": {"signature_def": {"signature_def": network.describe_signatures()}},
+        }
         api = f"{API}(?:/versions/{VERSION})?"
         super().__init__(
             [
-                ("/", _Page),
-                ("/classify", _Classify),
-                (api, _Status),
-                (f"{api}/metadata", _Metadata),
-                (f"{api}:predict", _Predict),
+                ("/", _Fixed, {"content": page} | _page_headers(page)),
+                (api, _Fixed, {"content": {"model_version_status": [version]}}),
+                (f"{api}/metadata", _Fixed, {"content": metadata}),
+                ("/classify", _Work, {"compute": _classify}),
+                (f"{api}:predict", _Work, {"compute": rest.predict}),
             ],
-            default_handler_class=_NothingThere,
+            default_handler_class=_Handler,
             log_function=lambda handler: None,
         )
 
@@ -157,12 +184,10 @@ class _Application(web.Application):
             with contextlib.suppress(AttributeError, OSError):  # the C library is not glibc
                 ctypes.CDLL(None).malloc_trim(0)
 
-    async def finish(self) -> None:
-        """Waits up to SECONDS_TO_FINISH for the open requests, and stops the threads."""
-        end = time.monotonic() + SECONDS_TO_FINISH
-        while self.requests and time.monotonic() < end:
-            await asyncio.sleep(0.05)
-        self.workers.shutdown(wait=False, cancel_futures=True)
+    def hear(self, stream: iostream.IOStream) -> None:
+        """Notes that a connection's client is not silent."""
+        if stream in self.clients:
+            self.clients[stream] = self.clients.pop(stream)
 
 
 class _Refusal(web.HTTPError):
@@ -177,12 +202,12 @@ class _Refusal(web.HTTPError):
 class _Handler(web.RequestHandler):
     """A handler that reads a whole request within the limits, and then sends `answer`."""
 
-    SUPPORTED_METHODS = ("GET", "HEAD")
+    SUPPORTED_METHODS = ("GET", "HEAD", "POST")
     application: _Application
 
     async def answer(self) -> dict[str, Any] | bytes:
-        """Returns what to send, or raises a _Refusal. Subclasses implement it."""
-        raise NotImplementedError
+        """Returns what to send, or raises a _Refusal. Subclasses replace it."""
+        raise _Refusal(404, f"not found. The page is at /, the API at {API}.")
 
     async def get(self) -> None:
         if self._refusal:
@@ -191,25 +216,12 @@ class _Handler(web.RequestHandler):
 
     head = post = get
 
-    async def work(self, answer: Callable[[SavedNetwork, bytes], dict[str, Any]]) -> dict[str, Any]:
-        """Returns the answer to the request's body, computed in another thread."""
-
-        def unless_gone() -> dict[str, Any]:
-            if self._ended:  # the client has closed its connection
-                raise web.Finish
-            return answer(self.application.network, self.body)
-
-        loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(self.application.workers, unless_gone)
-        except UserError as error:
-            raise _Refusal(400, str(error)) from error
-
     def initialize(self) -> None:
         self.body = bytearray()
         self._received = 0
         self._refusal: _Refusal | None = None
         self._ended = False
+        self._stream = self.request.connection.stream
         self.application.requests += 1
 
     def set_default_headers(self) -> None:
@@ -230,22 +242,19 @@ class _Handler(web.RequestHandler):
         elif origin and origin.partition("://")[2] != self.request.host:
             self._refuse(403, "requests from other websites are not allowed.")
         elif length.isdecimal() and int(length[:20]) > MAX_READ:
-            self._refuse_size()
-            raise self._refusal
+            raise _Refusal(413, TOO_LARGE)
 
     def data_received(self, chunk: bytes) -> None:
+        self.application.hear(self._stream)
         self._received += len(chunk)
         if self._refusal:
             return
         self.body += chunk
         self.application.body_bytes += len(chunk)
         if len(self.body) > MAX_BODY:
-            self._refuse_size()
+            self._refuse(413, TOO_LARGE)
         elif self.application.body_bytes > MAX_BODIES:
             self._refuse(503, "too many large requests. Try again in a moment.")
-
-    def _refuse_size(self) -> None:
-        self._refuse(413, f"the request is larger than {MAX_BODY >> 20} MiB.")
 
     def _refuse(self, status: int, sentence: str) -> None:
         """Sets an error as the answer, to be sent once the client has sent its request."""
@@ -258,96 +267,108 @@ class _Handler(web.RequestHandler):
 
     def on_connection_close(self) -> None:
         super().on_connection_close()
-        self._end()
+        self.on_finish()
 
     def on_finish(self) -> None:
-        self._end()
-
-    def _end(self) -> None:
         self._forget_body()
         if not self._ended:
             self._ended = True
+            self.application.hear(self._stream)
             self.application.end_request(self._received)
+        if task := self.application.answering.pop(self._stream, None):
+            task.cancel()  # Nobody waits for the answer any more.
 
     def write_error(self, status_code: int, **keywords: Any) -> None:
         error = keywords.get("exc_info", (None, None))[1]
         if status_code == 405:
             self.set_header("Allow", ", ".join(self.SUPPORTED_METHODS))
-        reason = f"{responses.get(status_code, 'Error')}."
-        self.finish({"error": getattr(error, "sentence", reason)})
-
-    def log_exception(self, kind: Any, error: Any, trace: Any) -> None:
-        if not isinstance(error, web.HTTPError):  # an HTTPError is the client's mistake
-            super().log_exception(kind, error, trace)
+        if status_code == 503:
+            self.set_header("Retry-After", "1")
+        self.finish({"error": getattr(error, "sentence", f"{self._reason}.")})
 
 
-class _NothingThere(_Handler):
-    SUPPORTED_METHODS = ("GET", "HEAD", "POST")
+class _Fixed(_Handler):
+    """An address whose answer never changes: the page, or an object of the API."""
 
-    async def answer(self) -> bytes:
-        raise _Refusal(404, f"not found. The page is at /, the API at {API}.")
+    SUPPORTED_METHODS = ("GET", "HEAD")
+
+    def initialize(self, content: dict[str, Any] | bytes, **headers: str) -> None:
+        super().initialize()
+        self._content = content
+        for name, value in headers.items():
+            self.set_header(name, value)
+
+    async def answer(self) -> dict[str, Any] | bytes:
+        return self._content
 
 
-class _Page(_Handler):
-    async def answer(self) -> bytes:
-        self.set_header("Content-Type", "text/html; charset=UTF-8")
-        self.set_header("Content-Security-Policy", self.application.page_policy)
-        return self.application.page
-
-
-class _Classify(_Handler):
-    """The address that the page uses. The request's body is a photo."""
+class _Work(_Handler):
+    """An address where a thread computes the answer to the request's body."""
 
     SUPPORTED_METHODS = ("POST",)
 
-    async def answer(self) -> dict[str, Any]:
-        return await self.work(_classify)
-
-
-class _Status(_Handler):
-    async def answer(self) -> dict[str, Any]:
-        status = {"error_code": "OK", "error_message": ""}
-        version = {"version": VERSION, "state": "AVAILABLE", "status": status}
-        return {"model_version_status": [version]}
-
-
-class _Metadata(_Handler):
-    async def answer(self) -> dict[str, Any]:
-        signatures = self.application.network.describe_signatures()
-        return {
-            "model_spec": {"name": MODEL, "signature_name": "", "version": VERSION},
-            "metadata": {"signature_def": {"signature_def": signatures}},
-        }
-
-
-class _Predict(_Handler):
-    SUPPORTED_METHODS = ("POST",)
+    def initialize(self, compute: Callable[..., dict[str, Any]]) -> None:
+        super().initialize()
+        self._compute = compute
 
     async def answer(self) -> dict[str, Any]:
-        return await self.work(rest.predict)
+        task = self.application.answering[self._stream] = asyncio.ensure_future(self._work())
+        try:
+            return await asyncio.wait_for(task, self.application.timeout)
+        except asyncio.TimeoutError as error:
+            raise _Refusal(504, "the answer takes too long. Send less, or try again.") from error
+        except asyncio.CancelledError as error:
+            raise _Refusal(503, "the server stops.") from error
+        except UserError as error:
+            raise _Refusal(400, str(error)) from error
+
+    async def _work(self) -> dict[str, Any]:
+        if len(self.body) <= LIGHT_BYTES:
+            with contextlib.suppress(_Refusal):
+                return await self._in_thread("light")
+        return await self._in_thread("heavy")
+
+    async def _in_thread(self, kind: str) -> dict[str, Any]:
+        def admit(pixels: int) -> None:
+            if self._ended:  # The client is gone, or time is up.
+                raise web.Finish
+            if pixels > PIXELS[kind]:
+                raise _Refusal(413, f"the photos have over {PIXELS[kind]:,} pixels. Send fewer.")
+
+        app = self.application
+        if app.waiting[kind] >= MAX_WAITING:
+            raise _Refusal(503, "too many requests. Try again in a moment.")
+        app.waiting[kind] += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                app.threads[kind], lambda: self._compute(app.network, self.body, admit)
+            )
+        finally:
+            app.waiting[kind] -= 1
 
 
-def _classify(network: SavedNetwork, encoded: bytes) -> dict[str, Any]:
+def _classify(network: SavedNetwork, encoded: bytes, admit: rest.Admit) -> dict[str, Any]:
     """Returns what the network saw, as a data URL, and the most likely classes, best first."""
-    photo = read_photo(encoded, "This file")
-    probabilities = network(photo[None])["probabilities"][0]
+    image = rest.read_photos({"This file": encoded}, admit)
+    probabilities = network(image)["probabilities"][0]
     best = np.argsort(-probabilities, kind="stable")[:SHOWN_CLASSES]
     return {
-        "seen": data_url(photo),
+        "seen": data_url(image[0]),
         "classes": [
             {"name": network.class_names[i], "probability": float(probabilities[i])} for i in best
         ],
     }
 
 
-def _page_policy(page: bytes) -> str:
-    """Returns a policy that allows the page's own style and script, and nothing from elsewhere."""
-    hashes = {
-        tag: base64.b64encode(hashlib.sha256(content).digest()).decode()
-        for tag, content in re.findall(rb"<(style|script)>(.*?)</", page, re.S)
-    }
-    return (
-        f"default-src 'none'; style-src 'sha256-{hashes[b'style']}'; "
-        f"script-src 'sha256-{hashes[b'script']}'; connect-src 'self'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+def _page_headers(page: bytes) -> dict[str, str]:
+    """Returns headers that allow the page's own style and script, and nothing from elsewhere."""
+    style, script = (
+        base64.b64encode(hashlib.sha256(content).digest()).decode()
+        for content in re.findall(rb"<(?:style|script)>(.*?)</", page, re.S)
     )
+    policy = (
+        f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
+        "connect-src 'self'; img-src data: blob:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+    return {"Content-Type": "text/html; charset=UTF-8", "Content-Security-Policy": policy}

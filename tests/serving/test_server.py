@@ -1,5 +1,6 @@
 """The server as users see it: a process that gets good and bad requests over loopback."""
 
+import asyncio
 import base64
 import contextlib
 import http.client
@@ -31,6 +32,7 @@ from programs import PROJECT, run, run_code, without_tensorflow
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
+from tornado.netutil import bind_sockets
 
 from cifar10_resnet.errors import UserError
 
@@ -42,14 +44,17 @@ MIB = 2**20
 POST = b"POST /classify HTTP/1.1\r\nHost: localhost\r\n"
 
 
-def save_network(folder: Path, names: tuple[str, ...] = NAMES) -> None:
-    """An untrained network, saved with the signatures that an exported network has."""
+def save_network(
+    folder: Path, names: tuple[str, ...] = NAMES, resource: object | None = None
+) -> None:
+    """Saves an untrained network with an exported network's signatures, and maybe a resource."""
     import tensorflow as tf
 
     from resnet_model import ResNet
 
     network = ResNet(num_layers=8, num_classes=len(NAMES))
     network.image_mean.assign(np.full([32, 32, 3], 120))
+    network.resource = resource
     network.class_names = tf.Variable(names, trainable=False)
 
     def outputs(images: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -107,9 +112,10 @@ def expected(saved_model) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
 
 @dataclass
 class Server:
-    process: subprocess.Popen
+    process: subprocess.Popen | None
     port: int
-    log: Path
+    log: Path | None = None
+    greeting: str = ""
 
     def ask(
         self, method: str, path: str, body: bytes | None = None, **headers: str
@@ -162,7 +168,7 @@ def running(saved_model: Path, log: Path, *arguments: str, **keywords) -> Iterat
         greeting = process.stdout.readline()
         address = re.match(r"Open http://127\.0\.0\.1:(\d+) in a browser", greeting)
         assert address, greeting + log.read_text()
-        yield Server(process, int(address[1]), log)
+        yield Server(process, int(address[1]), log, greeting)
     finally:
         process.kill()
         process.communicate()
@@ -346,19 +352,19 @@ def with_pixel(value: str) -> bytes:
         (b'{"inputs": {"b64": "aGk="}}', "one or more images"),
         (b'{"inputs": {"pictures": []}}', "'images'"),
         (b'{"instances": [{"pictures": []}]}', "'images'"),
-        (b'{"instances": [{"images": []}, []]}', "instance 1"),
+        (b'{"instances": [{"images": []}, {"pictures": []}]}', "instance 1"),
         (b'{"instances": [1, 2]}', "shape [2]"),
         (b'{"instances": [[[[1, 2], [3]]]]}', "shape [1, 1, 2]"),
         (json.dumps({"instances": PIXELS[0]}).encode(), "shape [32, 32, 3]"),
         (json.dumps({"instances": [PIXELS[0], PIXELS[0][1:]]}).encode(), "shape [2]"),
         (json.dumps({"instances": PIXELS, "signature_name": "no"}).encode(), "serving_float"),
         (json.dumps({"instances": PIXELS, "signature_name": ["x"]}).encode(), "signature"),
-        (json.dumps({"instances": [0] * 257}).encode(), "Send up to 256"),
+        (json.dumps({"instances": [0] * 257}).encode(), "up to 256"),
         (with_pixel("256"), "0 to 255"),
         (with_pixel("-1"), "0 to 255"),
         (with_pixel("1.5"), "0 to 255"),
-        (with_pixel("NaN"), "NaN"),
-        (with_pixel("-Infinity"), "-Infinity"),
+        (with_pixel("NaN"), "0 to 255"),
+        (with_pixel("-Infinity"), "0 to 255"),
         (with_pixel("null"), "0 to 255"),
         (with_pixel("true"), "0 to 255"),
         (with_pixel('"7"'), "0 to 255"),
@@ -372,7 +378,7 @@ def test_what_is_not_a_request_is_refused_with_a_one_line_error(server, body, fr
 @pytest.mark.parametrize("value", ["1e39", "1e400", "9" * 4000, "null", "true", '"7"', "NaN"])
 def test_only_numbers_that_a_float32_holds_are_pixels(server, value):
     body = with_pixel(value).replace(b"{", b'{"signature_name": "serving_float", ')
-    assert re.search("number|NaN|float32", server.refusal(PREDICT, body))
+    assert re.search("number|float32", server.refusal(PREDICT, body))
 
 
 def test_an_answer_that_json_cannot_say_is_refused(server):
@@ -427,12 +433,60 @@ def test_base64_is_read_with_and_without_line_breaks_and_padding(server):
     assert rows[0]["classes"] == rows[1]["classes"] == rows[2]["classes"]
 
 
-def test_a_request_that_is_long_in_unpacking_is_given_up(monkeypatch):
+def test_photos_are_not_unpacked_once_nobody_waits_for_the_answer(monkeypatch):
     from cifar10_resnet.serving import rest
 
-    monkeypatch.setattr(rest, "MAX_SECONDS", 0)
-    with pytest.raises(UserError, match="Send fewer"):
-        rest._photos([in_json(encoded(photo(40, 40)))] * 2)
+    unpacked, asked = [], []
+    monkeypatch.setattr(rest, "unpacked", lambda image, name: unpacked.append(name))
+
+    def admit(pixels: int) -> None:
+        asked.append(pixels)
+        if len(asked) == 3:
+            raise TimeoutError
+
+    files = {name: encoded(photo(40, 50)) for name in "abcde"}
+    with pytest.raises(TimeoutError):
+        rest.read_photos(files, admit)
+    assert asked == [5 * 40 * 50] * 3
+    assert unpacked == ["a", "b"]
+
+
+HOSTILE = encoded(np.zeros((7071, 7071), np.bool_))  # almost 50,000,000 pixels in 6 KB
+
+
+def hostile_request() -> bytes:
+    photos = [in_json(HOSTILE)] * 256
+    return json.dumps({"signature_name": "serving_image_bytes", "instances": photos}).encode()
+
+
+def test_the_pixels_of_a_request_are_counted_before_any_is_unpacked(server):
+    body = hostile_request()
+    assert len(body) < 3 * MIB
+    assert "over 50,000,000 pixels" in server.refusal(PREDICT, body, 413)
+
+
+def test_four_clients_with_requests_of_many_pixels_do_not_delay_the_others(server, expected):
+    images, _ = random_images(1)
+    body, stopped = hostile_request(), threading.Event()
+
+    def insist() -> None:
+        while not stopped.is_set():
+            server.post(PREDICT, body)
+            server.post("/classify", HOSTILE)  # this is allowed, and takes about a second
+
+    with ThreadPoolExecutor(4) as clients:
+        hostile = [clients.submit(insist) for _ in range(4)]
+        try:
+            started = time.monotonic()
+            for _ in range(20):
+                assert_rows(
+                    server.predict(instances=images.tolist())["predictions"], expected(images)
+                )
+            assert time.monotonic() - started < 60  # one of them took a minute before
+        finally:
+            stopped.set()
+        for each in hostile:
+            each.result()
 
 
 @pytest.mark.parametrize("value", ["aGk=", {"b64": 7}, {"b64": "a"}, {"b64": "ä"}, 5, None, []])
@@ -637,10 +691,14 @@ def storm(server) -> Callable[[], None]:
 
 
 def test_hundreds_of_requests_at_once_are_all_answered_and_add_no_memory(server, storm):
+    # What a leak adds, it adds in every storm. One storm that adds next to nothing rules it out.
     storm()
-    before = server.memory()
-    storm()
-    assert server.memory() <= 1.05 * before
+    for _ in range(5):
+        before = server.memory()
+        storm()
+        if server.memory() <= 1.01 * before:
+            return
+    raise AssertionError("each of five storms added more than 1% to the server's memory")
 
 
 def percent(share: float) -> str:
@@ -807,6 +865,39 @@ def test_a_server_for_other_machines_knows_their_names_for_it(frugal):
     assert "IP address, or start it with --host=evil.example." in json.loads(answer)["error"]
 
 
+def test_a_server_for_other_machines_prints_an_address_for_them(frugal, server):
+    address = f"http://{socket.gethostname()}:{frugal.port}"
+    assert f"On other machines, open {address}." in frugal.greeting
+    assert "other machines" not in server.greeting
+
+
+def test_idle_connections_shut_nobody_out(frugal):
+    with contextlib.ExitStack() as idle:
+        for _ in range(100):
+            idle.enter_context(frugal.connect())
+        for _ in range(5):
+            assert frugal.ask("GET", API)[0] == 200
+
+
+def test_connections_of_one_address_do_not_replace_those_of_others(frugal):
+    with contextlib.ExitStack() as opened:
+        before = [
+            http.client.HTTPConnection("127.0.0.1", frugal.port, timeout=60) for _ in range(9)
+        ]
+        for connection in before:
+            opened.callback(connection.close)
+            connection.auto_open = False  # It must stay the same connection.
+            connection.connect()
+        for _ in range(100):
+            flood = socket.create_connection(
+                ("127.0.0.1", frugal.port), timeout=60, source_address=("127.0.0.2", 0)
+            )
+            opened.enter_context(flood)
+        for connection in before:
+            connection.request("GET", API)
+            assert connection.getresponse().status == 200
+
+
 def test_connections_beyond_those_there_are_files_for_are_closed(frugal):
     clients = [frugal.connect() for _ in range(100)]
     answered = 0
@@ -849,6 +940,148 @@ def test_ctrl_c_ends_the_server_quietly(frugal):
     frugal.process.send_signal(signal.SIGINT)
     assert frugal.process.wait(timeout=60) == 128 + signal.SIGINT
     assert frugal.log.read_text() == ""
+
+
+class Held:
+    """A network whose answers wait until it is set free."""
+
+    class_names = NAMES
+
+    def __init__(self) -> None:
+        import tensorflow as tf
+
+        self.inputs = {"serving_default": tf.TensorSpec([None, 32, 32, 3], tf.uint8, "images")}
+        self.calls = 0
+        self.free = threading.Event()
+
+    def __call__(self, images: np.ndarray, signature: str = "") -> dict[str, np.ndarray]:
+        self.calls += 1
+        assert self.free.wait(60)
+        return {"probabilities": np.full([len(images), len(NAMES)], 1 / len(NAMES))}
+
+    def describe_signatures(self) -> dict:
+        return {}
+
+
+@contextlib.contextmanager
+def held(network: Held, timeout: float = 60) -> Iterator[tuple[Server, object]]:
+    """Serves a held network in this process. Yields the server and its state."""
+    from cifar10_resnet.serving import server as module
+
+    sockets = bind_sockets(0, "127.0.0.1")
+    ready, loops = threading.Event(), []
+
+    async def serve() -> None:
+        application = module._Application(network, "127.0.0.1", timeout)
+        server = module._Server(application)
+        server.add_sockets(sockets)
+        stopped = asyncio.Event()
+        loops.extend((asyncio.get_running_loop(), stopped, application))
+        ready.set()
+        await stopped.wait()
+        server.stop()
+        await server.close_all_connections()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    assert ready.wait(60)
+    loop, stopped, application = loops
+    try:
+        yield Server(None, sockets[0].getsockname()[1]), application
+    finally:
+        network.free.set()
+        loop.call_soon_threadsafe(stopped.set)
+        thread.join(60)
+
+
+ONE_IMAGE = json.dumps({"instances": PIXELS}).encode()
+
+
+def wait_in_line(application: object, light: int, heavy: int = 0) -> None:
+    assert eventually(lambda: application.waiting == {"light": light, "heavy": heavy})
+
+
+def test_a_full_queue_is_refused_with_the_time_to_come_back(monkeypatch):
+    from cifar10_resnet.serving import server as module
+
+    monkeypatch.setattr(module, "MAX_WAITING", 3)
+    network = Held()
+    with ThreadPoolExecutor(6) as clients, held(network) as (server, application):
+        waiting = [clients.submit(server.post, PREDICT, ONE_IMAGE) for _ in range(6)]
+        wait_in_line(application, light=3, heavy=3)
+        status, headers, answer = server.ask("POST", PREDICT, ONE_IMAGE)
+        assert status == 503
+        assert headers["Retry-After"] == "1"
+        assert "too many requests" in json.loads(answer)["error"]
+        assert server.ask("GET", API)[0] == 200
+        network.free.set()
+        assert [each.result()[0] for each in waiting] == [200] * 6
+        assert server.post(PREDICT, ONE_IMAGE)[0] == 200
+
+
+def test_a_request_past_its_time_is_refused_and_its_work_is_dropped():
+    network = Held()
+    with ThreadPoolExecutor(5) as clients, held(network, timeout=1) as (server, application):
+        waiting = [clients.submit(server.post, PREDICT, ONE_IMAGE) for _ in range(5)]
+        for each in waiting:
+            status, answer = each.result()
+            assert status == 504
+            assert "takes too long" in answer["error"]
+        assert network.calls == 2
+        wait_in_line(application, light=0)
+        network.free.set()
+        attempts = []
+        assert eventually(
+            lambda: attempts.append(server.post(PREDICT, ONE_IMAGE)[0]) or 200 in attempts
+        )
+        assert network.calls <= 2 + len(
+            attempts
+        )  # The three that waited in line are not among them.
+
+
+def test_the_work_of_a_client_that_is_gone_is_dropped_at_once():
+    network = Held()
+    head = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    with ThreadPoolExecutor(2) as clients, held(network) as (server, application):
+        waiting = [clients.submit(server.post, PREDICT, ONE_IMAGE) for _ in range(2)]
+        wait_in_line(application, light=2)
+        for _ in range(3):
+            with server.connect() as client:
+                client.sendall(head % (PREDICT.encode(), len(ONE_IMAGE)) + ONE_IMAGE)
+                wait_in_line(application, light=3)
+            wait_in_line(application, light=2)
+        network.free.set()
+        assert [each.result()[0] for each in waiting] == [200, 200]
+        assert network.calls == 2
+
+
+def test_photos_of_many_pixels_wait_apart_from_the_other_requests():
+    from cifar10_resnet.data import photos
+
+    network = Held()
+    network.free.set()
+    with ThreadPoolExecutor(6) as clients, held(network) as (server, application):
+        with photos.LARGE:  # They cannot be unpacked until the end of this block.
+            waiting = [clients.submit(server.post, "/classify", HOSTILE) for _ in range(6)]
+            wait_in_line(application, light=0, heavy=6)
+            assert server.post(PREDICT, ONE_IMAGE)[0] == 200
+        assert [each.result()[0] for each in waiting] == [200] * 6
+
+
+def test_a_connection_is_not_replaced_while_its_request_is_answered(monkeypatch):
+    from cifar10_resnet.serving import server as module
+
+    monkeypatch.setattr(module, "MAX_CONNECTIONS", 8)
+    network = Held()
+    with ThreadPoolExecutor(1) as clients, held(network) as (server, application):
+        waiting = clients.submit(server.post, PREDICT, ONE_IMAGE)
+        wait_in_line(application, light=1)
+        with contextlib.ExitStack() as idle:
+            for _ in range(20):
+                idle.enter_context(server.connect())
+            assert server.ask("GET", API)[0] == 200
+        network.free.set()
+        assert waiting.result()[0] == 200
 
 
 def answers(server: Server) -> bool:
