@@ -21,6 +21,11 @@ of_several = partial(setting, group="Several devices and workers")
 checkpoint = partial(
     setting, help="Checkpoint, or a folder (its newest checkpoint is used)", also=("model_dir",)
 )
+# These make the settings for the SavedModel that a program reads.
+saved_model = partial(setting, help="Folder that the export command wrote", group="Network")
+trust = partial(
+    setting, False, "Load any SavedModel, even if it can read and write files", "Network"
+)
 
 # By device: steps in a call from Python, steps from save to save, and the most from log to log.
 # A GPU takes 500 steps a second, and each call, save or log interrupts it.

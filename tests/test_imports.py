@@ -57,6 +57,7 @@ WITH_TENSORFLOW = (
     *(
         "native.kernels",
         "serving.export",
+        "serving.graph_check",
         "serving.saved_network",
         "serving.rest",
         "serving.server",

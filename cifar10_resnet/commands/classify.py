@@ -1,6 +1,9 @@
 """Classifies photos and prints the most likely classes with their probabilities.
 
 python -m cifar10_resnet classify --ckpt_path=runs/resnet20 cat.jpg dog.png
+
+A SavedModel is a program that runs with your rights. The command refuses a SavedModel that can do
+more than classify images. Pass --trust to load it if you trust its source.
 """
 
 import json
@@ -14,7 +17,7 @@ from cifar10_resnet.cli import app
 from cifar10_resnet.cli.guard import tell
 from cifar10_resnet.device import start_tensorflow
 from cifar10_resnet.errors import UserError, printable
-from cifar10_resnet.options import Options, checkpoint
+from cifar10_resnet.options import Options, checkpoint, saved_model, trust
 from cifar10_resnet.settings import Checked, same, setting
 from cifar10_resnet.terminal import table
 
@@ -31,7 +34,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Settings(Checked):
     ckpt_path: str | None = checkpoint(None, group="Network")
-    saved_model: str | None = setting(None, "Folder that the export command wrote", "Network")
+    saved_model: str | None = saved_model(None)
+    trust: bool = trust()
     device: str = same(Options, "device", group="Network")
     top: int = setting(5, "Number of classes to print per photo", "Output", least=1)
     json: bool = setting(False, "Print JSON instead of a table", "Output")
@@ -76,7 +80,7 @@ def _load(flags: "Flags") -> "tuple[Answer, list[str]]":
     if flags.saved_model is None:
         network = export.load_classifier(checkpoints.find(flags.ckpt_path))
         return network.from_pixels, [name.decode() for name in network.class_names.numpy()]
-    network = SavedNetwork(flags.saved_model)
+    network = SavedNetwork(flags.saved_model, flags.trust)
     return network, network.class_names
 
 

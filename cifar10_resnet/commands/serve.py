@@ -1,6 +1,16 @@
 """Serves an exported network: a web page and a REST API.
 
 python -m cifar10_resnet serve --saved_model=savedmodels/resnet20
+
+This server is small. It is for trying a network, and for programs on the same machine. For more,
+run TensorFlow Serving on the same SavedModel. It needs a numbered folder, such as resnet20/1:
+
+python -m cifar10_resnet export --ckpt_path=runs/resnet20 --export_dir=savedmodels/resnet20/1
+docker run -p 8501:8501 -v "$PWD/savedmodels/resnet20:/models/resnet" -e MODEL_NAME=resnet \\
+    tensorflow/serving
+
+A SavedModel is a program that runs with your rights. The command refuses a SavedModel that can do
+more than classify images. Pass --trust to load it if you trust its source.
 """
 
 import asyncio
@@ -13,7 +23,7 @@ from cifar10_resnet import storage
 from cifar10_resnet.cli import app
 from cifar10_resnet.device import start_tensorflow
 from cifar10_resnet.errors import UserError, reason_of
-from cifar10_resnet.options import Options
+from cifar10_resnet.options import Options, saved_model, trust
 from cifar10_resnet.settings import Checked, same, setting
 
 if TYPE_CHECKING:
@@ -22,7 +32,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Checked):
-    saved_model: str = setting(help="Folder that the export command wrote", group="Network")
+    saved_model: str = saved_model()
+    trust: bool = trust()
     device: str = same(Options, "device", group="Network")
     host: str = setting(
         "127.0.0.1", "Address to listen on (0.0.0.0: accept other machines)", "Address"
@@ -31,7 +42,7 @@ class Settings(Checked):
         8501, "Port to listen on (0: any free port)", "Address", least=0, most=65535
     )
     timeout: float = setting(
-        30.0, "Seconds a client may take to send a request", "Address", least=0.1
+        30.0, "Seconds to receive a request, and seconds to answer it", "Address", least=0.1
     )
 
 
@@ -44,7 +55,7 @@ def main(flags: "Flags") -> int:
     from cifar10_resnet.serving import server
     from cifar10_resnet.serving.saved_network import SavedNetwork
 
-    network = SavedNetwork(flags.saved_model)
+    network = SavedNetwork(flags.saved_model, flags.trust)
     # A large request makes many objects, so Python's garbage collector often runs. Frozen objects,
     # such as TensorFlow's, are not searched each time.
     gc.freeze()

@@ -1,33 +1,37 @@
 """Loads an exported network and calls its signatures with images."""
 
-import os
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from google.protobuf import json_format
-from tensorflow.core.protobuf import saved_model_pb2
 
 from cifar10_resnet import storage
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.formats import SIDE
+from cifar10_resnet.serving import graph_check
 from cifar10_resnet.terminal import command
 
-FILE = "saved_model.pb"
 DEFAULT = "serving_default"
 IMAGE = (SIDE, SIDE, 3)
 
 
 class SavedNetwork:
-    """A loaded SavedModel and its classes. Any number of threads may call it."""
+    """A loaded SavedModel and its classes. Any number of threads may call it.
 
-    def __init__(self, folder: str):
+    With `trust`, the SavedModel may have operations that reach files and programs.
+    """
+
+    def __init__(self, folder: str, trust: bool = False):
         storage.refuse_patterns(folder)
         try:
+            saved = graph_check.read(folder)
+            if not trust:
+                graph_check.refuse_programs(saved, folder)
             # This attribute keeps the variables alive; the signatures do not.
             self._loaded = tf.saved_model.load(folder)
-            with open(os.path.join(folder, FILE), "rb") as file:
-                saved = saved_model_pb2.SavedModel.FromString(file.read())
+        except UserError:
+            raise
         except Exception as error:  # for a damaged file, the loader raises errors of any kind
             reason = str(error).strip().split("\n")[0]
             raise UserError(
