@@ -27,8 +27,9 @@ lint: $(VENV)/ready-for-tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-drill: $(VENV)/ready
+drill: $(VENV)/ready-for-tests
 	TF_CPP_MIN_LOG_LEVEL=2 $(RUN) tests/faults/drill.py
+	TF_CPP_MIN_LOG_LEVEL=2 $(RUN) tests/faults/power_cuts.py
 
 fuzz: $(VENV)/ready-for-tests
 	FUZZ_EXAMPLES=40000 $(RUN) -m pytest tests/faults/test_fuzz.py

@@ -85,7 +85,7 @@ def provide_data(flags: "Flags") -> None:
         sizes = flags.synthetic_train_images, flags.synthetic_test_images, flags.seed
         wanted = synthetic.source(*sizes)
     if not folder.holds(wanted):
-        data_dir.mkdir(parents=True, exist_ok=True)
+        storage.make_folders(data_dir)
         why = "is in use by another run. Wait, or use another folder."
         refusal = UserError(why, "data_dir", data_dir)
         with storage.lock(data_dir, refusal):
@@ -124,7 +124,7 @@ def fetch_and_unpack(folder: DataFolder, flags: "Flags") -> None:
             f"--sha256 of an archive that contains {title}'s binary version."
         ) from None
     if source == part:
-        part.replace(kept) if flags.keep_archive else part.unlink()
+        storage.move(part, kept) if flags.keep_archive else part.unlink()
 
 
 if __name__ == "__main__":

@@ -67,8 +67,11 @@ def save(checkpoint: tf.train.Checkpoint, directory: str, step: int, max_to_keep
                 storage.sync(written + suffix)
             # A damaged checkpoint of this step stops counting as one before it is replaced.
             storage.remove(prefix + ".index")
-            for suffix in SUFFIXES:
+            for suffix in SUFFIXES[:-1]:
                 os.replace(written + suffix, prefix + suffix)
+            # The index must not reach the disk before the files that it makes a checkpoint.
+            storage.sync(directory)
+            os.replace(written + SUFFIXES[-1], prefix + SUFFIXES[-1])
         _delete_remains(directory)
         kept = []
         for saved_step, saved in list_checkpoints(directory):

@@ -97,12 +97,17 @@ def _replace(place: str, content: bytes) -> None:
     try:
         with open(beside, "wb") as file:
             file.write(content)
-        sync(beside)
-        os.replace(beside, place)
-        sync(os.path.dirname(place) or ".")
+        move(beside, place)
     finally:
         with contextlib.suppress(OSError):
             os.remove(beside)  # It still exists if one of these lines failed.
+
+
+def move(source: StrPath, target: StrPath) -> None:
+    """Moves a file within a file system. `target` never exists without its content."""
+    sync(source)
+    os.replace(source, target)
+    sync(os.path.dirname(target) or ".")
 
 
 def _place(path: StrPath) -> str:
@@ -156,10 +161,25 @@ def sync_folder(folder: StrPath) -> None:
 # --- Folders --------------------------------------------------------------------------------------
 
 
-def make_folder(path: str) -> None:
-    """Creates a folder if it is missing, and refuses one that cannot be written to."""
+def make_folders(path: StrPath) -> None:
+    """Creates a folder and the folders above it, if they are missing."""
+    folder, missing = os.path.realpath(path), []
+    while not os.path.isdir(folder):
+        missing.append(folder)
+        folder = os.path.dirname(folder)
     try:
         os.makedirs(path, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from error
+    for each in missing:
+        # Without this, a power cut could remove a new folder and everything that was put into it.
+        sync(os.path.dirname(each))
+
+
+def make_folder(path: StrPath) -> None:
+    """Creates a folder if it is missing, and refuses one that cannot be written to."""
+    try:
+        make_folders(path)
     except OSError as error:
         raise unwritable(path, error) from error
     refuse_unwritable_file(os.path.join(path, "file"))
@@ -192,7 +212,8 @@ def _beside(path: StrPath) -> str:
         if os.path.ismount(wanted):
             raise UserError(f"{path} is a mount point and cannot be replaced. Use a folder in it.")
         beside = f"{wanted}.unfinished-{secrets.token_hex(4)}"
-        os.makedirs(beside)
+        make_folders(os.path.dirname(wanted))
+        os.mkdir(beside)
         return beside
     except OSError as error:
         raise unwritable(path, error) from error

@@ -116,8 +116,7 @@ def _compile(compiler: str, library: Path) -> str | None:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no reason"]
             return f"{compiler} failed: {lines[0].strip():.200}"
         os.chmod(part, 0o600)
-        storage.sync(part)
-        part.replace(library)
+        storage.move(part, library)
         return None
     except subprocess.TimeoutExpired:
         return f"{compiler} took more than {TIMEOUT} seconds"

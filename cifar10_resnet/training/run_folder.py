@@ -68,7 +68,7 @@ def lock(directory: str) -> Iterator[None]:
     try:
         with contextlib.ExitStack() as held:
             try:
-                os.makedirs(directory, exist_ok=True)
+                storage.make_folders(directory)
                 held.enter_context(storage.lock(directory, refusal))
                 # This clears the remains of a process that was killed while it saved. It also
                 # tests the folder, which may not be writable although an older lock in it is.
