@@ -19,6 +19,7 @@ from cifar10_resnet.terminal import command
 
 CHUNK_BYTES = 1 << 20
 LOCK = ".lock"
+UNFINISHED = ".unfinished-"  # A new folder has this in its name while it is filled.
 
 StrPath = str | os.PathLike[str]
 
@@ -58,7 +59,11 @@ def refuse_unwritable_folder(path: StrPath, apart_from: Sequence[str] = ()) -> N
         if os.path.commonpath([wanted, os.path.realpath(other)]) == wanted:
             why = f"is invalid: it contains {other}. Use another folder."
             raise UserError(why, "export_dir", path)
-    os.rmdir(_beside(path))
+    try:
+        with _unfinished(path):
+            pass
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def refuse_unwritable_file(path: StrPath) -> None:
@@ -188,35 +193,68 @@ def make_folder(path: StrPath) -> None:
 @contextlib.contextmanager
 def new_folder(path: StrPath) -> Iterator[str]:
     """Yields a folder to write into. It becomes `path` if the block ends without an error."""
-    folder = _beside(path)
     try:
-        yield folder
-        sync_folder(folder)
-        wanted = os.path.realpath(path)
-        os.replace(folder, wanted)
-        sync(os.path.dirname(wanted))
+        with _unfinished(path) as folder:
+            yield folder
+            sync_folder(folder)
+            wanted = os.path.realpath(path)
+            os.replace(folder, wanted)
+            sync(os.path.dirname(wanted))
     except BrokenPipeError:
         raise  # The output was closed. Nothing is wrong with the folder.
     except OSError as error:
         raise unwritable(path, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _beside(path: StrPath) -> str:
-    """Creates a folder next to `path`, and returns it. `path` must be missing or empty."""
+@contextlib.contextmanager
+def _unfinished(path: StrPath) -> Iterator[str]:
+    """Yields a new locked folder next to `path`, which must be missing or empty.
+
+    Removes the folder at the end. Also removes those of earlier commands that were killed.
+    """
     wanted = os.path.realpath(path)
+    if os.path.lexists(wanted) and os.listdir(wanted):
+        raise UserError(f"{path} already exists and is not empty. Use a new folder.")
+    if os.path.ismount(wanted):
+        raise UserError(f"{path} is a mount point and cannot be replaced. Use a folder in it.")
+    make_folders(os.path.dirname(wanted))
+    for remains in glob.glob(f"{glob.escape(wanted + UNFINISHED)}*"):
+        if re.fullmatch("[0-9a-f]{8}", remains.removeprefix(wanted + UNFINISHED)):
+            _remove_unless_locked(remains)
+    with contextlib.ExitStack() as held:
+        while not _lock_new_folder(folder := wanted + UNFINISHED + secrets.token_hex(4), held):
+            pass
+        held.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
+
+
+def _lock_new_folder(folder: str, held: contextlib.ExitStack) -> bool:
+    """Creates a folder and locks it. Returns false if another command has removed it meanwhile."""
+    os.mkdir(folder)
     try:
-        if os.path.lexists(wanted) and os.listdir(wanted):
-            raise UserError(f"{path} already exists and is not empty. Use a new folder.")
-        if os.path.ismount(wanted):
-            raise UserError(f"{path} is a mount point and cannot be replaced. Use a folder in it.")
-        beside = f"{wanted}.unfinished-{secrets.token_hex(4)}"
-        make_folders(os.path.dirname(wanted))
-        os.mkdir(beside)
-        return beside
-    except OSError as error:
-        raise unwritable(path, error) from error
+        held.enter_context(_folder_lock(folder))
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError:
+        return True  # This file system cannot lock folders. So no command removes the folder.
+    return os.path.lexists(folder)
+
+
+def _remove_unless_locked(folder: str) -> None:
+    # The lock fails if a command is at work, and on file systems that cannot lock folders.
+    with contextlib.suppress(OSError), _folder_lock(folder):
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _folder_lock(folder: str) -> Iterator[None]:
+    """Locks a folder without a file in it, so the lock stays with the folder when it moves."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

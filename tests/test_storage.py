@@ -1,16 +1,20 @@
 """Files and folders that the programs write: never half-written, on the disk, refused early."""
 
+import contextlib
 import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 
 import pytest
-from programs import PROJECT, run_code
+from PIL import Image
+from programs import PROJECT, error_of, run, run_code
 
 from cifar10_resnet import storage
 from cifar10_resnet.errors import UserError
@@ -162,6 +166,90 @@ def test_a_folder_that_something_else_will_fill_is_refused(tmp_path):
         with pytest.raises(UserError, match="is invalid: it contains"):
             storage.refuse_unwritable_folder(path, apart_from=[run, os.path.join(run, "log")])
     storage.refuse_unwritable_folder(os.path.join(run, "exported"), apart_from=[run])
+
+
+WRITER = """
+import os, sys, time
+from cifar10_resnet import storage
+with storage.new_folder(sys.argv[1]) as folder:
+    open(os.path.join(folder, "half"), "w").close()
+    print("writes", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def writer(path) -> Iterator[subprocess.Popen]:
+    """Starts a process that is filling a new folder, and kills it at the end."""
+    command = [sys.executable, "-c", WRITER, str(path)]
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"writes\n"
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGKILL)
+
+
+def write_photos(folder) -> None:
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (32, 32)).save(folder / name / f"{i}.png")
+
+
+def test_the_next_command_removes_what_a_killed_one_left_and_nothing_else(tmp_path):
+    write_photos(tmp_path / "photos")
+    new, mine = tmp_path / "new", ("new.unfinished-mine", "new.unfinished-", "newer")
+    for name in mine:
+        (tmp_path / name).mkdir()
+    (tmp_path / "new.unfinished-00000000").write_text("a file")
+    (tmp_path / "new.unfinished-11111111").symlink_to("photos")
+    with writer(tmp_path / "newer-one"), writer(new):
+        pass
+    with writer(new) as at_work:
+        left = sorted(tmp_path.glob("new.unfinished-????????"))
+        assert len(left) == 3, "the link, the file and the folder of the writer at work"
+        run("import", f"--image_dir={tmp_path / 'photos'}", f"--data_dir={new}")
+        assert at_work.poll() is None
+        assert sorted(tmp_path.glob("new.unfinished-????????")) == left
+    assert (tmp_path / "photos" / "cat" / "0.png").exists()
+    assert len(list(tmp_path.glob("newer-one.unfinished-????????"))) == 1
+    # A command that is refused tidies up too, but not in a folder that exists.
+    assert "not empty" in error_of(
+        "import", f"--image_dir={tmp_path / 'photos'}", f"--data_dir={new}"
+    )
+    shutil.rmtree(new)
+    storage.refuse_unwritable_folder(new)
+    expected = {*mine, "photos", "new.unfinished-00000000", "new.unfinished-11111111"}
+    assert {p.name for p in tmp_path.iterdir()} - expected == {
+        p.name for p in tmp_path.glob("newer-one.*")
+    }
+
+
+def test_a_file_system_that_cannot_lock_folders_is_no_obstacle(tmp_path, monkeypatch):
+    def refuse(handle: int, operation: int) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    with writer(tmp_path / "new"):
+        pass
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    write_to(tmp_path / "new")
+    assert len(os.listdir(tmp_path)) == 2, "nobody can know whether that command is at work"
+
+
+def test_a_new_folder_that_another_command_removes_is_made_again(tmp_path, monkeypatch):
+    flock, calls = fcntl.flock, []
+
+    def remove_first(handle: int, operation: int) -> None:
+        calls.append(os.readlink(f"/proc/self/fd/{handle}"))
+        if len(calls) == 1:
+            os.rmdir(calls[0])  # as a command that took it for the remains of another
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    write_to(tmp_path / "new")
+    assert len(calls) == 2
+    assert os.listdir(tmp_path) == ["new"]
 
 
 # --- Files ----------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Writing a SavedModel does not run the network. So a machine without a GPU can wr
 """
 
 import os
-import tempfile
+import shutil
 import warnings
 from collections.abc import Sequence
 
@@ -96,8 +96,9 @@ def export_saved_model(
 def export_tflite(saved: SavedRun, export_dir: str) -> None:
     """Writes a LiteRT model to the new folder `export_dir`. Refuses one with different logits."""
     classifier = load_classifier(saved)
-    with storage.new_folder(export_dir) as folder, tempfile.TemporaryDirectory() as saved_model:
-        signatures = (PIXELS, FLOATS)
+    with storage.new_folder(export_dir) as folder:
+        # The converter reads a SavedModel. In this folder, it never outlives a killed command.
+        saved_model, signatures = os.path.join(folder, "saved_model"), (PIXELS, FLOATS)
         _save(classifier, saved_model, signatures)
         lite = tf.lite.TFLiteConverter.from_saved_model(saved_model, signatures).convert()
         difference = _difference(lite, saved_model)
@@ -107,6 +108,7 @@ def export_tflite(saved: SavedRun, export_dir: str) -> None:
                 f"SavedModel's by {difference:.1e} of the largest, and {TFLITE_TOLERANCE:.0e} is "
                 "allowed. Use --format=saved_model."
             )
+        shutil.rmtree(saved_model)
         with open(os.path.join(folder, TFLITE_FILE), "wb") as file:
             file.write(lite)
         with open(os.path.join(folder, NAMES_FILE), "wb") as file:
