@@ -62,6 +62,7 @@ def main(flags: "Flags") -> int:
     for item in fields(Settings):
         if item.metadata["group"] == unused and getattr(flags, item.name) != item.default:
             raise UserError(f"--{item.name} does not work {how} --synthetic. Remove it.")
+    storage.refuse_remote(flags.data_dir)
     try:
         provide_data(flags)
     except BrokenPipeError:

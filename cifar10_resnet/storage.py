@@ -27,10 +27,15 @@ StrPath = str | os.PathLike[str]
 # --- Early refusals -------------------------------------------------------------------------------
 
 
+def refuse_remote(path: StrPath) -> None:
+    """Refuses a path such as gs://bucket, because locks and renames need a file system."""
+    if re.match(r"[a-zA-Z][\w+.-]*:/", os.fspath(path)):
+        raise UserError(f"{path} is not a path of this machine. Use a local one.")
+
+
 def refuse_patterns(path: str) -> None:
     """Refuses a path that TensorFlow would read as a pattern or as another file system's."""
-    if re.match(r"[a-zA-Z][\w+.-]*:/", path):
-        raise UserError(f"{path} is not a folder of this machine. Use a local one.")
+    refuse_remote(path)
     if re.search(r"[*?\[\]\\]", path):
         raise UserError(
             f"{path} is invalid: TensorFlow cannot use paths with * ? [ ] or \\. "
@@ -54,6 +59,7 @@ def refuse_without_saved_model(folder: StrPath) -> None:
 
 def refuse_unwritable_folder(path: StrPath, apart_from: Sequence[str] = ()) -> None:
     """Refuses a folder that `new_folder` could not write. Call it before long work begins."""
+    refuse_remote(path)
     wanted = os.path.realpath(path)
     for other in apart_from:
         if os.path.commonpath([wanted, os.path.realpath(other)]) == wanted:
@@ -68,6 +74,7 @@ def refuse_unwritable_folder(path: StrPath, apart_from: Sequence[str] = ()) -> N
 
 def refuse_unwritable_file(path: StrPath) -> None:
     """Refuses a file that `new_file` could not write. Call it before long work begins."""
+    refuse_remote(path)
     path = _place(path)
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
@@ -183,6 +190,7 @@ def make_folders(path: StrPath) -> None:
 
 def make_folder(path: StrPath) -> None:
     """Creates a folder if it is missing, and refuses one that cannot be written to."""
+    refuse_remote(path)
     try:
         make_folders(path)
     except OSError as error:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from conftest import write_cifar100
-from programs import PROGRAMS, SMALL, error_of, run, run_code
+from programs import PROGRAMS, SMALL, error_of, run, run_code, without_tensorflow
 
 
 def test_a_newcomers_commands_work_one_after_the_other(tmp_path):
@@ -47,6 +47,31 @@ def test_help_and_wrong_flags_are_answered_without_importing_anything_slow(progr
         assert "20 and 26" in error_of(program, "--num_layers=21", env=environment)
         wrong = (program, "--dataset=cifar10", f"--path={write_cifar100(tmp_path / 'data')}")
         assert "contains CIFAR-100, not CIFAR-10" in error_of(*wrong, env=environment)
+
+
+WRITTEN = (
+    *(("run_trainer.py", "--use_synthetic_data", flag) for flag in ("ckpt_path", "train_log_path")),
+    ("run_trainer.py", "--use_synthetic_data", "export_dir"),
+    *(("run_evaluator.py", "--ckpt_path=run", flag) for flag in ("output_json", "report")),
+    ("run_evaluator.py", "--ckpt_path=run", "plot_dir"),
+    ("export", "--ckpt_path=run", "export_dir"),
+    ("import", "--image_dir=photos", "data_dir"),
+    ("cifar10_download_and_extract.py", "--synthetic", "data_dir"),
+    ("plot", "--run=run", "output"),
+    ("draw", "--num_layers=8", "output"),
+)
+
+
+@pytest.mark.parametrize(("program", "other", "flag"), WRITTEN)
+def test_another_file_system_is_refused_before_tensorflow_starts(program, other, flag, tmp_path):
+    (tmp_path / "work").mkdir()
+    environment = without_tensorflow(tmp_path)
+    for place in ("gs://bucket/new.png", "ram://new.png", f"file://{tmp_path}/new.png"):
+        refused = error_of(
+            program, other, f"--{flag}={place}", cwd=tmp_path / "work", env=environment
+        )
+        assert f"{place} is not a path of this machine. Use a local one." in refused
+    assert os.listdir(tmp_path / "work") == []
 
 
 def test_the_names_of_both_reference_programs_are_understood(data, tmp_path):

@@ -395,7 +395,7 @@ def test_a_folder_with_checkpoints_of_another_program_is_left_unchanged(data, tm
 def test_a_folder_of_another_file_system_is_refused_at_once(data, tmp_path, place):
     command = ("run_trainer.py", f"--path={data}", f"--ckpt_path={place}", *SMALL)
     refused = error_of(*command, cwd=tmp_path, env=without_tensorflow(tmp_path))
-    assert f"{place} is not a folder of this machine. Use a local one." in refused
+    assert f"{place} is not a path of this machine. Use a local one." in refused
     assert {path.name for path in tmp_path.iterdir()} == {"tensorflow.py"}
 
 

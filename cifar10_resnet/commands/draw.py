@@ -6,6 +6,7 @@ python -m cifar10_resnet draw --num_layers=56 --shortcut_connections=False
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cifar10_resnet import storage
 from cifar10_resnet.cli import app
 from cifar10_resnet.config import ModelConfig, with_given
 from cifar10_resnet.device import start_tensorflow
@@ -35,11 +36,14 @@ def main(flags: "Flags") -> int:
     """Draws the network that the flags describe."""
     config = with_given(ModelConfig(), flags.given(ModelConfig))
     stem = config.name.replace("resnet", "ResNet").replace("plain", "Plain") + "_CIFAR10"
+    files = flags.output or [f"{stem}.{kind}" for kind in ("pdf", "png")]
+    for file in files:
+        storage.refuse_unwritable_file(file)
+
     start_tensorflow("cpu")
     from cifar10_resnet.figures import network
     from cifar10_resnet.figures.trace import trace
 
-    files = flags.output or [f"{stem}.{kind}" for kind in ("pdf", "png")]
     network.draw(trace(config), files)
     return 0
 

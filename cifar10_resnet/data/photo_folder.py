@@ -176,6 +176,7 @@ def show_counts(names: Sequence[str], train: np.ndarray, test: np.ndarray) -> No
 
 def import_photos(image_dir: str, data_dir: str, test_share: float = 0.2, seed: int = 0) -> int:
     """Makes a data folder from the photos in `image_dir`. Returns how many are for training."""
+    storage.refuse_remote(data_dir)
     if Path(data_dir).resolve().is_relative_to(Path(image_dir).resolve()):
         raise UserError(
             "is invalid: it is inside --image_dir. Use a folder outside.",
