@@ -56,7 +56,7 @@ class Settings(Checked):
     data_format: str = same(Options, "data_format")
     dtype: str = same(Options, "dtype")
     batch_size: int = setting(
-        500, "Images per batch (affects only speed)", "Device and precision", least=1
+        500, "Images per batch (affects only speed)", "Device and precision", least=1, most=10_000
     )
 
 

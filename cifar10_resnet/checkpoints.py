@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import tensorflow as tf
 
 from cifar10_resnet import storage
-from cifar10_resnet.config import RunConfig
+from cifar10_resnet.config import MAX_ITERATIONS, RunConfig
 from cifar10_resnet.errors import UserError, reason_of, unreadable
 from resnet_model import ResNet
 
@@ -29,7 +29,7 @@ STEP_KEY = "step/.ATTRIBUTES/VARIABLE_VALUE"
 MACHINE = "machine"
 STATE = "checkpoint"  # the file where `tf.train.latest_checkpoint` finds the newest one
 # TensorFlow's reader raises any of these over a damaged file, not only its own errors.
-UNREADABLE = (tf.errors.OpError, ValueError, RuntimeError, IndexError, AttributeError)
+UNREADABLE = (tf.errors.OpError, ValueError, RuntimeError, IndexError, AttributeError, TypeError)
 # The files move into place in this order. The index comes last: it makes them a checkpoint.
 SUFFIXES = (".sha256", ".data-00000-of-00001", ".index")
 
@@ -239,6 +239,8 @@ def read(prefix: str) -> SavedRun:
         machine = json.loads(description).get(MACHINE)
         machine = machine if isinstance(machine, dict) else {}
         step = int(reader.get_tensor(STEP_KEY))
+        if not 0 <= step <= MAX_ITERATIONS:
+            raise UserError(f"its step is {step}. Use another checkpoint.")
         names = reader.get_variable_to_shape_map()
         is_whole = any(name.startswith("momentum/") for name in names)
         return SavedRun(prefix, run, step, is_whole, machine)

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from cifar10_resnet.errors import UserError
-from cifar10_resnet.formats import CIFAR10_NAMES, FORMATS
+from cifar10_resnet.formats import CIFAR10_NAMES, FORMATS, MAX_CLASSES, SIDE
 from cifar10_resnet.settings import Checked, setting
 
 # Each of these makes a setting of one group. --help shows it under the group's title.
@@ -19,6 +19,9 @@ of_data = partial(setting, group="Data")
 of_network = partial(setting, group="Network")
 of_recipe = partial(setting, group="Recipe and length")
 of_pretrained = partial(setting, group="Pretrained network")
+
+
+MAX_LAYERS = 2_000  # The papers' deepest network has 1,202.
 
 
 def units_per_block(num_layers: int, bottleneck: bool = False) -> int:
@@ -41,7 +44,11 @@ class ModelConfig(Checked):
     """The shape of a network: everything needed to build it again."""
 
     num_layers: int = of_network(
-        20, "Number of layers: 6n + 2, or 9n + 2 with --bottleneck", also=("resnet_size",), least=1
+        20,
+        "Number of layers: 6n + 2, or 9n + 2 with --bottleneck",
+        also=("resnet_size",),
+        least=1,
+        most=MAX_LAYERS,
     )
     shortcut_connections: bool = of_network(
         True,
@@ -52,7 +59,7 @@ class ModelConfig(Checked):
     resnet_version: int = of_network(
         2, "1: ReLU after each addition. 2: ReLU before each convolution", choices=(1, 2)
     )
-    num_classes: int = setting(10, least=2)
+    num_classes: int = setting(10, least=2, most=MAX_CLASSES)
     batch_norm_decay: float = of_network(
         0.99,
         "Decay of the batch-norm moving averages",
@@ -60,7 +67,7 @@ class ModelConfig(Checked):
         least=0,
         most=1,
     )
-    batch_norm_epsilon: float = setting(1e-3, least=0)
+    batch_norm_epsilon: float = setting(1e-3, least=0, most=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,6 +155,7 @@ RECIPE_NOTES = {
     "fast": "ResNet-20 reaches 92.31% in 41 epochs",
 }
 MAX_ITERATIONS = 10_000_000  # The learning rate of every step is in memory.
+MAX_BATCH_SIZE = 65_536  # Some of TensorFlow's kernels crash with more than 2^31 values.
 
 
 @dataclass(frozen=True)
@@ -163,7 +171,9 @@ class TrainingConfig(Checked):
     num_iterations: int = of_recipe(
         64_000, "Length in steps", least=1, most=MAX_ITERATIONS, implied_by=("train_epochs",)
     )
-    batch_size: int = of_recipe(128, "Images per step, over all replicas", least=1)
+    batch_size: int = of_recipe(
+        128, "Images per step, over all replicas", least=1, most=MAX_BATCH_SIZE
+    )
     optimizer: str = of_recipe("momentum", "Optimizer", choices=("momentum", "muon"))
     init_lr: float = of_recipe(0.1, "Learning rate, or its peak", least=0)
     scale_lr: bool = of_recipe(False, "Multiply the learning rate by --batch_size / 128")
@@ -175,7 +185,7 @@ class TrainingConfig(Checked):
     )
     alternate_flips: bool = setting(False)
     cutout: int = of_recipe(
-        0, "Width in pixels of the square blanked in each training image", least=0
+        0, "Width in pixels of the square blanked in each training image", least=0, most=2 * SIDE
     )
     mixup: float = of_recipe(
         0.0, "Mix images and labels in pairs, for this fraction of the run", least=0, most=1
@@ -230,11 +240,15 @@ class RunConfig:
         """Reads what `to_json` wrote. Fields that an older version lacked take their defaults."""
         try:
             parts = json.loads(text)
-            return cls(
+            run = cls(
                 _read(ModelConfig, parts["model"]),
                 _read(DataConfig, parts["data"]),
                 _read(TrainingConfig, parts["training"]),
             )
+            if len(run.data.class_names) != run.model.num_classes:
+                names = f"{len(run.data.class_names)} class names"
+                raise UserError(f"it has {names} for {run.model.num_classes} classes")
+            return run
         except (
             UserError,
             ValueError,

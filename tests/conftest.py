@@ -57,7 +57,7 @@ def write_cifar10(tmp_path) -> Callable[..., Path]:
         names: str | None = None,
         parent: Path = tmp_path,
     ) -> Path:
-        train = train or random_images(15, seed=1)
+        train = train or random_images(20, seed=1)
         test = test or random_images(4, seed=2)
         folder = parent / "cifar-10-batches-bin"
         folder.mkdir(parents=True)

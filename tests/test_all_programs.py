@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 
 import pytest
 from conftest import write_cifar100
@@ -84,6 +85,24 @@ def test_the_names_of_both_reference_programs_are_understood(data, tmp_path):
         "--noshortcut_connection",
     )
     assert "plain8, step 1" in scored.stdout
+
+
+@pytest.mark.parametrize("size", [401, 65_537, 100_000_000])
+def test_a_batch_that_the_data_cannot_fill_is_refused_before_tensorflow_computes(
+    data, tmp_path, size
+):
+    flags = (f"--path={data}", f"--ckpt_path={tmp_path / 'run'}", f"--batch_size={size}")
+    refused = error_of("run_trainer.py", *flags, preexec_fn=_with_little_memory)
+    most = "there are only 400 training images" if size == 401 else "1 to 65,536"
+    assert f"--batch_size={size} is invalid: " in refused
+    assert most in refused
+    assert not (tmp_path / "run").exists()
+    scored = error_of("run_evaluator.py", f"--ckpt_path={tmp_path}", "--batch_size=10001")
+    assert "--batch_size=10001 is invalid: it must be a whole number, 1 to 10,000." in scored
+
+
+def _with_little_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
 
 
 OUT_OF_MEMORY = """

@@ -158,9 +158,12 @@ def test_names_of_networks(config, name):
 @pytest.mark.parametrize(
     ("make", "wanted"),
     [
-        (lambda: TrainingConfig(batch_size=0), "a whole number, 1 or more"),
-        (lambda: TrainingConfig(batch_size=1.5), "a whole number, 1 or more"),
-        (lambda: TrainingConfig(batch_size=True), "a whole number, 1 or more"),
+        (lambda: TrainingConfig(batch_size=0), "a whole number, 1 to 65,536"),
+        (lambda: TrainingConfig(batch_size=1.5), "a whole number, 1 to 65,536"),
+        (lambda: TrainingConfig(batch_size=True), "a whole number, 1 to 65,536"),
+        (lambda: ModelConfig(num_layers=6_000_002), "a whole number, 1 to 2,000"),
+        (lambda: ModelConfig(num_classes=257), "a whole number, 2 to 256"),
+        (lambda: TrainingConfig(cutout=65), "a whole number, 0 to 64"),
         (lambda: TrainingConfig(seed=2**63), "a whole number, 0 or more"),
         (lambda: TrainingConfig(num_iterations=10_000_001), "a whole number, 1 to 10,000,000"),
         (lambda: TrainingConfig(momentum=float("nan")), "a number, 0 to 1"),
@@ -181,6 +184,8 @@ def test_a_value_that_a_setting_cannot_have_is_refused_with_those_that_it_can(ma
 
 
 def test_values_at_the_bounds_are_good():
+    ModelConfig(num_layers=1_202, num_classes=256)
+    TrainingConfig(batch_size=65_536, cutout=64)
     TrainingConfig(batch_size=1, momentum=1, label_smoothing=0, seed=2**63 - 1, init_lr=1e308)
     Options(profile_steps=(5, 5), stop_threshold=1, epochs_between_evals=1, num_gpus=None)
     assert [Options(loss_scale=scale).loss_scale for scale in (1, "dynamic")] == [1, "dynamic"]
@@ -235,6 +240,8 @@ def test_fields_that_an_older_version_did_not_write_take_their_defaults():
         edited("model", width=10),
         edited("training", warmup=5),
         edited("data", class_names=10),
+        edited("data", class_names=["three", "class", "names"]),
+        edited("model", num_classes=11),
         edited("data", dataset="of a later version"),
     ],
 )

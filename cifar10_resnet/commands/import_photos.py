@@ -54,10 +54,11 @@ def main(flags: "Flags") -> int:
 
 def training_flags(num_images: int) -> list[str]:
     """Returns the flags that train a pretrained network on `num_images` photos."""
+    batch_size = min(BATCH_SIZE, num_images)  # The trainer reduces its default batch in this way.
     # Few images need many epochs, or the network takes too few steps to learn the new classes.
-    epochs = max(20, math.ceil(LEAST_STEPS * BATCH_SIZE / num_images))
+    epochs = max(20, math.ceil(LEAST_STEPS * batch_size / num_images))
     flags = ["--recipe=fast", f"--train_epochs={epochs}"]
-    if epochs * num_images / BATCH_SIZE < 1000:
+    if epochs * num_images / batch_size < 1000:
         # The default, 0.99, averages over more steps than so short a run has.
         flags.append("--batch_norm_decay=0.9")
     return flags

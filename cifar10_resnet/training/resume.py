@@ -13,6 +13,7 @@ from cifar10_resnet.config import (
     MAX_ITERATIONS,
     ModelConfig,
     RunConfig,
+    TrainingConfig,
     refuse_contradictions,
     training_config,
     with_given,
@@ -72,6 +73,7 @@ def prepare_run(
         run = _new_run(given, data, pretrained)
     data = data or dataset.find(None, run.data.dataset)
     examples = data.count_without_holdout(run.data.holdout)
+    run = _with_fitting_batch(run, examples, given, newest)
     length = {}
     if train_epochs:
         steps = train_epochs * examples / run.training.batch_size
@@ -80,6 +82,24 @@ def prepare_run(
         refuse_contradictions(run, length, newest)
         return run, data, newest
     return dataclasses.replace(run, training=with_given(run.training, length)), data, None
+
+
+def _with_fitting_batch(
+    run: RunConfig, examples: int, given: dict[str, Any], newest: str | None
+) -> RunConfig:
+    """Returns the run with a batch that the training images can fill.
+
+    Reduces a new run's default. Refuses a given batch that is too large, because TensorFlow may
+    crash or fill the memory. Older versions kept the default batch for fewer images.
+    """
+    size, default = run.training.batch_size, TrainingConfig.batch_size
+    if size <= examples or (newest and size == default):
+        return run
+    if newest or given.get("batch_size") is not None:
+        why = f"is invalid: there are only {examples:,} training images. Use up to {examples:,}."
+        raise UserError(why, "batch_size", size)
+    print(f"Using --batch_size={examples}, because there are no more training images.", flush=True)
+    return dataclasses.replace(run, training=with_given(run.training, {"batch_size": examples}))
 
 
 def _new_run(given: dict[str, Any], data: Dataset, pretrained: str | None) -> RunConfig:

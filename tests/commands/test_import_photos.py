@@ -45,7 +45,7 @@ def test_what_the_import_prints_trains_a_network_that_knows_the_photos(tmp_path)
 @pytest.mark.parametrize(
     ("count", "flags"),
     [
-        (40, {"--train_epochs=320", "--batch_norm_decay=0.9"}),
+        (40, {"--train_epochs=100", "--batch_norm_decay=0.9"}),
         (1000, {"--train_epochs=20", "--batch_norm_decay=0.9"}),
         # 20 epochs are 1,000 steps: long enough for the default.
         (6400, {"--train_epochs=20"}),

@@ -1,5 +1,6 @@
 """Damage to any file of a checkpoint: the run resumes from the previous one and prints why."""
 
+import json
 import os
 import random
 import shutil
@@ -137,3 +138,33 @@ def test_a_copy_under_way_never_counts_as_whole(saved, tmp_path):
                         float(tf.constant(step / 7))
                     }
         assert checkpoints.find(str(copy)).prefix == str(copy / "model.ckpt-30")
+
+
+def tampered(folder: Path, step: object, **edited: object) -> str:
+    """Writes a checkpoint that is whole, but whose description or step was changed."""
+    parts = json.loads(RUN.to_json())
+    for part, fields in edited.items():
+        parts[part].update(fields)
+    description = tf.Variable(json.dumps(parts))
+    checkpoint = tf.train.Checkpoint(
+        step=tf.Variable(step, dtype=tf.int64), description=description
+    )
+    return checkpoints.save(checkpoint, str(folder), 10)
+
+
+@pytest.mark.parametrize(
+    ("step", "edited", "why"),
+    [
+        (10, {"data": {"class_names": ["a", "b", "c"]}}, "3 class names for 10 classes"),
+        (10, {"model": {"num_layers": 6_000_002}}, "must be a whole number, 1 to 2,000"),
+        (10, {"model": {"num_classes": 10**9}}, "must be a whole number, 2 to 256"),
+        (-1, {}, "its step is -1"),
+        (10**12, {}, "its step is 1000000000000"),
+        ([1, 2], {}, "is damaged"),
+    ],
+)
+def test_a_tampered_description_or_step_is_a_one_line_error(tmp_path, step, edited, why):
+    prefix = tampered(tmp_path / "run", step, **edited)
+    with pytest.raises(UserError, match=why) as refused:
+        checkpoints.find(prefix)
+    assert "\n" not in str(refused.value)

@@ -67,6 +67,13 @@ def edited(part: str, **fields: Any) -> str:
 @example(edited("data", class_names=["\x1b[31m", "dog"]))
 @example(edited("data", holdout=-5))
 @example(edited("model", num_classes=-1))
+@example(edited("model", num_classes=10**6))
+@example(edited("model", num_layers=6_000_002))
+@example(edited("model", batch_norm_epsilon=1e300))
+@example(edited("training", batch_size=10**8))
+@example(edited("training", cutout=10**12))
+@example(edited("data", class_names=["three", "class", "names"]))
+@example(edited("data", class_names=["x"] * 10**6))
 @example("[" * 100_000)
 @example("1" * 10_000)
 def test_a_description_is_a_run_or_a_one_line_error(text):
@@ -76,6 +83,9 @@ def test_a_description_is_a_run_or_a_one_line_error(text):
     assert RunConfig.from_json(run.to_json()) == run
     assert run.model.name.isprintable()
     assert all(name.isprintable() for name in run.data.class_names)
+    assert len(run.data.class_names) == run.model.num_classes <= 256
+    assert run.model.num_layers <= 2_000
+    assert run.training.batch_size <= 65_536
     if run.training.num_iterations < 10_000:
         assert len(learning_rates(run.training)) == run.training.num_iterations
 

@@ -353,10 +353,44 @@ def test_a_resumed_run_finds_its_data_set_and_its_default_folder(tmp_path, monke
         prepare({}, "run", write_photos(tmp_path / "pictures", 20))
 
 
-def test_a_batch_larger_than_a_small_set_of_two_classes_is_trained_on_and_evaluated(tmp_path):
+def test_a_small_set_of_two_classes_is_trained_on_in_a_smaller_default_batch(tmp_path, capsys):
     data = find(str(write_photos(tmp_path / "pictures", 2, train=9, test=5)))
-    given = {"batch_size": 32, "num_iterations": 4, "num_layers": 8, "holdout": 3}
+    given = {"num_iterations": 4, "num_layers": 8, "holdout": 3}
     run, _, _ = resume.prepare_run(given, str(tmp_path), data)
+    assert run.training.batch_size == 6
+    shown = capsys.readouterr().out
+    assert shown == "Using --batch_size=6, because there are no more training images.\n"
     outcome = run_trainer.train(run, options(tmp_path, epochs_between_evals=1), data)
     assert (outcome.step, outcome.metrics.num_images) == (4, 3)
     assert outcome.metrics.confusion_matrix.shape == (2, 2)
+    capsys.readouterr()
+    assert resume.prepare_run({}, str(tmp_path), data) == (run, data, outcome.checkpoint)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_given_batch_may_be_the_training_images_without_the_holdout_and_no_more(tmp_path):
+    data = find(str(write_photos(tmp_path / "pictures", 2, train=9, test=5)))
+    for holdout in (0, 3):
+        given = {"holdout": holdout, "batch_size": 9 - holdout}
+        run, _, _ = resume.prepare_run(given, str(tmp_path), data)
+        assert run.training.batch_size == 9 - holdout
+        with pytest.raises(UserError, match=f"there are only {9 - holdout} training images"):
+            resume.prepare_run(given | {"batch_size": 10 - holdout}, str(tmp_path), data)
+
+
+@pytest.mark.parametrize(("size", "fits"), [(128, True), (200, False)])
+def test_a_run_of_an_older_version_resumes_with_the_default_batch_for_few_images(
+    tmp_path, size, fits
+):
+    data = find(str(write_photos(tmp_path / "pictures", 2, train=9, test=5)))
+    run = RunConfig(
+        dataclasses.replace(SMALL, num_classes=2),
+        DataConfig("pictures", ("class 0", "class 1")),
+        TrainingConfig(batch_size=size),
+    )
+    checkpoints.save(Trainer(run).checkpoint, str(tmp_path / "run"), 0)
+    if fits:
+        assert resume.prepare_run({}, str(tmp_path / "run"), data)[0] == run
+    else:
+        with pytest.raises(UserError, match="batch_size=200 is invalid: there are only 9 "):
+            resume.prepare_run({}, str(tmp_path / "run"), data)
