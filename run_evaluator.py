@@ -139,7 +139,7 @@ def _draw(flags: "Flags", scored: "Scored", computed_in: str) -> None:
             "machine": platform.platform(),
         }
         page = report.html(scored, plots["calibration"], made)
-        storage.new_file(flags.report, page.encode())
+        storage.new_file(flags.report, page.encode(errors="backslashreplace"))
         print(f"wrote {flags.report}")
 
 

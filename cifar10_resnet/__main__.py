@@ -12,7 +12,7 @@ from pathlib import Path
 if not __package__:  # Python put the package's own folder on the path, not the project's.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cifar10_resnet.cli.guard import exits_with_a_sentence, open_closed_streams
+from cifar10_resnet.cli.guard import exits_with_a_sentence, prepare_streams
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.terminal import PROJECT, command, table
 
@@ -66,5 +66,5 @@ def first_line(module: str) -> str:
 
 if __name__ == "__main__":
     sys.argv[0] = "cifar10_resnet"
-    open_closed_streams()
+    prepare_streams()
     sys.exit(main(sys.argv[1:]))

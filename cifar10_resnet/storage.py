@@ -36,6 +36,11 @@ def refuse_remote(path: StrPath) -> None:
 def refuse_patterns(path: str) -> None:
     """Refuses a path that TensorFlow would read as a pattern or as another file system's."""
     refuse_remote(path)
+    if any("\ud800" <= char <= "\udfff" for char in path):  # bytes that Python could not decode
+        raise UserError(
+            f"{path} is invalid: TensorFlow needs a path in UTF-8. Use another folder, or set "
+            "PYTHONUTF8=1."
+        )
     if re.search(r"[*?\[\]\\]", path):
         raise UserError(
             f"{path} is invalid: TensorFlow cannot use paths with * ? [ ] or \\. "

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cifar10_resnet.cli.guard import Terminated, exits_with_a_sentence, open_closed_streams
+from cifar10_resnet.cli.guard import Terminated, exits_with_a_sentence, prepare_streams
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.settings import Checked
 from cifar10_resnet.terminal import emphasised
@@ -32,7 +32,7 @@ def run(
 
     If a program takes arguments other than flags, `arguments` is "anywhere" or "last".
     """
-    open_closed_streams()
+    prepare_streams()
     sys.exit(exits_with_a_sentence(_run)(main, settings, arguments))
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import io
 import os
 import re
 import signal
@@ -111,8 +112,8 @@ def tell(error: UserError) -> None:
     print(f"{os.path.basename(sys.argv[0])}: {label} {printable(str(error))}", file=sys.stderr)
 
 
-def open_closed_streams() -> None:
-    """Opens /dev/null for each standard stream that is closed, as by `2>&-`.
+def prepare_streams() -> None:
+    """Makes every text printable, and opens /dev/null for each closed stream, as by `2>&-`.
 
     Otherwise the next file that is opened gets the stream's number, and what is printed.
     """
@@ -122,3 +123,7 @@ def open_closed_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # It takes the lowest free number, which is this one.
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files and classes may contain characters that the output's encoding lacks.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

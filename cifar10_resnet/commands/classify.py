@@ -7,7 +7,6 @@ more than classify images. Pass --trust to load it if you trust its source.
 """
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -61,8 +60,6 @@ def main(flags: "Flags") -> int:
             names.append(name)
             images.append(photo)
     results = _classify(answer, classes, names, images, flags.top)
-    # A file's name may contain characters that the terminal's encoding lacks.
-    sys.stdout.reconfigure(errors="backslashreplace")
     if flags.json:
         print(json.dumps(results, indent=2))
     elif results:

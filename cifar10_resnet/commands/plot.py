@@ -46,7 +46,11 @@ def main(flags: "Flags") -> int:
     storage.refuse_unwritable_file(flags.output)
 
     found = [pair for run in flags.run for pair in _histories(run, read_history)]
-    names = _names([run for run, _ in found])
+    names = [
+        # A folder's name may contain bytes that are no text, which no font can show.
+        name.encode(errors="backslashreplace").decode()
+        for name in _names([run for run, _ in found])
+    ]
     histories = dict(zip(names, (history for _, history in found), strict=True))
 
     # Matplotlib is slow to import, so mistakes are reported first.

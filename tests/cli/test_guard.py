@@ -1,12 +1,15 @@
 """How programs end: also if nobody reads what they print, or if nothing can be printed at all."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from programs import PROGRAMS, PROJECT, start
+from PIL import Image
+from programs import PROGRAMS, PROJECT, error_of, run, start, without_tensorflow
 
 TRAINER = f"{sys.executable} {PROJECT}/run_trainer.py"
 
@@ -107,3 +110,64 @@ def test_a_start_that_cannot_import_its_libraries_ends_with_a_one_line_error(
     assert (process.returncode, shown) == (status, "")
     assert sentence in error
     assert error.count("\n") == 1
+
+
+# --- Names that the output's encoding lacks -------------------------------------------------------
+
+ASCII = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+PHOTOS, DATA, RUN, CAT, DOG = "写真", "資料", "走行", "猫", "犬"
+NOT_UTF8 = os.fsdecode(b"\xff\xfe")
+
+
+@pytest.fixture(scope="module")
+def japanese(tmp_path_factory) -> Path:
+    """A folder of photos, and a run on them. Nothing in them is ASCII."""
+    top = tmp_path_factory.mktemp("names")
+    for name in (CAT, DOG):
+        (top / PHOTOS / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (32, 32), (i, 9, 9)).save(top / PHOTOS / name / f"{i}.png")
+    flags = (f"--image_dir={top / PHOTOS}", f"--data_dir={top / DATA}")
+    imported = run("import", *flags, env=ASCII).stdout
+    assert r"\u732b" in imported
+    assert r"--path=" + str(top) + r"/\u8cc7\u6599" in imported
+    trained = run(
+        *("run_trainer.py", f"--path={top / DATA}", "--num_layers=8", "--num_iterations=2"),
+        *(f"--ckpt_path={top / RUN}", "--epochs_between_evals=1"),
+        env=ASCII,
+    ).stdout
+    assert rf"{top}/\u8d70\u884c/model.ckpt-2" in trained
+    return top
+
+
+def test_every_program_prints_names_that_are_not_ascii(japanese):
+    path, saved = f"--path={japanese / DATA}", f"--ckpt_path={japanese / RUN}"
+    odd = japanese / f"odd{NOT_UTF8}"
+    outputs = (f"--report={odd}.html", f"--output_json={odd}.json", f"--plot_dir={odd}")
+    scored = run("run_evaluator.py", path, saved, *outputs, env=ASCII).stdout
+    assert r"\u732b" in scored
+    assert rf"wrote {japanese}/odd\udcff\udcfe.json" in scored
+    exported = japanese / "出力"
+    run("export", saved, f"--export_dir={exported}", env=ASCII)
+    photo = japanese / PHOTOS / CAT / "0.png"
+    assert r"\u732b" in run("classify", f"--saved_model={exported}", photo, env=ASCII).stdout
+    copy = shutil.copytree(japanese / RUN, japanese / f"copy{NOT_UTF8}")
+    run("plot", f"--run={copy}", f"--run={japanese / RUN}",
+        f"--output={odd}.png", env=ASCII)  # fmt: skip
+
+
+def test_paths_that_are_not_utf8_work_or_are_refused_in_a_sentence(tmp_path):
+    odd = f"{tmp_path}/odd{NOT_UTF8}"
+    data = ("--synthetic_train_images=20", "--synthetic_test_images=5", f"--data_dir={odd}")
+    run("cifar10_download_and_extract.py", "--synthetic", *data)
+    for flag in ("--ckpt_path", "--train_log_path", "--export_dir"):
+        flags = ("--use_synthetic_data", f"--ckpt_path={tmp_path / 'run'}", f"{flag}={odd}")
+        refused = error_of("run_trainer.py", *flags, env=without_tensorflow(tmp_path))
+        assert "?? is invalid: TensorFlow needs a path in UTF-8." in refused
+    for program, flag in (
+        ("run_evaluator.py", "--ckpt_path"),
+        ("export", "--export_dir=new --ckpt_path"),
+        ("classify", "photo.png --ckpt_path"),
+    ):
+        refused = error_of(program, *flag.split()[:-1], f"{flag.split()[-1]}={odd}", cwd=tmp_path)
+        assert "TensorFlow needs a path in UTF-8" in refused
