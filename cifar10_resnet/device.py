@@ -18,6 +18,8 @@ IDLE_PASSES = (
     "common_subgraph_elimination",
 )
 
+SHARED_MEMORY = "/dev/shm"  # Linux has a folder in memory here, also in read-only containers.
+
 
 def start_tensorflow(
     device: str,
@@ -34,6 +36,7 @@ def start_tensorflow(
     """
     if verbose:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")
+    _settle_temporary_folder()
     with _quiet_start():
         with _without_keras():
             import tensorflow as tf
@@ -109,6 +112,18 @@ def _cpu_trains(data_format: str, dtype: str) -> bool:
         return False
 
 
+def _settle_temporary_folder() -> None:
+    """Lets the libraries start if every usual folder for temporary files is read-only."""
+    try:
+        tempfile.gettempdir()
+    except OSError:
+        if os.access(SHARED_MEMORY, os.W_OK):
+            tempfile.tempdir = SHARED_MEMORY
+        else:
+            # TensorFlow imports absl's tests, which need a folder but write nothing to it.
+            os.environ.setdefault("TEST_TMPDIR", os.devnull)
+
+
 @contextlib.contextmanager
 def _without_keras() -> Iterator[None]:
     """Keeps TensorFlow from importing Keras and with it Matplotlib: a quarter of its start.
@@ -142,11 +157,21 @@ def _quiet_start() -> Iterator[None]:
 def stderr_held_back() -> Iterator[None]:
     """Holds back the process's standard error, and prints it only if the block fails.
 
-    TensorFlow writes some messages straight there, whatever its log level is.
+    TensorFlow writes some messages straight there, whatever its log level is. If there is neither
+    memory nor a temporary folder for them, they are printed.
     """
+    try:
+        # Memory, where the system has files in it, because a temporary folder may be read-only.
+        said = os.fdopen(os.memfd_create("stderr"), "w+b")
+    except (AttributeError, OSError):
+        try:
+            said = tempfile.TemporaryFile()  # noqa: SIM115
+        except OSError:
+            yield
+            return
     sys.stderr.flush()
     terminal = os.dup(2)
-    with tempfile.TemporaryFile() as said:
+    with said:
         os.dup2(said.fileno(), 2)
         try:
             yield

@@ -1,12 +1,16 @@
 """TensorFlow's start: its data format, and how it uses a GPU's memory and arithmetic."""
 
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import tensorflow as tf
 from conftest import assert_same_checkpoint
-from programs import SMALL, run, run_code
+from programs import PROJECT, SMALL, run, run_code
 
 import run_trainer
 from cifar10_resnet import device
@@ -196,3 +200,61 @@ def test_training_uses_tf32_unless_it_is_turned_off_and_an_evaluation_never_does
     with pytest.raises(Reached) as reached:
         run_trainer.main(Flags(run_trainer.Settings, argv).parse())
     assert reached.value.args == ({"tf32": tf32, "deterministic": deterministic},)
+
+
+# --- Read-only systems ----------------------------------------------------------------------------
+
+# All of the system is read-only, except the folder of the run. Nothing that is mounted stays.
+READ_ONLY = """
+set -e
+mount --make-rprivate /
+mount --bind "$1" "$1"
+mount --bind / /mnt
+mount -o remount,ro,bind /mnt
+mount --rbind /dev /mnt/dev
+mount -t proc proc /mnt/proc
+mount --bind "$1" "/mnt$1"
+if [ "$2" = "without shared memory" ]; then mount -t tmpfs -o ro none /mnt/dev/shm; fi
+shift 2
+exec chroot /mnt "$@"
+"""
+
+
+def on_read_only_system(folder: Path, memory: str, *command: object):
+    unshare = ["unshare", "--mount", "sh", "-c", READ_ONLY, "sh", folder, memory]
+    environment = {**os.environ, "TMPDIR": "/nowhere"}
+    return subprocess.run(
+        list(map(str, unshare + list(command))), capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.mark.parametrize("memory", ["with shared memory", "without shared memory"])
+def test_a_read_only_system_without_temporary_folders_trains_and_evaluates(tmp_path, memory):
+    if on_read_only_system(tmp_path, memory, "true").returncode:
+        pytest.skip("file systems cannot be mounted here, which takes root")
+    folder = tmp_path / "run"
+    program = [sys.executable, PROJECT / "run_trainer.py", "--use_synthetic_data", *SMALL]
+    flags = [f"--ckpt_path={folder}", "--max_train_steps=2", "--epochs_between_evals=1"]
+    export = f"--export_dir={tmp_path / 'exported'}"
+    trained = on_read_only_system(tmp_path, memory, *program, *flags, "--batch_size=5000", export)
+    assert trained.returncode == 0, trained.stderr
+    assert (folder / "model.ckpt-2.index").exists()
+    assert (tmp_path / "exported" / "saved_model.pb").exists()
+    reason = "No plots are written: Matplotlib has no writable folder for its cache."
+    assert (reason in trained.stdout) == (memory == "without shared memory")
+
+
+def test_messages_are_held_back_in_memory_without_a_temporary_folder(monkeypatch, capfd):
+    def refuse(*arguments: object, **keywords: object) -> None:
+        raise FileNotFoundError("No usable temporary directory")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with device.stderr_held_back():
+        os.write(2, b"noise")
+    with pytest.raises(ZeroDivisionError), device.stderr_held_back():
+        os.write(2, b"reason")
+        raise ZeroDivisionError
+    monkeypatch.delattr(os, "memfd_create")
+    with device.stderr_held_back():
+        os.write(2, b", and shown")
+    assert capfd.readouterr().err == "reason, and shown"

@@ -78,7 +78,7 @@ class Summaries:
 
     def confusion_matrix(self, step: int, metrics: Metrics, names: Sequence[str]) -> None:
         """Writes the confusion matrix of an evaluation, as a plot."""
-        if not (self.are_written and self._plots):
+        if not self._can_plot():
             return
         from cifar10_resnet.figures import evaluation, style
 
@@ -91,7 +91,7 @@ class Summaries:
         self, step: int, images: np.ndarray, metrics: Metrics, names: Sequence[str]
     ) -> None:
         """Writes the most confident mistakes of an evaluation, as a plot."""
-        if not (self.are_written and self._plots):
+        if not self._can_plot():
             return
         from cifar10_resnet.figures import evaluation, style
 
@@ -102,6 +102,16 @@ class Summaries:
     def results(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the results that TensorBoard shows next to a run's hyperparameters."""
         self.scalars("train", step, {f"result/{name}": value for name, value in values.items()})
+
+    def _can_plot(self) -> bool:
+        """Returns whether plots are written. Prints why if Matplotlib exists but cannot start."""
+        if self.are_written and self._plots:
+            try:
+                import cifar10_resnet.figures  # noqa: F401
+            except UserError as error:
+                self._plots = False
+                print(f"No plots are written: {error}", flush=True)
+        return self.are_written and self._plots
 
     def _pixels(
         self, writer: str, step: int, tag: str, pixels: np.ndarray | tf.Tensor, description: str

@@ -70,7 +70,7 @@ def test_absls_own_full_help_stays():
         (["--recipe=fats"], "--recipe=fats is invalid: it must be paper, one_cycle or fast."),
         (["--batch_size=x"], "--batch_size=x is invalid: it must be a whole number, 1 to 65,536."),
         (["--batch_size=0"], "--batch_size=0 is invalid: it must be a whole number, 1 to 65,536."),
-        (["--resnet_size=x"], "--resnet_size=x is invalid: it must be a whole number, 1 or more."),
+        (["--resnet_size=x"], "--resnet_size=x is invalid: it must be a whole number, 1 to 2,000."),
         (["--momentum=2"], "it must be a number, 0 to 1."),
         (["--momentum=nan"], "it must be a number, 0 to 1."),
         (["--clean=perhaps"], "--clean=perhaps is invalid: it must be true or false."),

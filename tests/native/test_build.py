@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from programs import PROJECT, SMALL, error_of, run
+from programs import PROJECT, SMALL, error_of, run, run_code
 
 from cifar10_resnet.native import build
 
@@ -47,6 +47,14 @@ def test_it_is_built_once_and_found_again(compiler, cache, capsys):
     assert calls.read_text() == "called\n"
     assert capsys.readouterr().out.count("Building the native kernels") == 1
     assert sorted(os.listdir(cache)) == sorted([".lock", Path(file).name])
+
+
+def test_a_start_that_finds_it_built_waits_for_nobody(compiler, cache):
+    compiler('echo library > "$out"')
+    file = build.library()
+    with build._locked(cache):  # as a program does that builds for another compiler
+        code = "from cifar10_resnet.native import build; print(build.library())"
+        assert run_code(code, timeout=60).stdout.strip() == file
 
 
 def test_only_the_user_may_enter_the_folder(compiler, cache):
