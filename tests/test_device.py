@@ -251,9 +251,14 @@ def test_messages_are_held_back_in_memory_without_a_temporary_folder(monkeypatch
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with device.stderr_held_back():
         os.write(2, b"noise")
-    with pytest.raises(ZeroDivisionError), device.stderr_held_back():
-        os.write(2, b"reason")
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with device.stderr_held_back():
+            os.write(2, b"reason")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     monkeypatch.delattr(os, "memfd_create")
     with device.stderr_held_back():
         os.write(2, b", and shown")
