@@ -27,7 +27,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 PREDICT = "/v1/models/resnet:predict"
 CLIENTS = (1, 8, 64)
 ROUNDS = 3
-REQUESTS = 320  # of each number of clients, in a round
+REQUESTS = 320  # in a round, for any number of clients
 HOSTILE_CLIENTS, HOSTILE_SECONDS = 4, 30
 MEMORY_REQUESTS = 10_000
 IDLE, ASKED = 2000, 100
@@ -35,7 +35,7 @@ TIMEOUT = 300
 
 
 class Server:
-    """A checkout's server in a process of its own."""
+    """A checkout's server in a separate process."""
 
     def __init__(self, checkout: Path, saved_model: str):
         command = [sys.executable, str(checkout / "cifar10_resnet"), "serve", "--port=0"]
@@ -165,7 +165,7 @@ def measure(servers: dict[str, Server]) -> None:
 
 
 def main() -> None:
-    """Measures the servers in turns, and prints the results."""
+    """Measures the servers alternately, and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--saved_model", required=True, help="folder of a SavedModel")
     parser.add_argument("--other", type=Path, help="another checkout of this project")

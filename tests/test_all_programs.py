@@ -5,7 +5,7 @@ import re
 import resource
 
 import pytest
-from conftest import write_cifar100
+from conftest import random_cifar100, write_cifar100
 from programs import PROGRAMS, SMALL, error_of, run, run_code, without_tensorflow
 
 
@@ -147,7 +147,7 @@ def test_a_program_interrupted_while_it_imports_ends_with_a_one_line_error(progr
 
 
 def test_cifar100_is_learned_by_its_coarse_labels_too(tmp_path):
-    write_cifar100(tmp_path / "cifar-100-binary")
+    write_cifar100(tmp_path / "cifar-100-binary", train=random_cifar100(20))
     command = ("run_trainer.py", "--dataset=cifar100", *SMALL, "--max_train_steps=2")
     assert "(CIFAR-100)" in run(*command, "--coarse_labels", cwd=tmp_path).stdout
     scored = run("run_evaluator.py", "--ckpt_path=runs/resnet8-cifar100-coarse", cwd=tmp_path)

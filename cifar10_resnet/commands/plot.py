@@ -47,7 +47,7 @@ def main(flags: "Flags") -> int:
 
     found = [pair for run in flags.run for pair in _histories(run, read_history)]
     names = [
-        # A folder's name may contain bytes that are no text, which no font can show.
+        # A folder's name may contain bytes that are not text. No font can show them.
         name.encode(errors="backslashreplace").decode()
         for name in _names([run for run, _ in found])
     ]

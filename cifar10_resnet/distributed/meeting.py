@@ -15,10 +15,10 @@ from typing import NoReturn
 from cifar10_resnet.distributed.cluster import Cluster
 from cifar10_resnet.errors import UserError
 
-ANSWER_SECONDS = 5  # to connect to the chief, or to tell it the list of workers and an index
+ANSWER_SECONDS = 5  # to connect to the chief, or to send it the list of workers and an index
 RETRY_SECONDS, BEAT_SECONDS, POLL_SECONDS = 0.2, 1.0, 0.05
 MOST_CALLERS = 100  # Unknown clients must not use up the chief's open files.
-MOST_BYTES = 4096  # of a line. The workers' lines are shorter.
+MOST_BYTES = 4096  # The most in one line. The workers' lines are shorter.
 
 # The lines that workers send. An empty line shows that the sender is alive.
 ALL_ARE_HERE, STARTED, ALL_HAVE_STARTED = "all are here", "started", "all have started"
@@ -242,7 +242,7 @@ def _own_port(cluster: Cluster) -> socket.socket:
 
 
 def _patient(callers: list[Connection]) -> list[Connection]:
-    """Returns the callers that may still say who they are. Closes the others."""
+    """Returns the callers that may still send their index. Closes the others."""
     unknown = [caller for caller in callers if caller.index is None and caller.is_open]
     since = time.monotonic() - ANSWER_SECONDS
     kept = [caller for caller in unknown if caller.opened > since][-MOST_CALLERS:]

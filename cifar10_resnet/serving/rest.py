@@ -58,7 +58,7 @@ def _parse(body: bytes) -> dict[str, Any]:
     if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_MARKS:
         raise UserError(f"The request has too many values. Send up to {MAX_INSTANCES} images.")
     try:
-        request = json.loads(body, parse_constant=str)  # NaN is no pixel, as any text
+        request = json.loads(body, parse_constant=str)  # NaN is as wrong as a text
     except (ValueError, RecursionError) as error:
         raise UserError(f"The request is not JSON: {error}.") from error
     if not isinstance(request, dict):

@@ -1,4 +1,4 @@
-"""Knows what the rounding of a run depends on, besides the run: the machine and how it is used.
+"""Describes the machine of a run and how it is used, because a run's rounding depends on both.
 
 A checkpoint records these facts. They do not identify a run, so a run can move to any machine. But
 only with the same facts is a resumed run bit-identical to an uninterrupted one.

@@ -222,7 +222,7 @@ def test_data_is_described_by_the_files_that_are_there(write_cifar10, tmp_path):
 
 
 def test_images_are_counted_from_the_sizes_of_the_files(write_cifar10):
-    folder = str(write_cifar10())
+    folder = str(write_cifar10(train=random_images(15)))
     data = find(folder)
     assert (data.count("train"), data.count("test")) == (15, 4)
     assert data.count_without_holdout(0) == 15
@@ -289,7 +289,7 @@ def write_data(write_cifar10, tmp_path) -> Callable[[str], Path]:
 
     def write(dataset: str) -> Path:
         if dataset == "cifar10":
-            return write_cifar10()
+            return write_cifar10(train=random_images(15))
         if dataset == "cifar100":
             return write_cifar100(tmp_path / "100", train=random_cifar100(3))
         return write_photos(tmp_path / "pictures", 12, train=3)
@@ -359,7 +359,7 @@ def test_a_label_out_of_range_is_reported_by_file_record_byte_and_value(
 def test_a_file_that_shrinks_while_it_is_read_is_named_with_the_place(
     write_cifar10, monkeypatch, records
 ):
-    file = write_cifar10() / "data_batch_3.bin"
+    file = write_cifar10(train=random_images(15)) / "data_batch_3.bin"
     unwatched = cifar10_input._aligned
 
     def shrinking(shape: list[int]) -> np.ndarray:  # between the check and the reading
@@ -373,7 +373,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_named_with_the_place(
 
 
 def test_a_file_that_vanishes_while_it_is_read_is_named(write_cifar10, monkeypatch):
-    file = write_cifar10() / "data_batch_3.bin"
+    file = write_cifar10(train=random_images(15)) / "data_batch_3.bin"
     unwatched = cifar10_input._aligned
     monkeypatch.setattr(
         cifar10_input, "_aligned", lambda shape: (os.remove(file), unwatched(shape))[1]

@@ -197,7 +197,7 @@ def test_a_chief_that_leaves_after_its_answer_is_named():
 def test_workers_that_do_not_come_are_named():
     chief, *others = clusters(3)
     with meetings(others[0], timeout=1) as late:
-        with pytest.raises(UserError, match=r"^worker 2 \(\S+\) did not start within 1 seconds"):
+        with pytest.raises(UserError, match=r"worker 2 \(\S+\) did not start within 1 seconds"):
             meet(chief, 1)
         with pytest.raises(UserError, match=r"^worker 0 \(\S+\) did not start"):
             late[0].result()

@@ -691,7 +691,7 @@ def storm(server) -> Callable[[], None]:
 
 
 def test_hundreds_of_requests_at_once_are_all_answered_and_add_no_memory(server, storm):
-    # What a leak adds, it adds in every storm. One storm that adds next to nothing rules it out.
+    # A leak adds memory in every storm. One storm that adds next to nothing rules it out.
     storm()
     for _ in range(5):
         before = server.memory()

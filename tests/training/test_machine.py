@@ -1,4 +1,4 @@
-"""What the rounding of a run depends on besides the run, and what a start says if it differs."""
+"""A start names what differs from the machine of the run's last start."""
 
 import re
 from pathlib import Path
@@ -113,7 +113,7 @@ def with_threads(count: int) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory) -> Path:
-    """A run of which 4 steps were taken with 2 threads."""
+    """A run with 4 steps, taken with 2 threads."""
     folder = tmp_path_factory.mktemp("begun")
     first = run(*TRAIN, f"--ckpt_path={folder}", "--max_train_steps=4", env=with_threads(2))
     assert "round differently" not in first.stdout
