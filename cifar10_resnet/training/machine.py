@@ -9,6 +9,9 @@ import os
 
 import tensorflow as tf
 
+# Whether oneDNN is on has no public name.
+from tensorflow.python.util import _pywrap_util_port
+
 from cifar10_resnet.distributed.replicas import Replicas
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.native import build
@@ -119,12 +122,12 @@ def _threads() -> int:
 def _onednn() -> str:
     """Returns whether TensorFlow uses oneDNN's operations, and its limit on instructions.
 
-    TensorFlow's own products use oneDNN too, so the limit counts without these operations.
+    By default, they are on for some processors only. TensorFlow's own operations use oneDNN's
+    products, so the limit counts without these operations too.
     """
-    is_off = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "").lower() in ("0", "false")
     limits = [os.environ.get(f"{name}_MAX_CPU_ISA", "") for name in ("ONEDNN", "DNNL")]
     limit = next((limit for limit in limits if limit), "")
-    return f"{_on_or_off(not is_off)}{limit and f' with {limit}'}"
+    return f"{_on_or_off(_pywrap_util_port.IsMklEnabled())}{limit and f' with {limit}'}"
 
 
 def _on_or_off(is_on: bool | None) -> str:

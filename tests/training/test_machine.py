@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import values_in
-from programs import SMALL, environment, error_of, run
+from programs import SMALL, environment, error_of, run, run_code
 
 from cifar10_resnet import checkpoints
 from cifar10_resnet.distributed.replicas import Replicas
@@ -71,6 +71,7 @@ def facts(is_native: bool = False, replicas: Replicas | None = None, **options) 
 
 def test_every_fact_of_a_cpu_is_noticed(monkeypatch):
     before = facts()
+    onednn = before["oneDNN"]
     assert before["device"] == "cpu"
     assert int(before["threads"]) >= 1
     assert machine.differences(before, facts()) == ""
@@ -84,13 +85,18 @@ def test_every_fact_of_a_cpu_is_noticed(monkeypatch):
     assert changed(data_format="channels_first").startswith("data format channels_first instead")
     for name, value, expected in (
         ("TF_NUM_INTRAOP_THREADS", "97", f"threads 97 instead of {before['threads']}"),
-        ("TF_ENABLE_ONEDNN_OPTS", "0", "oneDNN off instead of on"),
-        ("ONEDNN_MAX_CPU_ISA", "SSE41", "oneDNN on with SSE41 instead of on"),
-        ("DNNL_MAX_CPU_ISA", "AVX", "oneDNN on with AVX instead of on"),
+        ("ONEDNN_MAX_CPU_ISA", "SSE41", f"oneDNN {onednn} with SSE41 instead of {onednn}"),
+        ("DNNL_MAX_CPU_ISA", "AVX", f"oneDNN {onednn} with AVX instead of {onednn}"),
     ):
         with monkeypatch.context() as changing:
             changing.setenv(name, value)
             assert changed() == expected
+
+
+def test_onednn_is_off_or_on_as_tensorflow_has_it():
+    code = "from cifar10_resnet.training import machine; print(machine._onednn())"
+    for value, expected in (("0", "off\n"), ("1", "on\n")):
+        assert run_code(code, env=environment(TF_ENABLE_ONEDNN_OPTS=value)).stdout == expected
 
 
 def test_workers_that_differ_are_listed_together():
