@@ -16,7 +16,7 @@ from cifar10_resnet import storage
 from cifar10_resnet.cli import app
 from cifar10_resnet.config import DataConfig, ModelConfig
 from cifar10_resnet.data import dataset
-from cifar10_resnet.device import resolve_data_format, start_tensorflow
+from cifar10_resnet.device import resolve_data_format, slowness, start_tensorflow
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.options import Options, checkpoint
 from cifar10_resnet.settings import Checked, same, setting
@@ -85,6 +85,8 @@ def main(flags: "Flags") -> int:
     data_format = resolve_data_format(flags.data_format, flags.dtype)
     scores = []
     with quietly(flags.quiet) as stdout:
+        if slow := slowness(flags.dtype, device):
+            print(slow, flush=True)
         for scored in evaluator.score_checkpoints(
             saved,
             data,

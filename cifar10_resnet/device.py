@@ -76,6 +76,13 @@ def visible_device() -> str:
     return "gpu" if tf.config.get_visible_devices("GPU") else "cpu"
 
 
+def slowness(dtype: str, device: str) -> str | None:
+    """Returns why a precision is slow on "cpu" or "gpu", and what to use, or None if it is not."""
+    if (dtype, device) != ("fp16", "cpu"):
+        return None
+    return "CPUs emulate fp16, which is slow. Use --dtype=bf16 or --dtype=fp32 here."
+
+
 def resolve_data_format(data_format: str, dtype: str, device: str = "auto") -> str:
     """Turns `auto` into the device's data format. Refuses a format that its kernels lack."""
     if device == "auto":

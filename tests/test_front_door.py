@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import random_images
 from programs import PROJECT, error_of, run
 
 from cifar10_resnet import checkpoints
@@ -105,7 +106,8 @@ def data(tmp_path_factory) -> Path:
     ],
     ids=["paper", "one_cycle", "fast"],
 )
-def test_a_recipe_has_its_values(data, tmp_path, flags, settings, rates):
+def test_a_recipe_has_its_values(write_cifar10, tmp_path, flags, settings, rates):
+    data = write_cifar10(train=random_images(130))  # A default batch is not larger than the data.
     shown = run(
         *("run_trainer.py", f"--path={data}", f"--ckpt_path={tmp_path}", *flags),
         *("--max_train_steps=1", "--verbose"),
@@ -145,6 +147,8 @@ def test_the_official_programs_flags_work(data, tmp_path):
         "ckpt_path": str(model),
     }
     assert_settings(trained, settings)
+    slow = "CPUs emulate fp16, which is slow. Use --dtype=bf16 or --dtype=fp32 here.\n"
+    assert f"{slow}Starting at step 0." in trained
     # One epoch has 5 steps, and the last step is evaluated too.
     assert re.findall(r"step (\d+)/6 evaluated on test: ", trained) == ["5", "6"]
     assert (export / "saved_model.pb").is_file()
@@ -159,6 +163,7 @@ def test_the_official_programs_flags_work(data, tmp_path):
         f"--output_json={scores}",
     ).stdout
     assert "resnet8-v1, step 6" in scored
+    assert scored.startswith(slow)
     assert json.loads(scores.read_text())["num_images"] == 20
     # A second name counts as typed: the program compares it with the checkpoint.
     error = error_of("run_evaluator.py", *names, "--resnet_size=14")

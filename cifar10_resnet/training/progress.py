@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from cifar10_resnet.config import RunConfig
+from cifar10_resnet.device import slowness
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.metrics import Metrics
 from cifar10_resnet.options import Options
@@ -267,6 +268,8 @@ def opening(
     if run.model.num_layers in IMAGENET_DEPTHS:
         depth = run.model.num_layers
         lines.insert(0, f"This network is for 32x32 images. ImageNet's ResNet-{depth} is another.")
+    if slow := slowness(options.dtype, options.device):
+        lines.append(slow)
     step = trainer.steps_done
     lines.append(f"Resuming from {resume_from} at step {step}." if resume_from else _beginning(run))
     if options.profile_steps and not step < options.profile_steps[0] <= last_step:
