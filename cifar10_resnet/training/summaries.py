@@ -107,7 +107,7 @@ class Summaries:
         """Returns whether plots are written. Prints why if Matplotlib exists but cannot start."""
         if self.are_written and self._plots:
             try:
-                import cifar10_resnet.figures  # noqa: F401
+                from cifar10_resnet.figures import style  # noqa: F401
             except UserError as error:
                 self._plots = False
                 print(f"No plots are written: {error}", flush=True)
