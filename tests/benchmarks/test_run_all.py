@@ -53,9 +53,9 @@ def test_a_run_leaves_its_curve_its_command_and_its_score(run_all, write_cifar10
     assert "--num_layers=8 --recipe=fast --seed=1 --dtype=bf16" in comments["command"]
     assert "TensorFlow" in comments["versions"]
     assert comments["parameters"] == "75290"
-    assert columns["step"].tolist() == [3, 4, 6]  # an epoch is 3.75 steps
+    assert columns["step"].tolist() == [3, 5, 6]  # an epoch is 5 steps
     assert columns["test_accuracy"][-1] == float(f"{result.csv.accuracy:.6g}")
-    assert columns["epoch"][-1] == pytest.approx(1.6)
+    assert columns["epoch"][-1] == pytest.approx(1.2)
     seconds = columns["seconds"].tolist()
     assert seconds == sorted(seconds)
     assert seconds[0] > 0

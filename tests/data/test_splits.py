@@ -31,16 +31,16 @@ def test_holdout_takes_the_last_training_images_and_leaves_the_test_images_uncha
 def test_without_a_holdout_every_training_image_is_trained_on(write_cifar10):
     data = find(str(write_cifar10()))
     kept, held_out = splits.load_training(data, DataConfig())
-    assert (len(kept.labels), len(held_out.labels)) == (15, 0)
-    assert len(splits.load_split(data, DataConfig(), "train").labels) == 15
+    assert (len(kept.labels), len(held_out.labels)) == (20, 0)
+    assert len(splits.load_split(data, DataConfig(), "train").labels) == 20
 
 
-@pytest.mark.parametrize("holdout", [15, 16, 5000])
+@pytest.mark.parametrize("holdout", [20, 21, 5000])
 def test_a_holdout_that_leaves_nothing_to_train_on_is_refused(write_cifar10, holdout):
     with pytest.raises(UserError) as refused:
         splits.load_training(find(str(write_cifar10())), DataConfig(holdout=holdout))
     assert f"holdout={holdout}" in str(refused.value)
-    assert "15" in str(refused.value)
+    assert "only 20 training images" in str(refused.value)
 
 
 def test_scoring_a_holdout_that_the_run_does_not_have_is_refused(write_cifar10):

@@ -103,7 +103,7 @@ def test_another_compiler_tensorflow_or_processor_gets_a_library_of_its_own(
     first = build.library()
     compiler('echo another > "$out"')
     second = build.library()
-    monkeypatch.setattr(build, "_processor", lambda: "another processor")
+    monkeypatch.setattr(build, "processor", lambda: "another processor")
     assert len({first, second, build.library()}) == 3
 
 
