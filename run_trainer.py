@@ -17,6 +17,7 @@ from cifar10_resnet.data import dataset
 from cifar10_resnet.data.dataset import Dataset
 from cifar10_resnet.distributed import cluster
 from cifar10_resnet.options import Options
+from cifar10_resnet.storage import HeldLock
 from cifar10_resnet.terminal import command, emphasised, quietly, table
 from cifar10_resnet.training import run_folder
 
@@ -70,15 +71,20 @@ def main(flags: "Flags") -> int:
             if replicas.is_chief:
                 print(report)
             return 0
-        run, found, resume_from = json.loads(
-            replicas.from_chief(lambda: _prepare(options, data, given, held))
-        )
+        lock = None
+
+        def prepare() -> str:
+            nonlocal lock
+            lock = held.enter_context(run_folder.lock(options.ckpt_path))
+            return _prepare(options, data, given)
+
+        run, found, resume_from = json.loads(replicas.from_chief(prepare))
         run, data = RunConfig.from_json(run), data or Dataset(*found)
         if options.verbose and replicas.is_chief:
             settings = run.settings() | dataclasses.asdict(options)
             print(table((settings | {"log_per_iterations": options.steps_per_log(run)}).items()))
         with quietly(options.quiet):
-            outcome = train(run, options, data, resume_from, replicas)
+            outcome = train(run, options, data, resume_from, replicas, lock)
             if options.export_dir and replicas.is_chief and not outcome.stopped_by:
                 # With "auto", a network that was trained on a GPU is exported to run anywhere.
                 layout = "channels_last" if flags.data_format == "auto" else flags.data_format
@@ -96,11 +102,13 @@ def train(
     data: Dataset | None = None,
     resume_from: str | None = None,
     replicas: "Replicas | None" = None,
+    lock: HeldLock | None = None,
 ) -> "Outcome":
     """Trains a run from its start, or from its checkpoint `resume_from`, and returns the outcome.
 
     Without `data`, it uses its own data set in its default folder. If several workers train
-    together, only the chief reads and writes checkpoints.
+    together, only the chief reads and writes checkpoints. With the `lock` of the run's folder,
+    training ends if the folder is moved.
     """
     from cifar10_resnet.distributed.replicas import Replicas
     from cifar10_resnet.training import loop, progress, resume, signals
@@ -120,7 +128,7 @@ def train(
 
     batches = _batches(trainer, options.device, images.train)
     kind = progress.Progress if replicas.is_chief else progress.Silent
-    saving = loop.Saving(trainer, options)
+    saving = loop.Saving(trainer, options, lock)
     with (
         signals.StopSignals() as stop,
         kind(
@@ -170,13 +178,10 @@ def _evaluate(options: Options, data: Dataset | None, given: dict[str, Any]) -> 
     return scored.line() if options.quiet else scored.report()
 
 
-def _prepare(
-    options: Options, data: Dataset | None, given: dict[str, Any], held: contextlib.ExitStack
-) -> str:
+def _prepare(options: Options, data: Dataset | None, given: dict[str, Any]) -> str:
     """Returns, as JSON, the run, its data set and its checkpoint to resume from, if any."""
     from cifar10_resnet.training import resume
 
-    held.enter_context(run_folder.lock(options.ckpt_path))
     pretrained = options.pretrained_model_checkpoint_path
     with quietly(options.quiet):
         run, data, resume_from = resume.prepare_run(

@@ -270,8 +270,39 @@ def _folder_lock(folder: str) -> Iterator[None]:
         os.close(handle)
 
 
+class HeldLock:
+    """A lock file that this process holds. It moves with its folder."""
+
+    def __init__(self, path: str, handle: int):
+        self._path, self._handle = path, handle
+
+    def is_in_place(self) -> bool:
+        """Returns whether the lock is still in the folder with the name that was locked."""
+        return self._is_at(self._path)
+
+    def is_replaced(self) -> bool:
+        """Returns whether the folder with the name that was locked has another lock."""
+        return os.path.exists(self._path) and not self.is_in_place()
+
+    def folder(self) -> str | None:
+        """Returns the folder that contains the lock now, or None if the lock was deleted."""
+        if self.is_in_place():
+            return os.path.dirname(self._path)
+        with contextlib.suppress(OSError):  # Only Linux has this link.
+            path = os.readlink(f"/proc/self/fd/{self._handle}")
+            if self._is_at(path):
+                return os.path.dirname(path)
+        return None
+
+    def _is_at(self, path: str) -> bool:
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self._handle))
+        except OSError:
+            return False
+
+
 @contextlib.contextmanager
-def lock(folder: StrPath, refusal: UserError) -> Iterator[None]:
+def lock(folder: StrPath, refusal: UserError) -> Iterator[HeldLock]:
     """Locks a folder during the block. Another process that locks it gets the refusal.
 
     The system drops the lock when its process ends, even if the process is killed.
@@ -283,11 +314,14 @@ def lock(folder: StrPath, refusal: UserError) -> Iterator[None]:
         raise refusal from error
     except OSError as error:
         raise unwritable(folder, error) from error
+    held = HeldLock(path, handle)
     try:
-        yield
+        yield held
     finally:
         with contextlib.suppress(OSError):
-            os.remove(path)
+            # If the folder was moved, another process may have locked a new one of its name.
+            if place := held.folder():
+                os.remove(os.path.join(place, LOCK))
         os.close(handle)
 
 

@@ -1,6 +1,7 @@
 """Runs the training loop: takes steps, and does what is due after each, until the run ends."""
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -9,9 +10,11 @@ import tensorflow as tf
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import RunConfig, TrainingConfig
 from cifar10_resnet.data.splits import RunImages
+from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.evaluator import Evaluator
 from cifar10_resnet.evaluation.metrics import Metrics
 from cifar10_resnet.options import Options
+from cifar10_resnet.storage import LOCK, HeldLock
 from cifar10_resnet.training.progress import Silent
 from cifar10_resnet.training.signals import StopSignals
 from cifar10_resnet.training.trainer import Trainer
@@ -142,20 +145,39 @@ class Evaluations:
 
 
 class Saving:
-    """The two parts of saving a run: the check of its weights, and the checkpoint."""
+    """The two parts of saving a run: the checks, and the checkpoint."""
 
-    def __init__(self, trainer: Trainer, options: Options):
-        self._trainer, self._options = trainer, options
+    def __init__(self, trainer: Trainer, options: Options, lock: HeldLock | None = None):
+        self._trainer, self._options, self._lock = trainer, options, lock
 
     def check(self) -> None:
-        """Refuses weights and losses that are not finite."""
+        """Refuses weights and losses that are not finite, and a run folder that was moved."""
         self._trainer.check_finite(self._options.ckpt_path)
+        if self._lock and not self._lock.is_in_place():
+            raise self._leave(self._options.ckpt_path)
 
-    def save(self) -> str:
+    def _leave(self, folder: str) -> UserError:
+        """Saves where the run folder is now, and returns why training ends."""
+        place = self._lock.folder()
+        if place:
+            again = f"To resume, add --ckpt_path={place} to the same command."
+            return UserError(
+                f"{folder} was moved during training. Saved {self.save(place)}. {again}"
+            )
+        if self._lock.is_replaced():
+            why = "was deleted during training, and another trainer uses the new folder"
+            step = f"This run ended at step {self._trainer.steps_done:,} without saving."
+            return UserError(f"{folder} {why}. {step} Use a separate --ckpt_path for each run.")
+        lock = os.path.join(folder, LOCK)
+        saved = f"Saved {self.save()}. To resume, run the same command."
+        return UserError(f"{lock} was deleted during training. {saved}")
+
+    def save(self, folder: str | None = None) -> str:
         """Saves a checkpoint and returns its path."""
         trainer, options = self._trainer, self._options
         return checkpoints.save(
-            trainer.checkpoint, options.ckpt_path, trainer.steps_done, options.max_ckpts
+            *(trainer.checkpoint, folder or options.ckpt_path),
+            *(trainer.steps_done, options.max_ckpts),
         )
 
 

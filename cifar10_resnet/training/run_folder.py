@@ -51,7 +51,7 @@ def refuse_export(options: Options) -> None:
 
 
 @contextlib.contextmanager
-def lock(directory: str) -> Iterator[None]:
+def lock(directory: str) -> Iterator[storage.HeldLock]:
     """Locks a run's folder against a second trainer. Creates the folder if it is missing.
 
     A new folder that stays empty is removed again, because the start was refused.
@@ -69,14 +69,14 @@ def lock(directory: str) -> Iterator[None]:
         with contextlib.ExitStack() as held:
             try:
                 storage.make_folders(directory)
-                held.enter_context(storage.lock(directory, refusal))
+                taken = held.enter_context(storage.lock(directory, refusal))
                 # This clears the remains of a process that was killed while it saved. It also
                 # tests the folder, which may not be writable although an older lock in it is.
                 with checkpoints.saving_folder(directory):
                     pass
             except OSError as error:
                 raise unwritable(directory, error) from error
-            yield
+            yield taken
     finally:
         if is_new:
             with contextlib.suppress(OSError):  # It is not empty.

@@ -38,7 +38,9 @@ def test_what_the_import_prints_trains_a_network_that_knows_the_photos(tmp_path)
     evaluated = ("--path=photos-bin", "--ckpt_path=runs/photos-bin")
     tested = run("run_evaluator.py", *evaluated, cwd=tmp_path)
     assert re.search(r"images +50\n", tested.stdout)
-    assert float(re.search(r" accuracy +(\d+\.\d+)%\n", tested.stdout)[1]) > 50  # seeds scatter from 68 to 90
+    assert (
+        float(re.search(r" accuracy +(\d+\.\d+)%\n", tested.stdout)[1]) > 50
+    )  # seeds scatter from 68 to 90
     assert all(re.search(rf"^    {name} +\d", tested.stdout, re.M) for name in CLASS_NAMES)
 
 

@@ -1,4 +1,4 @@
-"""Clocks that jump, and starts that coincide."""
+"""Clocks that jump, starts that coincide, and folders that move away."""
 
 import io
 import re
@@ -7,11 +7,13 @@ import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
+import pytest
 from conftest import random_images
-from programs import SMALL, start
+from programs import SMALL, start, wait_for
 
-from cifar10_resnet import checkpoints
+from cifar10_resnet import checkpoints, storage
 from cifar10_resnet.config import RunConfig
+from cifar10_resnet.errors import UserError
 from cifar10_resnet.training.progress import Progress
 
 
@@ -44,14 +46,53 @@ def test_of_two_trainers_started_at_once_one_is_refused_and_the_other_not_distur
     command = ("run_trainer.py", f"--path={path}", f"--ckpt_path={tmp_path / 'run'}", *SMALL)
     trainers = [start(*command), start(*command)]
     with ThreadPoolExecutor(2) as pool:
-        ends = {pool.submit(trainer.communicate): trainer for trainer in trainers}
+        ends = {pool.submit(trainer.wait): trainer for trainer in trainers}
         (first,), _ = wait(ends, return_when=FIRST_COMPLETED)  # the other trains for 64,000 steps
         refused = ends.pop(first)
-        assert refused.returncode == 1
-        assert "in use by another trainer" in first.result()[1]
-        (second,) = ends
-        ends[second].send_signal(signal.SIGTERM)
-        out, err = second.result()
-    assert ends[second].returncode == 128 + signal.SIGTERM, err
+        (second,) = ends.values()
+        wait_for(second, "step ")
+        second.send_signal(signal.SIGTERM)
+        out, err = second.communicate()
+    assert refused.returncode == 1
+    assert "in use by another trainer" in refused.communicate()[1]
+    assert second.returncode == 128 + signal.SIGTERM, err
     saved = re.search(r"saved as +(\S+)", out)[1]
     assert checkpoints.newest_intact(str(tmp_path / "run")) == (saved, [])
+
+
+@pytest.mark.parametrize(
+    "fault", ["moved", "moved, another run", "deleted", "deleted, another run"]
+)
+def test_a_trainer_whose_folder_is_gone_ends_and_loses_nothing(fault, write_cifar10, tmp_path):
+    run, moved = tmp_path / "run", tmp_path / "run2"
+    path = write_cifar10(random_images(80))
+    trainer = start("run_trainer.py", f"--path={path}", f"--ckpt_path={run}", *SMALL)
+    for _ in range(2):  # The trainer prints the first line before it opens its event file.
+        wait_for(trainer, "loss")
+    if fault.startswith("moved"):
+        run.rename(moved)
+    else:
+        (run / storage.LOCK).unlink()
+    if fault.endswith("another run"):
+        run.mkdir(exist_ok=True)
+        with storage.lock(run, UserError("taken")):
+            out, err = trainer.communicate(timeout=60)
+    else:
+        out, err = trainer.communicate(timeout=60)
+    assert trainer.returncode == 1, out
+    (line,) = [line for line in err.splitlines() if "during training" in line]
+    if fault == "deleted, another run":
+        assert "another trainer uses the new folder" in line
+        assert "without saving" in line
+        assert checkpoints.list_checkpoints(str(run)) == []
+        return
+    assert ("was moved" if fault.startswith("moved") else "was deleted") in line
+    folder = moved if fault.startswith("moved") else run
+    saved = re.search(r"Saved (\S+)\.", line)[1]
+    assert checkpoints.newest_intact(str(folder)) == (saved, [])
+    assert [run.exists(), moved.exists()] == {
+        "moved": [False, True],
+        "moved, another run": [True, True],
+        "deleted": [True, False],
+    }[fault]
+    assert not (moved / storage.LOCK).exists()

@@ -134,6 +134,21 @@ def test_a_lock_is_given_back_when_its_holder_fails(tmp_path):
         pass
 
 
+def test_the_lock_of_a_moved_folder_does_not_release_the_folder_that_takes_its_name(
+    holder, tmp_path
+):
+    run = tmp_path / "run"
+    with run_folder.lock(str(run)) as held:
+        assert (held.is_in_place(), held.folder()) == (True, str(run))
+        run.rename(tmp_path / "moved")
+        assert (held.is_in_place(), held.is_replaced()) == (False, False)
+        assert held.folder() == str(tmp_path / "moved")
+        assert holder()[1] == "held", "the name is free"
+        assert held.is_replaced()
+    assert not (tmp_path / "moved" / ".lock").exists()
+    assert holder()[1] == "refused"
+
+
 def test_the_lock_makes_the_folder_and_removes_what_a_killed_save_left(tmp_path):
     saving = tmp_path / "runs" / "one" / ".saving"
     saving.mkdir(parents=True)
