@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import platform
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -76,11 +77,30 @@ def visible_device() -> str:
     return "gpu" if tf.config.get_visible_devices("GPU") else "cpu"
 
 
+def processor() -> str:
+    """Returns what is known of the processor's instructions."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        kept = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
+        return "".join(sorted(set(kept)))
+    return f"{platform.machine()} {platform.processor()}"
+
+
 def slowness(dtype: str, device: str) -> str | None:
     """Returns why a precision is slow on "cpu" or "gpu", and what to use, or None if it is not."""
-    if (dtype, device) != ("fp16", "cpu"):
+    if device != "cpu" or dtype == "fp32":
+        return None
+    if not _cpu_has_bf16():
+        return f"This CPU emulates {dtype}, which is slow. Use --dtype=fp32 here."
+    if dtype == "bf16":
         return None
     return "CPUs emulate fp16, which is slow. Use --dtype=bf16 or --dtype=fp32 here."
+
+
+def _cpu_has_bf16() -> bool:
+    """Returns whether the processor has instructions for bf16, or true if that is not known."""
+    words = processor().split()
+    # x86 lists "flags", and Arm lists "Features".
+    return not {"flags", "Features"} & set(words) or any("bf16" in word for word in words)
 
 
 def resolve_data_format(data_format: str, dtype: str, device: str = "auto") -> str:

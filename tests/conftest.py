@@ -34,6 +34,15 @@ TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 NOBODY = 65534
 
 
+@pytest.fixture(autouse=True)
+def environment_as_before() -> Iterator[None]:
+    """Undoes what a test changed in the environment, which the next test's commands inherit."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def write_records(file: Path, images: np.ndarray, labels: np.ndarray) -> None:
     """A file as its format is described: the label bytes, then the red, green, blue planes."""
     with open(file, "wb") as opened:

@@ -122,6 +122,25 @@ def test_each_gpu_in_use_takes_memory_as_it_needs_it(monkeypatch, device_name, n
     assert found == ("gpu" if used else "cpu")
 
 
+@pytest.mark.parametrize(
+    ("processor", "slow"),
+    [
+        ("flags : fpu avx2 avx512f avx512_bf16", {"fp16"}),
+        ("flags : fpu avx512f amx_bf16", {"fp16"}),
+        ("Features : fp asimd bf16", {"fp16"}),
+        ("flags : fpu avx2", {"bf16", "fp16"}),
+        ("Features : fp asimd", {"bf16", "fp16"}),
+        ("arm64 arm", {"fp16"}),  # Other systems do not list instructions.
+    ],
+)
+def test_a_precision_that_the_processor_emulates_is_called_slow(monkeypatch, processor, slow):
+    monkeypatch.setattr(device, "processor", lambda: processor)
+    advice = {dtype: device.slowness(dtype, "cpu") for dtype in ("fp32", "bf16", "fp16")}
+    assert {dtype for dtype, text in advice.items() if text} == slow
+    assert ("bf16" in advice["fp16"].partition("Use")[2]) == ("bf16" not in slow)
+    assert device.slowness("bf16", "gpu") is device.slowness("fp16", "gpu") is None
+
+
 def started(*arguments: str) -> list[str]:
     """Returns whether TF32 and determinism are on after a start in a separate process."""
     code = f"""

@@ -14,6 +14,7 @@ from conftest import random_images
 from programs import PROJECT, error_of, run
 
 from cifar10_resnet import checkpoints
+from cifar10_resnet.device import slowness
 from cifar10_resnet.training.optimizers import learning_rates
 
 # The settings of a run in which nothing but the data is chosen. Later versions may add some.
@@ -147,8 +148,7 @@ def test_the_official_programs_flags_work(data, tmp_path):
         "ckpt_path": str(model),
     }
     assert_settings(trained, settings)
-    slow = "CPUs emulate fp16, which is slow. Use --dtype=bf16 or --dtype=fp32 here.\n"
-    assert f"{slow}Starting at step 0." in trained
+    assert f"{slowness('fp16', 'cpu')}\nStarting at step 0." in trained
     # One epoch has 5 steps, and the last step is evaluated too.
     assert re.findall(r"step (\d+)/6 evaluated on test: ", trained) == ["5", "6"]
     assert (export / "saved_model.pb").is_file()
@@ -163,7 +163,7 @@ def test_the_official_programs_flags_work(data, tmp_path):
         f"--output_json={scores}",
     ).stdout
     assert "resnet8-v1, step 6" in scored
-    assert scored.startswith(slow)
+    assert scored.startswith(slowness("fp16", "cpu"))
     assert json.loads(scores.read_text())["num_images"] == 20
     # A second name counts as typed: the program compares it with the checkpoint.
     error = error_of("run_evaluator.py", *names, "--resnet_size=14")

@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import importlib.util
 import os
-import platform
 import shutil
 import stat
 import subprocess
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cifar10_resnet import storage
+from cifar10_resnet.device import processor
 from cifar10_resnet.errors import reason_of
 
 FOLDER = Path(__file__).parent
@@ -88,14 +88,6 @@ def _digest(compiler: str) -> str:
     sources = [file.read_bytes() for file in sorted(FOLDER.glob("*.[ch]*"))]
     parts = [*files, *FLAGS, processor(), *sources]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def processor() -> str:
-    """Returns what is known of the processor's instructions."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        kept = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
-        return "".join(sorted(set(kept)))
-    return f"{platform.machine()} {platform.processor()}"
 
 
 def _compile(compiler: str, library: Path) -> str | None:

@@ -12,9 +12,9 @@ import tensorflow as tf
 # Whether oneDNN is on has no public name.
 from tensorflow.python.util import _pywrap_util_port
 
+from cifar10_resnet import device
 from cifar10_resnet.distributed.replicas import Replicas
 from cifar10_resnet.errors import UserError
-from cifar10_resnet.native import build
 from cifar10_resnet.options import Options
 
 Facts = dict[str, str]
@@ -86,7 +86,7 @@ def _facts_of_gpus(gpus: list, options: Options) -> Facts:
 
 
 def _facts_of_cpu(is_native: bool) -> Facts:
-    model, instructions = processor(build.processor())
+    model, instructions = processor(device.processor())
     return {
         "device": "cpu",
         "processor": model,

@@ -1,12 +1,11 @@
 """The native kernels compute what TensorFlow's compute, for any shape and number of threads."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tensorflow as tf
 from programs import run_code
 
+from cifar10_resnet import device
 from cifar10_resnet.config import ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.native import build, kernels
 from cifar10_resnet.training.trainer import Trainer
@@ -238,9 +237,7 @@ def test_fixed_statistics_have_no_native_gradient(library):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_losses_of_many_steps_are_those_of_tensorflow_s_kernels(library, dtype):
-    cpu = Path("/proc/cpuinfo")
-    # TensorFlow's bf16 takes 20 times as long on a processor without AVX-512.
-    is_slow = dtype == "bf16" and cpu.exists() and "avx512" not in cpu.read_text()
+    is_slow = device.slowness(dtype, "cpu")
     # A gentle rate: where rounding changes what a ReLU does, gradients differ by a percent.
     run = RunConfig(ModelConfig(num_layers=8), training=TrainingConfig(init_lr=1e-3, batch_size=32))
     trainers = [Trainer(run, dtype=dtype, native_library=way) for way in (library, None)]
