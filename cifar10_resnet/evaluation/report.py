@@ -69,11 +69,11 @@ def _title(scored: Scored) -> str:
 
 def _numbers(scored: Scored) -> str:
     metrics = scored.metrics
-    shown = min(5, metrics.num_classes)
     interval = f"95% interval: {_percents(*metrics.accuracy_interval)}"
+    top_5 = ("Top-5 accuracy", f"{metrics.top_5_accuracy:.2%}", "")
     numbers = (
         ("Accuracy", f"{metrics.accuracy:.2%}", interval),
-        (f"Top-{shown} accuracy", f"{metrics.top_5_accuracy:.2%}", ""),
+        *([top_5] if metrics.num_classes > 5 else []),  # Otherwise it is always 100%.
         ("Loss", f"{metrics.loss:.4f}", "cross-entropy"),
         ("Calibration error", f"{metrics.calibration.error:.2%}", "expected"),
         ("Images", f"{metrics.num_images:,}", f"{metrics.num_classes} classes"),

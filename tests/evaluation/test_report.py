@@ -102,6 +102,13 @@ def test_the_page_has_the_numbers(text):
     assert "runs/&lt;b&gt;/model.ckpt-900, step 900 of 64,000, on 1,800 holdout images" in text
 
 
+def test_the_page_has_a_top_5_accuracy_only_if_there_are_more_than_five_classes(
+    text, text_of_100_classes
+):
+    assert "Top-5 accuracy" in Page(text_of_100_classes).cells
+    assert not any("Top-" in cell for cell in Page(text).cells)
+
+
 @pytest.mark.parametrize(
     ("dataset", "title"),
     [
