@@ -151,13 +151,21 @@ class Meeting:
             token, _, index = text.partition(" ")
             if token != self._cluster.token or index not in self._indices:
                 caller.send(OTHER_LIST)
-            elif int(index) in self._others:
+            elif self._is_taken(int(index)):
                 caller.send(SECOND)
             else:
                 caller.index = int(index)
                 self._others[caller.index] = caller
                 return
             caller.close()
+
+    def _is_taken(self, index: int) -> bool:
+        """Returns whether a worker with this index waits. Forgets one that has gone."""
+        if index in self._others:
+            self._others[index].read()  # It may have gone since the last wait.
+            if not self._others[index].is_open:
+                self._others.pop(index).close()
+        return index in self._others
 
     # --- Other workers --------------------------------------------------------------------------
 

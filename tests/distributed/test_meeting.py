@@ -1,6 +1,7 @@
 """How workers meet before TensorFlow starts, and watch one another until it has started."""
 
 import contextlib
+import select
 import socket
 import threading
 import time
@@ -139,7 +140,14 @@ def test_a_second_worker_with_one_index_is_told_and_the_others_meet():
                 each.result()
 
 
-def test_a_worker_that_leaves_before_the_last_one_calls_can_come_back():
+@pytest.mark.parametrize("delay", [0, 0.3], ids=["at once", "the chief is slow"])
+def test_a_worker_that_leaves_before_the_last_one_calls_can_come_back(monkeypatch, delay):
+    def late(*arguments):
+        time.sleep(delay)  # So a slow chief sees the end and the next call at the same time.
+        return at_once(*arguments)
+
+    at_once = select.select
+    monkeypatch.setattr("select.select", late)
     chief, *others = clusters(3)
     with meetings(chief) as met:
         call(chief.host_and_port(0), hello(others[0])).close()
