@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import assert_same_checkpoint
@@ -17,8 +18,7 @@ from cifar10_resnet import device
 from cifar10_resnet.cli.flags import Flags
 from cifar10_resnet.device import resolve_data_format
 from cifar10_resnet.errors import UserError
-
-DTYPES = ("fp32", "bf16", "fp16")
+from resnet_model import DTYPES, convolution
 
 
 def test_layouts_are_chosen_for_the_device():
@@ -87,7 +87,7 @@ def test_without_onednn_channels_first_is_refused_on_a_cpu_in_every_precision():
 from cifar10_resnet.device import resolve_data_format
 from cifar10_resnet.errors import UserError
 
-for dtype in {DTYPES}:
+for dtype in {tuple(DTYPES)}:
     try:
         print(dtype, "accepted", resolve_data_format("channels_first", dtype, "cpu"))
     except UserError as refusal:
@@ -135,10 +135,29 @@ def test_each_gpu_in_use_takes_memory_as_it_needs_it(monkeypatch, device_name, n
 )
 def test_a_precision_that_the_processor_emulates_is_called_slow(monkeypatch, processor, slow):
     monkeypatch.setattr(device, "processor", lambda: processor)
-    advice = {dtype: device.slowness(dtype, "cpu") for dtype in ("fp32", "bf16", "fp16")}
-    assert {dtype for dtype, text in advice.items() if text} == slow
-    assert ("bf16" in advice["fp16"].partition("Use")[2]) == ("bf16" not in slow)
-    assert device.slowness("bf16", "gpu") is device.slowness("fp16", "gpu") is None
+    told = {dtype for dtype in DTYPES if device.slowness(dtype, "cpu")}
+    assert told == slow
+    assert {dtype for dtype in DTYPES if device.convolve_in(dtype) is not convolution} == slow
+    assert not any(device.slowness(dtype, "gpu") for dtype in DTYPES)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_convolution_in_fp32_rounds_as_one_in_the_precision(monkeypatch, dtype):
+    monkeypatch.setattr(device, "processor", lambda: "flags : fpu avx2")
+    rng = np.random.default_rng(0)
+    x = tf.cast(rng.normal(size=(2, 8, 8, 4)), DTYPES[dtype])
+    kernel = tf.Variable(rng.normal(size=(3, 3, 4, 5)), dtype=tf.float32)
+    found = []
+    for convolve in (device.convolve_in(dtype), convolution):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = convolve(x, kernel, 2, "NHWC")
+        found.append([y, *tape.gradient(y, [x, kernel])])
+    epsilon = {"bf16": 2**-8, "fp16": 2**-11}[dtype]
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        scale = np.abs(theirs.numpy().astype(np.float64)).max()
+        np.testing.assert_allclose(ours, theirs, rtol=2 * epsilon, atol=2 * epsilon * scale)
 
 
 def started(*arguments: str) -> list[str]:

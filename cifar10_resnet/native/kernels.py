@@ -43,7 +43,11 @@ def library(options: Options, num_replicas: int = 1) -> str | None:
 
 def ways(library: str) -> dict[str, Callable]:
     """Returns the arguments of a ResNet that computes with these kernels."""
-    return {"normalise": normalise_with(library), "convolve": convolve_with(library)}
+    found = {"normalise": normalise_with(library)}
+    # The library has convolutions only on processors for which they were written.
+    if hasattr(_load(library), "convolution3x3"):
+        found["convolve"] = convolve_with(library)
+    return found
 
 
 def normalise_with(library: str) -> Normalise:
@@ -81,8 +85,7 @@ def convolve_with(library: str) -> Convolve:
     """Returns the `convolve` for a ResNet that computes convolutions with these kernels.
 
     The kernels are for bf16, and for most of the network's convolutions: 3x3, with a stride of 1
-    and as many channels out as in. TensorFlow computes the others. It computes all of them on
-    processors for which the kernels were not written.
+    and as many channels out as in. TensorFlow computes the others.
     """
     kernels = _load(library)
 
@@ -97,7 +100,7 @@ def convolve_with(library: str) -> Convolve:
             return kernels.convolution3x3(x=x, kernel=kernel, turned=False)
         return convolution(x, kernel, stride, layout)
 
-    return convolve if hasattr(kernels, "convolution3x3") else convolution
+    return convolve
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from cifar10_resnet import checkpoints
+from cifar10_resnet import checkpoints, device
 from cifar10_resnet.config import RunConfig
 from cifar10_resnet.distributed.replicas import Replicas
 from cifar10_resnet.errors import UserError
@@ -46,9 +46,10 @@ class Trainer:
         ways = {"normalise": replicas.normalise(sync_batch_norm)}
         if native_library:
             ways = kernels.ways(native_library)
-        arguments = {**run.model.arguments(), "data_format": data_format, "dtype": dtype}
+        arguments = run.model.arguments() | {"data_format": data_format, "dtype": dtype}
+        arguments["convolve"] = device.convolve_in(dtype)
         with replicas.strategy.scope():
-            self.model = ResNet(**arguments, seed=run.training.seed, **ways)
+            self.model = ResNet(**arguments | ways, seed=run.training.seed)
             self.average = None
             if run.training.average_epochs:
                 self.average = WeightAverage(self.model, ResNet(**arguments))
