@@ -90,10 +90,10 @@ def processor() -> str:
 
 
 def slowness(dtype: str, device: str) -> str | None:
-    """Returns why a precision is no faster than fp32 on "cpu" or "gpu", or None if it is."""
+    """Returns why a precision saves little time on "cpu" or "gpu", or None if it saves more."""
     if not _is_emulated(dtype, device):
         return None
-    return f"This CPU computes {dtype} in fp32, so --dtype=fp32 is faster."
+    return f"This CPU computes the convolutions of {dtype} in fp32, so {dtype} saves little time."
 
 
 def convolve_in(dtype: str) -> "Convolve":
