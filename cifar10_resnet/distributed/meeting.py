@@ -137,9 +137,7 @@ class Meeting:
                 for caller in callers:
                     self._hear(caller)
                 callers = _patient(callers)
-                for index, other in list(self._others.items()):
-                    if not self._is_alive(other):
-                        self._others.pop(index).close()  # This worker may start again.
+                self._forget_lost()
         finally:
             for caller in callers:
                 caller.close()
@@ -148,10 +146,12 @@ class Meeting:
     def _hear(self, caller: Connection) -> None:
         """Makes a caller one of the workers if it has said that it is one. Refuses others."""
         for text in caller.read()[:1]:
+            self._wait(0)  # A worker that calls again may have gone since the last wait.
+            self._forget_lost()
             token, _, index = text.partition(" ")
             if token != self._cluster.token or index not in self._indices:
                 caller.send(OTHER_LIST)
-            elif self._is_taken(int(index)):
+            elif int(index) in self._others:
                 caller.send(SECOND)
             else:
                 caller.index = int(index)
@@ -159,13 +159,11 @@ class Meeting:
                 return
             caller.close()
 
-    def _is_taken(self, index: int) -> bool:
-        """Returns whether a worker with this index waits. Forgets one that has gone."""
-        if index in self._others:
-            self._others[index].read()  # It may have gone since the last wait.
-            if not self._others[index].is_open:
+    def _forget_lost(self) -> None:
+        """Forgets the workers that are gone. They may start again."""
+        for index, other in list(self._others.items()):
+            if not self._is_alive(other):
                 self._others.pop(index).close()
-        return index in self._others
 
     # --- Other workers --------------------------------------------------------------------------
 

@@ -66,6 +66,14 @@ def wait_for(lines: Iterable[str], expected: str) -> None:
     assert any(line.strip() == expected for line in lines), expected
 
 
+def start_and_leave(connected: socket.socket) -> None:
+    """Does what a worker that has called does until all workers have started."""
+    with connected, connected.makefile("r") as heard:
+        wait_for(heard, meeting.ALL_ARE_HERE)
+        connected.sendall(f"{meeting.STARTED}\n".encode())
+        wait_for(heard, meeting.ALL_HAVE_STARTED)
+
+
 STRANGERS = {
     "silent": b"",
     "a browser": b"GET / HTTP/1.1\r\n\r\n",
@@ -130,12 +138,8 @@ def test_a_second_worker_with_one_index_is_told_and_the_others_meet():
         assert refused == [meeting.SECOND]
         with pytest.raises(UserError, match=r"^worker 0 .* already has a worker 1\. Give each"):
             meet(others[0])
-        with meetings(others[1]) as second, first.makefile("r") as heard:
-            wait_for(heard, meeting.ALL_ARE_HERE)
-            first.sendall(f"{meeting.STARTED}\n".encode())
-            wait_for(heard, meeting.ALL_HAVE_STARTED)
-            heard.close()
-            first.close()
+        with meetings(others[1]) as second:
+            start_and_leave(first)
             for each in met + second:
                 each.result()
 
@@ -160,12 +164,7 @@ def test_a_worker_that_comes_back_at_once_is_not_its_own_second(monkeypatch):
     with meetings(chief) as met:
         call(chief.host_and_port(0), hello(others[0])).close()
         with call(chief.host_and_port(0), hello(others[0])) as back, meetings(others[1]) as rest:
-            heard = back.makefile("r")
-            wait_for(heard, meeting.ALL_ARE_HERE)
-            back.sendall(f"{meeting.STARTED}\n".encode())
-            wait_for(heard, meeting.ALL_HAVE_STARTED)
-            heard.close()
-            back.close()
+            start_and_leave(back)
             for each in met + rest:
                 each.result()
 
