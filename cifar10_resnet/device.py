@@ -7,7 +7,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cifar10_resnet.errors import UserError
 
@@ -96,6 +96,11 @@ def slowness(dtype: str, device: str) -> str | None:
     return f"This CPU computes the convolutions of {dtype} in fp32, so {dtype} saves little time."
 
 
+def ways(data_format: str, dtype: str) -> dict[str, Any]:
+    """Returns the arguments of a ResNet that computes in a data format and precision here."""
+    return {"data_format": data_format, "dtype": dtype, "convolve": convolve_in(dtype)}
+
+
 def convolve_in(dtype: str) -> "Convolve":
     """Returns how to compute convolutions: in fp32 if TensorFlow's device emulates the precision.
 
@@ -150,8 +155,7 @@ def _cpu_trains(data_format: str, dtype: str) -> bool:
     # uses every kernel. In these small images, the last block still has a pixel.
     try:
         with tf.device("cpu"):
-            ways = {"data_format": data_format, "dtype": dtype, "convolve": convolve_in(dtype)}
-            network = ResNet(num_layers=8, **ways)
+            network = ResNet(num_layers=8, **ways(data_format, dtype))
             with tf.GradientTape() as tape:
                 logits = network(tf.zeros([1, 4, 4, 3]), training=True)
             tape.gradient(logits, network.trainable_variables)

@@ -12,7 +12,7 @@ from cifar10_resnet.checkpoints import SavedRun, find, restore_model
 from cifar10_resnet.config import refuse_contradictions
 from cifar10_resnet.data import dataset, splits
 from cifar10_resnet.data.dataset import Dataset
-from cifar10_resnet.device import convolve_in
+from cifar10_resnet.device import ways
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.evaluation.metrics import Metrics, Scored
 from cifar10_resnet.terminal import LiveLine
@@ -87,8 +87,7 @@ def score_checkpoints(
             reading = reading or reader.submit(_images_for, saved, data, split)
             if saved.run.model != network:
                 network = saved.run.model
-                ways = {"data_format": data_format, "dtype": dtype, "convolve": convolve_in(dtype)}
-                model = ResNet(**network.arguments(), **ways)
+                model = ResNet(**network.arguments(), **ways(data_format, dtype))
                 evaluator = Evaluator(model, batch_size)
             restore_model(model, saved.prefix)
             examples = reading.result()

@@ -107,6 +107,11 @@ class Metrics:
         right, counts = np.diag(matrix), matrix.sum(axis=1)
         return [float(r / n) if n else None for r, n in zip(right, counts, strict=True)]
 
+    @property
+    def has_top_5(self) -> bool:
+        """Returns whether the top-5 accuracy can be below 100%: not with five classes or fewer."""
+        return self.num_classes > 5
+
     def report(self, names: Sequence[str]) -> str:
         """Returns the results as readable text."""
         rows = {
@@ -116,7 +121,7 @@ class Metrics:
             "top-5 accuracy": f"{self.top_5_accuracy:.2%}",
             "calibration error": f"{self.calibration.error:.2%}",
         }
-        if len(names) <= 5:  # It would always be 100%.
+        if not self.has_top_5:
             del rows["top-5 accuracy"]
         shares = [
             "no images" if accuracy is None else f"{accuracy:.2%}"

@@ -73,7 +73,7 @@ def _numbers(scored: Scored) -> str:
     top_5 = ("Top-5 accuracy", f"{metrics.top_5_accuracy:.2%}", "")
     numbers = (
         ("Accuracy", f"{metrics.accuracy:.2%}", interval),
-        *([top_5] if metrics.num_classes > 5 else []),  # Otherwise it is always 100%.
+        *([top_5] if metrics.has_top_5 else []),
         ("Loss", f"{metrics.loss:.4f}", "cross-entropy"),
         ("Calibration error", f"{metrics.calibration.error:.2%}", "expected"),
         ("Images", f"{metrics.num_images:,}", f"{metrics.num_classes} classes"),

@@ -46,8 +46,7 @@ class Trainer:
         ways = {"normalise": replicas.normalise(sync_batch_norm)}
         if native_library:
             ways = kernels.ways(native_library)
-        arguments = run.model.arguments() | {"data_format": data_format, "dtype": dtype}
-        arguments["convolve"] = device.convolve_in(dtype)
+        arguments = run.model.arguments() | device.ways(data_format, dtype)
         with replicas.strategy.scope():
             self.model = ResNet(**arguments | ways, seed=run.training.seed)
             self.average = None
