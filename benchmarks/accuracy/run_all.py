@@ -1,10 +1,10 @@
-"""Trains every network in the table of docs/results.md, and writes the results.
+"""Trains every network in the tables of docs/results.md, and writes the results.
 
     python benchmarks/accuracy/run_all.py --path=cifar-10-batches-bin
 
 Each run writes its curves and its command to `benchmarks/accuracy/NAME.csv`. The weights of the
 median seed go to `files/pretrained/`. A finished run is skipped unless you pass `--again`. Press
-Ctrl-C to save and stop, and run the same command to resume. `--table` prints the table.
+Ctrl-C to save and stop, and run the same command to resume. `--table` prints the tables.
 """
 
 import argparse
@@ -115,8 +115,20 @@ def read_result(run: Run) -> Result | None:
     return Result(run, run_csv.read(file)) if file.exists() else None
 
 
+def tables(results: Sequence[Result]) -> list[str]:
+    """Returns a table that compares recipes on ResNet-20, then one of each recipe's networks."""
+    recipes = [result for result in results if result.run.network == "resnet20"]
+    whole = [result for result in results if result.run.train_epochs is None]
+    of_recipes = (
+        [result for result in whole if result.run.recipe == recipe]
+        for recipe in dict.fromkeys(result.run.recipe for result in whole)
+    )
+    networks = [group for group in of_recipes if len({result.run.network for result in group}) > 1]
+    return [table(group) for group in (recipes, *networks)]
+
+
 def table(results: Sequence[Result]) -> str:
-    """Returns the table of results in Markdown: a row for each network and recipe that is finished.
+    """Returns a table in Markdown: a row for each network and recipe that is finished.
 
     The residual networks come first, then the plain networks, each by depth.
     """
@@ -263,7 +275,7 @@ def parse_flags() -> argparse.Namespace:
         "--device", default="auto", choices=("auto", "cpu", "gpu"), help="device to train on"
     )
     parser.add_argument("--again", action="store_true", help="those too whose results are there")
-    parser.add_argument("--table", action="store_true", help="train nothing: print the table")
+    parser.add_argument("--table", action="store_true", help="train nothing: print the tables")
     return parser.parse_args()
 
 
@@ -271,7 +283,7 @@ def parse_flags() -> argparse.Namespace:
 def main() -> int:
     flags = parse_flags()
     if flags.table:
-        print(table([result for run in RUNS if (result := read_result(run))]))
+        print("\n\n".join(tables([result for run in RUNS if (result := read_result(run))])))
         return 0
     for run in RUNS:
         if flags.only and run.name not in flags.only:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -168,7 +169,24 @@ def test_the_shipped_networks_are_whole_and_those_of_the_table(script):
     assert sum(f.stat().st_size for f in script.PRETRAINED.rglob("*")) < 30 * 2**20
 
 
-def test_the_page_of_results_has_the_table_that_the_runs_give():
-    table = programs.run("benchmarks/accuracy/run_all.py", "--table").stdout
-    assert table.count("\n") > 2
-    assert table in (programs.PROJECT / "docs" / "results.md").read_text("utf-8")
+def test_one_table_compares_recipes_and_another_the_networks_of_a_recipe(
+    script, tmp_path, monkeypatch
+):
+    runs = [script.Run("r20", 20), script.Run("r56", 56), script.Run("short", 20, train_epochs=28)]
+    runs.append(script.Run("paper", 20, recipe="paper"))
+    monkeypatch.setattr(script, "RUNS", runs)
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    for run in runs:
+        fake_csv(script, run, 0.9)
+    recipes, networks = script.tables([script.read_result(run) for run in runs])
+    assert re.findall("`(fast|paper)`", recipes) == ["fast", "fast", "paper"]
+    assert re.findall(r"\| (resnet\d+) ", networks) == ["resnet20", "resnet56"]
+
+
+def test_the_page_of_results_has_the_tables_that_the_runs_give():
+    tables = programs.run("benchmarks/accuracy/run_all.py", "--table").stdout.split("\n\n")
+    assert len(tables) > 1
+    page = (programs.PROJECT / "docs" / "results.md").read_text("utf-8")
+    for table in tables:
+        assert table.count("\n") > 2
+        assert table.strip() in page
