@@ -5,9 +5,11 @@ python run_trainer.py --path=cifar-10-batches-bin --num_layers=20
 
 import contextlib
 import dataclasses
+import functools
 import json
 import signal
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cifar10_resnet import device
@@ -126,7 +128,7 @@ def train(
         return loop.Outcome(step, resume_from, evaluations.metrics)
     say(progress.opening(run, options, trainer, num_images, agenda.last, resume_from))
 
-    batches = _batches(trainer, options.device, images.train)
+    batches_from = _batches_from(trainer, options.device, images.train)
     kind = progress.Progress if replicas.is_chief else progress.Silent
     saving = loop.Saving(trainer, options, lock)
     with (
@@ -137,7 +139,7 @@ def train(
         ) as shown,
         signals.saving_on_closed_output(saving.check, saving.save),
     ):
-        return loop.train(trainer, batches, agenda, evaluations, saving, shown, stop)
+        return loop.train(trainer, batches_from, agenda, evaluations, saving, shown, stop)
 
 
 def _settled(options: Options, num_replicas: int) -> Options:
@@ -147,8 +149,13 @@ def _settled(options: Options, num_replicas: int) -> Options:
     return options.settled(found, layout, num_replicas)
 
 
-def _batches(trainer: "Trainer", device: str, examples: "ImageSet") -> "tf.data.Dataset":
-    """Returns the run's batches from its next step on. One GPU makes them from what is drawn."""
+def _batches_from(
+    trainer: "Trainer", device: str, examples: "ImageSet"
+) -> "Callable[..., tf.data.Dataset]":
+    """Returns the function from a step to the run's batches from this step on.
+
+    One GPU makes its batches from what is drawn.
+    """
     from cifar10_input import DeviceAugmentation, training_batches
 
     training, mean = trainer.run.training, trainer.model.image_mean.numpy()
@@ -157,9 +164,9 @@ def _batches(trainer: "Trainer", device: str, examples: "ImageSet") -> "tf.data.
     on_gpu = device == "gpu" and replicas.count == 1 and is_small
     if on_gpu:
         trainer.make_batch = DeviceAugmentation(examples, mean, training.cutout)
-    return training_batches(
+    return functools.partial(
+        training_batches,
         *(examples, mean, training.batch_size, training.seed),
-        first_step=trainer.steps_done,
         alternate_flips=training.alternate_flips,
         cutout=training.cutout,
         share=(replicas.worker, replicas.num_workers),

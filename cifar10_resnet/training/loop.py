@@ -183,16 +183,20 @@ class Saving:
 
 def train(
     trainer: Trainer,
-    pipeline: tf.data.Dataset,
+    batches_from: Callable[..., tf.data.Dataset],
     agenda: Agenda,
     evaluations: Evaluations,
     saving: Saving,
     progress: Silent,
     stop: StopSignals,
 ) -> Outcome:
-    """Takes steps, and does what is due after each. Returns how the run ended."""
-    replicas, batches = trainer.replicas, trainer.batches_of(pipeline)
-    step, stopped_by, saved = trainer.steps_done, 0, ""
+    """Takes steps, and does what is due after each. Returns how the run ended.
+
+    `batches_from` returns the pipeline of the run's batches from a step on: this worker's `share`.
+    """
+    replicas, step, stopped_by, saved = trainer.replicas, trainer.steps_done, 0, ""
+    pipeline = batches_from(step)
+    batches = trainer.batches_of(pipeline)
     due = agenda.due(step)
     while True:
         if "watch" in due and replicas.is_chief:
@@ -212,7 +216,7 @@ def train(
         if due & {"log", "save", "evaluate", "average"}:
             saving.check()
         if "average" in due:
-            trainer.average.add()
+            trainer.add_to_average(batches_from(step, share=(0, 1)))  # all workers, whole batches
         if "log" in due:
             progress.log_training(step, *trainer.means(reset=True), rate, trainer.summary)
             progress.show_once(step, trainer.trace, lambda: trainer.images_of(next(iter(pipeline))))

@@ -20,6 +20,8 @@ from cifar10_resnet.training.loss_scale import DynamicLossScale, loss_scaling
 from cifar10_resnet.training.optimizers import OPTIMIZERS, learning_rates
 from resnet_model import IMAGE_SHAPE, ResNet, assign
 
+BATCHES_MEASURED = 50  # for the statistics of averaged weights
+
 
 class Trainer:
     """A network with its optimizer state, its step counter and its training step."""
@@ -49,9 +51,6 @@ class Trainer:
         arguments = run.model.arguments() | device.ways(data_format, dtype)
         with replicas.strategy.scope():
             self.model = ResNet(**arguments | ways, seed=run.training.seed)
-            self.average = None
-            if run.training.average_epochs:
-                self.average = WeightAverage(self.model, ResNet(**arguments))
             self.optimizer = OPTIMIZERS[run.training.optimizer](self.model, run.training)
             self._loss_scale = loss_scaling(loss_scale, dtype)
             self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
@@ -65,6 +64,9 @@ class Trainer:
             self._correct = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._counted = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._first_bad_step = tf.Variable(-1, dtype=tf.int64, trainable=False)
+        self.average = None
+        if run.training.average_epochs:
+            self.average = WeightAverage(self.model, arguments)  # one, whatever the replicas
         self.learning_rates = learning_rates(run.training)
         with tf.device("cpu"):
             parts["description"] = self._description = tf.Variable(run.to_json(), trainable=False)
@@ -93,6 +95,11 @@ class Trainer:
     def images_of(self, element: Any) -> np.ndarray:
         """Returns the images of an element of the pipeline, 0 to 255."""
         return (self.make_batch(element)[0] + self.model.image_mean).numpy()
+
+    def add_to_average(self, pipeline: tf.data.Dataset) -> None:
+        """Adds the present weights to their average, and gives it statistics of some batches."""
+        batches = pipeline.take(BATCHES_MEASURED)
+        self.average.add(self.make_batch(element)[0] for element in batches)
 
     def train_steps(self, batches: "Iterator | Chunks", count: int) -> None:
         """Takes `count` steps in few calls, so a GPU does not wait for Python between them."""

@@ -37,7 +37,7 @@ def make_trainer(name: str, replicas: distributed.Replicas, sync_batch_norm: boo
     run = RunConfig(
         ModelConfig(num_layers=8, batch_norm_decay=0.9, **shape),
         DataConfig("synthetic", CLASS_NAMES),
-        TrainingConfig(batch_size=BATCH_SIZE, init_lr=0.05, **hyperparameters),
+        TrainingConfig(batch_size=BATCH_SIZE, init_lr=0.05, average_epochs=1, **hyperparameters),
     )
     return Trainer(run, data_format, replicas=replicas, sync_batch_norm=sync_batch_norm)
 
@@ -45,12 +45,13 @@ def make_trainer(name: str, replicas: distributed.Replicas, sync_batch_norm: boo
 def take_steps(
     replicas: distributed.Replicas, networks: Sequence[str] = tuple(NETWORKS)
 ) -> dict[str, np.ndarray]:
-    """Every variable of these networks after two steps, under NETWORK/VARIABLE."""
+    """Every variable of these networks, and of their averages, after two steps."""
     found = {}
     for name in networks:
         trainer = make_trainer(name, replicas, sync_batch_norm=True)
-        data = iter(tf.data.Dataset.from_tensor_slices(batches()))
-        trainer.train_steps(data, 2)
+        data = tf.data.Dataset.from_tensor_slices(batches())
+        trainer.train_steps(iter(data), 2)
+        trainer.add_to_average(data)
         assert int(trainer.step.numpy()) == 2
         found[f"{name}/means"] = np.array(trainer.means())
         for variable in trainer.model.variables:
@@ -59,6 +60,8 @@ def take_steps(
             ]
             assert all(np.array_equal(copy, copies[0]) for copy in copies), variable.name
             found[f"{name}/{variable.name}"] = copies[0]
+        for variable in trainer.average.network.variables:
+            found[f"{name}/average/{variable.name}"] = variable.numpy()
     trainer = make_trainer("momentum", replicas, sync_batch_norm=False)
     images, labels = (values[0] for values in batches())
     trainer.train_step(tf.constant(images), tf.constant(labels))

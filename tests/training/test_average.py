@@ -2,13 +2,16 @@
 
 import dataclasses
 import re
+from itertools import compress
 
 import numpy as np
 import programs
 import pytest
 import tensorflow as tf
+from numpy_resnet import NumpyResNet
 
 import run_trainer
+from cifar10_input import training_batches
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from cifar10_resnet.data import splits
@@ -74,16 +77,34 @@ def test_the_average_is_over_the_ends_of_the_last_epochs(length, epochs, images,
 def test_a_checkpoint_is_read_as_the_mean_of_the_averaged_steps(tmp_path):
     last = train(tmp_path, save_per_iterations=1, epochs_between_evals=1)
     steps = [raw_variables_of(str(tmp_path / f"model.ckpt-{step}")) for step in (10, 20, 26)]
-    means = [
-        np.mean(np.stack(values).astype(np.float64), axis=0) for values in zip(*steps, strict=True)
-    ]
-    for mean, found in zip(means, variables_of(last), strict=True):
-        np.testing.assert_allclose(found, mean, rtol=1e-4, atol=1e-5)
-    assert any(np.abs(m - v).max() > 1e-3 for m, v in zip(means, steps[-1], strict=True))
+    network = checkpoints.load(checkpoints.read(last))
+    is_weight = [v.trainable for v in network.variables]
+    for found, *values in compress(zip(network.variables, *steps, strict=True), is_weight):
+        mean = np.mean(np.stack(values).astype(np.float64), axis=0)
+        np.testing.assert_allclose(found.numpy(), mean, rtol=1e-4, atol=1e-5)
+        assert np.abs(mean - values[-1]).max() > 1e-3
     # Before the first averaged step, it is read as the weights at its step.
     early = str(tmp_path / "model.ckpt-9")
     for raw, found in zip(raw_variables_of(early), variables_of(early), strict=True):
         np.testing.assert_array_equal(found, raw)
+
+
+def test_the_mean_has_the_statistics_of_the_batches_after_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("cifar10_resnet.training.trainer.BATCHES_MEASURED", 3)
+    network = checkpoints.load(checkpoints.read(train(tmp_path)))
+    values = {v.name.removesuffix(":0"): v.numpy() for v in network.variables}
+    images = splits.load(find(None, "synthetic"), "train")
+    mean = network.image_mean.numpy()
+    batches = training_batches(images, mean, 8, first_step=26, num_steps=3)
+    seen = []
+    for batch, _ in batches:
+        reference = NumpyResNet(values)
+        reference.logits(batch.numpy(), units=1)
+        seen.append(reference.statistics)
+    for name in seen[0]:
+        for i, kind in enumerate(("moving_mean", "moving_variance")):
+            expected = np.mean([statistics[name][i] for statistics in seen], axis=0)
+            np.testing.assert_allclose(values[f"{name}/{kind}"], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_an_averaged_run_trains_as_without_and_resumes_bit_identically(tmp_path):

@@ -17,7 +17,14 @@ from cifar10_resnet.training.trainer import Chunks, Trainer
 RUN = RunConfig(
     ModelConfig(num_layers=8),
     DataConfig("synthetic", CLASS_NAMES),
-    TrainingConfig(batch_size=8, num_iterations=9, alternate_flips=True, cutout=6, init_lr=1e-3),
+    TrainingConfig(
+        batch_size=8,
+        num_iterations=9,
+        alternate_flips=True,
+        cutout=6,
+        init_lr=1e-3,
+        average_epochs=1,
+    ),
 )
 
 
@@ -42,7 +49,8 @@ def train(folder, stops: list[int], **changes) -> list[np.ndarray]:
     trainer = Trainer(RUN)
     trainer.restore(checkpoint)
     assert trainer.steps_done == stops[-1]
-    return [v.numpy() for v in [*trainer.model.variables, *trainer.optimizer.slots.values()]]
+    networks = [*trainer.model.variables, *trainer.average.network.variables]
+    return [v.numpy() for v in [*networks, *trainer.optimizer.slots.values()]]
 
 
 def test_the_way_of_a_gpu_resumes_bit_identically_and_trains_as_a_cpu_does(
