@@ -31,7 +31,7 @@ sys.path[:0] = [str(TOP), str(RESULTS)]
 import run_csv  # noqa: E402
 from cifar10_resnet import storage  # noqa: E402
 from cifar10_resnet.cli.guard import exits_with_a_sentence  # noqa: E402
-from cifar10_resnet.config import RunConfig  # noqa: E402
+from cifar10_resnet.config import ModelConfig, RunConfig  # noqa: E402
 from cifar10_resnet.device import stderr_held_back  # noqa: E402
 
 # Some columns of a CSV file have other names in a run's event files.
@@ -52,17 +52,24 @@ class Run(NamedTuple):
     seed: int = 0
     train_epochs: int | None = None  # None: the recipe's length
     epochs_between_evals: int = 1
+    version: int = 2
+    dtype: str = "bf16"
     more: tuple[str, ...] = ()
 
     @property
     def network(self) -> str:
-        return ("resnet" if self.shortcut_connections else "plain") + str(self.num_layers)
+        return ModelConfig(
+            num_layers=self.num_layers,
+            shortcut_connections=self.shortcut_connections,
+            resnet_version=self.version,
+        ).name
 
     def flags(self) -> list[str]:
         plain = [] if self.shortcut_connections else ["--shortcut_connections=False"]
+        version = [] if self.version == 2 else [f"--resnet_version={self.version}"]
         return [
-            *(f"--num_layers={self.num_layers}", *plain, f"--recipe={self.recipe}"),
-            *(f"--seed={self.seed}", "--dtype=bf16"),
+            *(f"--num_layers={self.num_layers}", *plain, *version, f"--recipe={self.recipe}"),
+            *(f"--seed={self.seed}", f"--dtype={self.dtype}"),
             f"--epochs_between_evals={self.epochs_between_evals}",
             "--log_per_iterations=391",  # one epoch
             *([f"--train_epochs={self.train_epochs}"] if self.train_epochs else []),
@@ -71,8 +78,8 @@ class Run(NamedTuple):
 
     @property
     def is_shipped(self) -> bool:
-        """Returns whether its weights may go to `files/pretrained/`: the full fast recipe."""
-        return self.recipe == "fast" and self.train_epochs is None
+        """Returns whether its weights may go to `files/pretrained/`: the full fast recipe, bf16."""
+        return (self.recipe, self.train_epochs, self.dtype) == ("fast", None, "bf16")
 
     @property
     def seeds(self) -> list["Run"]:
@@ -97,6 +104,9 @@ RUNS = (
     Run("resnet20-paper", 20, recipe="paper"),
     Run("resnet32-fast", 32),
     Run("resnet44-fast", 44),
+    Run("resnet20-fast-fp32", 20, dtype="fp32"),
+    Run("resnet20-v1-fast", 20, version=1),
+    Run("resnet56-v1-fast", 56, version=1),
 )
 # The first paper's table 6 has these percents. At 110 layers, it is the best of five runs.
 PAPER_ACCURACY = {20: 91.25, 32: 92.49, 44: 92.83, 56: 93.03, 110: 93.57}
@@ -118,7 +128,7 @@ def read_result(run: Run) -> Result | None:
 def tables(results: Sequence[Result]) -> list[str]:
     """Returns a table that compares recipes on ResNet-20, then one of each recipe's networks."""
     recipes = [result for result in results if result.run.network == "resnet20"]
-    whole = [result for result in results if result.run.train_epochs is None]
+    whole = [r for r in results if (r.run.train_epochs, r.run.dtype) == (None, "bf16")]
     of_recipes = (
         [result for result in whole if result.run.recipe == recipe]
         for recipe in dict.fromkeys(result.run.recipe for result in whole)
@@ -130,7 +140,8 @@ def tables(results: Sequence[Result]) -> list[str]:
 def table(results: Sequence[Result]) -> str:
     """Returns a table in Markdown: a row for each network and recipe that is finished.
 
-    The residual networks come first, then the plain networks, each by depth.
+    The residual networks come first, version 2 before version 1, then the plain networks, each by
+    depth.
     """
     rows = [
         "| network | parameters | accuracy | seeds | recipe | epochs | minutes | paper "
@@ -138,7 +149,9 @@ def table(results: Sequence[Result]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     of_run = {result.run: result for result in results}
-    for run in sorted(of_run, key=lambda run: (not run.shortcut_connections, run.num_layers)):
+    for run in sorted(
+        of_run, key=lambda run: (not run.shortcut_connections, -run.version, run.num_layers)
+    ):
         if run == run.seeds[0]:
             rows.append(_row(run, [of_run[seed] for seed in run.seeds if seed in of_run]))
     return "\n".join(rows)
@@ -154,7 +167,7 @@ def _row(run: Run, group: Sequence[Result]) -> str:
         f"{int(shipped.comments['parameters']):,}",
         f"**{statistics.fmean(accuracies):.2f}%**",
         seeds,
-        f"`{run.recipe}`",
+        f"`{run.recipe}`" + ("" if run.dtype == "bf16" else f", {run.dtype}"),
         f"{shipped.columns['epoch'][-1]:.0f}",
         f"{min(result.csv.minutes[-1] for result in group):.0f}",
         f"{PAPER_ACCURACY[run.num_layers]:.2f}%" if run.shortcut_connections else "",
