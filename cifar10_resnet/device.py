@@ -101,20 +101,23 @@ def ways(data_format: str, dtype: str) -> dict[str, Any]:
     return {"data_format": data_format, "dtype": dtype, "convolve": convolve_in(dtype)}
 
 
-def convolve_in(dtype: str) -> "Convolve":
+def convolve_in(dtype: str, convolve: "Convolve | None" = None) -> "Convolve":
     """Returns how to compute convolutions: in fp32 if TensorFlow's device emulates the precision.
 
-    TensorFlow's own emulation of bf16 and fp16 takes 3 to 20 times as long.
+    TensorFlow's own emulation of bf16 and fp16 takes 3 to 20 times as long. Without `convolve`,
+    TensorFlow computes the convolutions.
     """
     import tensorflow as tf
 
     from resnet_model import convolution
 
+    convolve = convolve or convolution
+
     def in_fp32(x: tf.Tensor, kernel: tf.Variable, stride: int, layout: str) -> tf.Tensor:
         rounded = tf.cast(tf.cast(kernel, x.dtype), tf.float32)
-        return tf.cast(convolution(tf.cast(x, tf.float32), rounded, stride, layout), x.dtype)
+        return tf.cast(convolve(tf.cast(x, tf.float32), rounded, stride, layout), x.dtype)
 
-    return in_fp32 if _is_emulated(dtype, visible_device()) else convolution
+    return in_fp32 if _is_emulated(dtype, visible_device()) else convolve
 
 
 def _is_emulated(dtype: str, device: str) -> bool:

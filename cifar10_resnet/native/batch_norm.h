@@ -20,10 +20,6 @@
 
 namespace {
 
-using tensorflow::OpKernel;
-using tensorflow::OpKernelConstruction;
-using tensorflow::Tensor;
-
 // --- Passes over memory --------------------------------------------------------------------------
 
 constexpr int kVectors = 4;                // This many sums of two kinds fit into the registers.

@@ -2,9 +2,10 @@
 
 #include "batch_norm.h"
 #include "convolution.h"
-#include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
+#include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
+#include "winograd.h"
 
 namespace {
 
@@ -65,27 +66,29 @@ REGISTER(AddBatchNormRelu, bfloat16);
 REGISTER(AddBatchNormReluGrad, float);
 REGISTER(AddBatchNormReluGrad, bfloat16);
 
+#define REGISTER_CONVOLUTION(NAME, T)                                         \
+  REGISTER_OP(#NAME)                                                          \
+      .Attr("turned: bool")                                                   \
+      .Input("x: " T)                                                         \
+      .Input("kernel: float")                                                 \
+      .Output("y: " T)                                                        \
+      .SetShapeFn(tensorflow::shape_inference::UnchangedShape);               \
+  REGISTER_OP(#NAME "KernelGrad")                                             \
+      .Input("x: " T)                                                         \
+      .Input("gradient: " T)                                                  \
+      .Output("for_kernel: float")                                            \
+      .SetShapeFn([](InferenceContext* context) {                             \
+        const auto depth = context->Dim(context->input(0), 3);                \
+        context->set_output(0, context->MakeShape({3, 3, depth, depth}));     \
+        return absl::OkStatus();                                              \
+      });                                                                     \
+  REGISTER_KERNEL_BUILDER(Name(#NAME).Device(tensorflow::DEVICE_CPU), NAME);  \
+  REGISTER_KERNEL_BUILDER(Name(#NAME "KernelGrad").Device(tensorflow::DEVICE_CPU), \
+                          NAME##KernelGrad)
+
+REGISTER_CONVOLUTION(Winograd3x3, "float");
 #ifdef HAS_CONVOLUTION
-REGISTER_OP("Convolution3x3")
-    .Attr("turned: bool")
-    .Input("x: bfloat16")
-    .Input("kernel: float")
-    .Output("y: bfloat16")
-    .SetShapeFn(tensorflow::shape_inference::UnchangedShape);
-
-REGISTER_OP("Convolution3x3KernelGrad")
-    .Input("x: bfloat16")
-    .Input("gradient: bfloat16")
-    .Output("for_kernel: float")
-    .SetShapeFn([](InferenceContext* context) {
-      const auto depth = context->Dim(context->input(0), 3);
-      context->set_output(0, context->MakeShape({3, 3, depth, depth}));
-      return absl::OkStatus();
-    });
-
-REGISTER_KERNEL_BUILDER(Name("Convolution3x3").Device(tensorflow::DEVICE_CPU), Convolution3x3);
-REGISTER_KERNEL_BUILDER(Name("Convolution3x3KernelGrad").Device(tensorflow::DEVICE_CPU),
-                        Convolution3x3KernelGrad);
+REGISTER_CONVOLUTION(Convolution3x3, "bfloat16");
 #endif
 
 }  // namespace

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import tensorflow as tf
 
+from cifar10_resnet import device
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.native import build
 from cifar10_resnet.options import Options
@@ -41,13 +42,12 @@ def library(options: Options, num_replicas: int = 1) -> str | None:
     return None
 
 
-def ways(library: str) -> dict[str, Callable]:
+def ways(library: str, dtype: str = "fp32") -> dict[str, Callable]:
     """Returns the arguments of a ResNet that computes with these kernels."""
-    found = {"normalise": normalise_with(library)}
-    # The library has convolutions only on processors for which they were written.
-    if hasattr(_load(library), "convolution3x3"):
-        found["convolve"] = convolve_with(library)
-    return found
+    return {
+        "normalise": normalise_with(library),
+        "convolve": device.convolve_in(dtype, convolve_with(library)),
+    }
 
 
 def normalise_with(library: str) -> Normalise:
@@ -84,20 +84,23 @@ def normalise_with(library: str) -> Normalise:
 def convolve_with(library: str) -> Convolve:
     """Returns the `convolve` for a ResNet that computes convolutions with these kernels.
 
-    The kernels are for bf16, and for most of the network's convolutions: 3x3, with a stride of 1
-    and as many channels out as in. TensorFlow computes the others.
+    They are for most of the network's convolutions: 3x3, with a stride of 1 and as many channels
+    out as in. In bf16, they are only for some processors. TensorFlow computes the others.
     """
     kernels = _load(library)
+    # Only the library for a processor with the instructions for it has this operation.
+    in_bf16 = getattr(kernels, "convolution3x3", None)
 
-    def convolve(x: tf.Tensor, kernel: tf.Variable, stride: int, layout: str) -> tf.Tensor:
+    def convolve(x: tf.Tensor, kernel: tf.Tensor, stride: int, layout: str) -> tf.Tensor:
         size, _, depth_in, depth = kernel.shape
-        fits = x.shape[2] % 16 == 0 or (x.shape[2] % 8 == 0 and depth % 32 == 0)
-        if (
-            (size, stride, depth_in, depth % 16) == (3, 1, depth, 0)
-            and fits
-            and x.dtype == tf.bfloat16
-        ):
-            return kernels.convolution3x3(x=x, kernel=kernel, turned=False)
+        if (size, stride, depth_in) == (3, 1, depth):
+            _, height, width, _ = x.shape
+            is_even = height % 2 == width % 2 == height * width % 64 == 0
+            if x.dtype == tf.float32 and depth in (16, 32, 64) and is_even:
+                return kernels.winograd3x3(x=x, kernel=kernel, turned=False)
+            fits = depth % 16 == width % 16 == 0 or depth % 32 == width % 8 == 0
+            if x.dtype == tf.bfloat16 and fits and in_bf16:
+                return in_bf16(x=x, kernel=kernel, turned=False)
         return convolution(x, kernel, stride, layout)
 
     return convolve
@@ -106,11 +109,12 @@ def convolve_with(library: str) -> Convolve:
 @functools.cache
 def _load(library: str) -> ModuleType:
     kernels = tf.load_op_library(library)
-    for name, gradient in (
-        ("AddBatchNormRelu", _gradient_of_batch_norm),
-        ("Convolution3x3", _gradient_of_convolution),
-    ):
-        tf.RegisterGradient(name)(functools.partial(gradient, kernels))
+    tf.RegisterGradient("AddBatchNormRelu")(functools.partial(_gradient_of_batch_norm, kernels))
+    for name in ("Winograd3x3", "Convolution3x3"):
+        if convolve := getattr(kernels, name.lower(), None):
+            for_kernel = getattr(kernels, f"{name.lower()}_kernel_grad")
+            gradient = functools.partial(_gradient_of_convolution, convolve, for_kernel)
+            tf.RegisterGradient(name)(gradient)
     return kernels
 
 
@@ -138,10 +142,10 @@ def _gradient_of_batch_norm(
 
 
 def _gradient_of_convolution(
-    kernels: ModuleType, operation: tf.Operation, upstream: tf.Tensor
+    convolve: Callable, for_kernel: Callable, operation: tf.Operation, upstream: tf.Tensor
 ) -> list[tf.Tensor]:
     x, kernel = operation.inputs
     return [
-        kernels.convolution3x3(x=upstream, kernel=kernel, turned=True),
-        kernels.convolution3x3_kernel_grad(x=x, gradient=upstream),
+        convolve(x=upstream, kernel=kernel, turned=True),
+        for_kernel(x=x, gradient=upstream),
     ]

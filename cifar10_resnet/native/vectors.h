@@ -17,7 +17,10 @@
 namespace {
 
 using tensorflow::bfloat16;
+using tensorflow::OpKernel;
+using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
+using tensorflow::Tensor;
 using tensorflow::thread::ThreadPool;
 
 constexpr int kWidth = 16;  // The compiler maps a vector to the registers that the processor has.

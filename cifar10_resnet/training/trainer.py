@@ -47,7 +47,7 @@ class Trainer:
         self.is_native = native_library is not None
         ways = {"normalise": replicas.normalise(sync_batch_norm)}
         if native_library:
-            ways = kernels.ways(native_library)
+            ways = kernels.ways(native_library, dtype)
         arguments = run.model.arguments() | device.ways(data_format, dtype)
         with replicas.strategy.scope():
             self.model = ResNet(**arguments | ways, seed=run.training.seed)

@@ -157,18 +157,22 @@ def test_results_are_the_same_bits_for_any_number_of_threads(library):
 # --- Convolutions ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16], ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize(
-    "shape", [(9, 32, 32, 16), (17, 16, 16, 32), (3, 8, 8, 64), (1, 5, 16, 48), (2, 12, 8, 96)],
+    "shape",
+    [(9, 32, 32, 16), (17, 16, 16, 32), (3, 8, 8, 64), (2, 4, 16, 32), (1, 5, 16, 48),
+     (2, 12, 8, 96)],
     ids=str,
 )  # fmt: skip
-def test_convolutions_and_their_gradients_are_tensorflow_s(library, shape):
-    convolve, depth = kernels.ways(library).get("convolve"), shape[-1]
-    if convolve is None:
-        pytest.skip("the kernels are not for this processor")
+def test_convolutions_and_their_gradients_are_tensorflow_s(library, shape, dtype):
+    if dtype == tf.bfloat16 and not hasattr(kernels._load(library), "convolution3x3"):
+        pytest.skip("the kernels in bfloat16 are not for this processor")
+    convolve, depth = kernels.convolve_with(library), shape[-1]
     rng = np.random.default_rng(depth)
-    # Small whole numbers are exact in bfloat16, and so are the sums of their products in float32.
+    # Small whole numbers are exact in both precisions, and so are their quarters and the sums of
+    # their products in float32.
     x, upstream = (
-        tf.constant(rng.integers(-4, 5, shape), tf.bfloat16, name=name) for name in ("x", "dy")
+        tf.constant(rng.integers(-4, 5, shape), dtype, name=name) for name in ("x", "dy")
     )
     kernel = tf.Variable(rng.integers(-3, 4, (3, 3, depth, depth)), dtype=tf.float32)
     results = []
@@ -183,18 +187,50 @@ def test_convolutions_and_their_gradients_are_tensorflow_s(library, shape):
         np.testing.assert_array_equal(tf.cast(ours, tf.float32), expected, err_msg=name)
 
 
-def test_other_convolutions_are_left_to_tensorflow(library):
+def operations_of(convolve, shape, kernel_shape, stride=1, dtype=tf.float32) -> set[str]:
+    """Returns the types of the operations that a convolution consists of."""
+    traced = tf.function(lambda x, kernel: convolve(x, kernel, stride, "NHWC"), autograph=False)
+    of = tf.TensorSpec(shape, dtype), tf.TensorSpec(kernel_shape)
+    return {op.type for op in traced.get_concrete_function(*of).graph.get_operations()}
+
+
+@pytest.mark.parametrize(
+    ("side", "depth"), [(32, 16), (16, 32), (8, 64)], ids=["block1", "block2", "block3"]
+)
+def test_the_networks_convolutions_in_fp32_have_kernels_whatever_the_precision(
+    library, side, depth, monkeypatch
+):
+    shapes = (None, side, side, depth), (3, 3, depth, depth)
+    assert "Winograd3x3" in operations_of(kernels.convolve_with(library), *shapes)
+    monkeypatch.setattr("cifar10_resnet.device._cpu_has_bf16", lambda: False)
+    convolve = kernels.ways(library, "bf16")["convolve"]
+    assert "Winograd3x3" in operations_of(convolve, *shapes, dtype=tf.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16], ids=lambda dtype: dtype.name)
+def test_other_convolutions_are_left_to_tensorflow(library, dtype):
     convolve = kernels.convolve_with(library)
     for size, stride, depth_in, depth, side in (
         (3, 2, 16, 16, 32), (3, 1, 16, 32, 32), (1, 1, 16, 16, 32), (3, 1, 10, 10, 32),
-        (3, 1, 16, 16, 8), (3, 1, 3, 16, 32),
+        (3, 1, 16, 16, 12), (3, 1, 3, 16, 32), (3, 1, 16, 16, 7),
     ):  # fmt: skip
-        x = tf.random.stateless_normal([2, side, side, depth_in], [0, 0], dtype=tf.bfloat16)
-        kernel = tf.Variable(tf.random.stateless_normal([size, size, depth_in, depth], [0, 1]))
-        np.testing.assert_array_equal(
-            tf.cast(convolve(x, kernel, stride, "NHWC"), tf.float32),
-            tf.cast(convolution(x, kernel, stride, "NHWC"), tf.float32),
-        )
+        shapes = (2, side, side, depth_in), (size, size, depth_in, depth)
+        assert "Conv2D" in operations_of(convolve, *shapes, stride, dtype)
+
+
+def test_convolutions_in_fp32_are_those_of_float64_within_rounding(library):
+    convolve, rng = kernels.convolve_with(library), np.random.default_rng(0)
+    exact = [tf.constant(rng.normal(size=size)) for size in ([8, 16, 16, 32], [3, 3, 32, 32])]
+    upstream = tf.constant(rng.normal(size=[8, 16, 16, 32]))
+    results = []
+    for way, dtype in ((convolve, tf.float32), (convolution, tf.float64)):
+        inputs = [tf.cast(value, dtype) for value in exact]
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            y = way(*inputs, 1, "NHWC")
+        results.append([y, *tape.gradient(y, inputs, tf.cast(upstream, dtype))])
+    for ours, theirs in zip(*results, strict=True):
+        assert np.linalg.norm(ours - theirs.numpy()) < 1e-6 * np.linalg.norm(theirs)
 
 
 # --- The network ----------------------------------------------------------------------------------

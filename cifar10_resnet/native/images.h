@@ -1,0 +1,67 @@
+// Batches of images, and how the threads share them.
+
+#ifndef CIFAR10_RESNET_NATIVE_IMAGES_H_
+#define CIFAR10_RESNET_NATIVE_IMAGES_H_
+
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int kTaps = 9;    // of a 3x3 kernel
+constexpr int kImages = 8;  // A thread takes a group of this many images at a time.
+
+// Memory for values, all zero at first. A vector of them never crosses the lines of a cache.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : memory_((size * sizeof(T) + sizeof(Floats) - 1) / sizeof(Floats)) {}
+  T* data() { return reinterpret_cast<T*>(memory_.data()); }
+  const T* data() const { return reinterpret_cast<const T*>(memory_.data()); }
+
+ private:
+  std::vector<Floats> memory_;
+};
+
+// The shape of a batch of images.
+struct Images {
+  explicit Images(const Tensor& x)
+      : count(x.dim_size(0)), height(x.dim_size(1)), width(x.dim_size(2)), depth(x.dim_size(3)) {}
+
+  int64_t size() const { return height * width * depth; }  // of an image
+  int64_t groups() const { return (count + kImages - 1) / kImages; }
+
+  const int64_t count, height, width, depth;
+};
+
+// Calls compute(group, first image, one after the last) for each group of images, in all threads.
+template <typename F>
+void ForEachGroup(OpKernelContext* context, const Images& images, const F& compute) {
+  InParallel(context, images.groups(), [&](int64_t group) {
+    const int64_t first = group * kImages;
+    compute(group, first, std::min(images.count, first + kImages));
+  });
+}
+
+// Copies an image into the middle of a larger one, whose border of one pixel stays zero.
+template <typename T>
+void CopyInside(const Images& images, const T* image, T* padded) {
+  const int64_t row = images.width * images.depth;
+  for (int64_t i = 0; i < images.height; ++i)
+    std::memcpy(padded + (i + 1) * (row + 2 * images.depth) + images.depth, image + i * row,
+                row * sizeof(T));
+}
+
+// Writes the sums of the groups' values. Their order does not depend on the threads.
+inline void AddGroups(const Images& images, const std::vector<float>& values, Tensor* output) {
+  float* total = output->flat<float>().data();
+  const int64_t size = output->NumElements();
+  std::fill_n(total, size, 0.0f);
+  for (int64_t group = 0; group < images.groups(); ++group)
+    for (int64_t i = 0; i < size; ++i) total[i] += values[group * size + i];
+}
+
+}  // namespace
+
+#endif  // CIFAR10_RESNET_NATIVE_IMAGES_H_

@@ -1,0 +1,349 @@
+// 3x3 convolutions in float with a stride of 1 and as many channels out as in, and their gradients.
+//
+// They are Winograd's minimal filtering (Lavin and Gray, 2015): 16 multiplications give 2x2 pixels
+// of the output, where the definition takes 36. A tile is the 4x4 pixels of the input that lead to
+// 2x2 pixels of the output. For each channel, additions turn a tile into 16 other numbers, one at
+// each place. At each place, the kernel is a matrix from channels to channels. More additions turn
+// the products into the pixels of the output. The gradients are the same steps, transposed.
+
+#ifndef CIFAR10_RESNET_NATIVE_WINOGRAD_H_
+#define CIFAR10_RESNET_NATIVE_WINOGRAD_H_
+
+#include "images.h"
+
+namespace {
+
+constexpr int kPlaces = 16;
+
+// A product of matrices keeps this many rows and vectors of columns in registers.
+#ifdef __AVX512F__
+constexpr int kRows = 8, kColumns = 2;
+#else
+constexpr int kRows = 4, kColumns = 1;
+#endif
+
+// --- The transformations, of 16 channels ---------------------------------------------------------
+
+// Computes the rows (or columns) of a tile of the input from its four rows (or columns).
+inline void FilterInput(const Floats (&d)[4], Floats (&to)[4]) {
+  to[0] = d[0] - d[2];
+  to[1] = d[1] + d[2];
+  to[2] = d[2] - d[1];
+  to[3] = d[1] - d[3];
+}
+
+// Transforms one tile of the input. The pixels of a tile's next row are `row` values further on.
+template <int64_t kDepth>
+void TransformInput(const float* x, int64_t row, float* to, int64_t place) {
+  for (int64_t c = 0; c < kDepth; c += kWidth) {
+    Floats half[4][4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      Floats column[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) column[i] = Read<Floats>(x + i * row + j * kDepth + c);
+      FilterInput(column, half[j]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      Floats filtered[4];
+      FilterInput({half[0][i], half[1][i], half[2][i], half[3][i]}, filtered);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) Store(filtered[j], to + (4 * i + j) * place + c);
+    }
+  }
+}
+
+// Transforms products back into the 2x2 pixels of a tile of the output.
+template <int64_t kDepth>
+void TransformOutput(const float* products, int64_t place, float* y, int64_t row) {
+  for (int64_t c = 0; c < kDepth; c += kWidth) {
+    Floats half[2][4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      Floats m[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) m[i] = Read<Floats>(products + (4 * i + j) * place + c);
+      half[0][j] = m[0] + m[1] + m[2];
+      half[1][j] = m[1] - m[2] - m[3];
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      Store(half[i][0] + half[i][1] + half[i][2], y + i * row + c);
+      Store(half[i][1] - half[i][2] - half[i][3], y + i * row + kDepth + c);
+    }
+  }
+}
+
+// Transforms the gradient of 2x2 pixels of the output into the gradient of the products.
+template <int64_t kDepth>
+void TransformGradient(const float* gradient, int64_t row, float* to, int64_t place) {
+  for (int64_t c = 0; c < kDepth; c += kWidth) {
+    Floats half[4][2];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const Floats first = Read<Floats>(gradient + j * kDepth + c);
+      const Floats second = Read<Floats>(gradient + row + j * kDepth + c);
+      half[0][j] = first;
+      half[1][j] = first + second;
+      half[2][j] = first - second;
+      half[3][j] = -second;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      float* at = to + 4 * i * place + c;
+      Store(half[i][0], at);
+      Store(half[i][0] + half[i][1], at + place);
+      Store(half[i][0] - half[i][1], at + 2 * place);
+      Store(-half[i][1], at + 3 * place);
+    }
+  }
+}
+
+// Returns the kernel's matrix at each place: [place, channels in, channels out]. With `turned`, it
+// is the kernel that leads from the gradient of the output to the gradient of the input.
+template <int64_t kDepth>
+Buffer<float> TransformKernel(const float* kernel, bool turned) {
+  constexpr int64_t kMatrix = kDepth * kDepth;
+  Buffer<float> places(kPlaces * kMatrix);
+  for (int64_t from = 0; from < kMatrix; from += kWidth) {
+    const int64_t in = from / kDepth, out = from % kDepth;
+    Floats taps[3][3], half[4][3];
+    for (int i = 0; i < kTaps; ++i) {
+      if (!turned) {
+        taps[i / 3][i % 3] = Read<Floats>(kernel + i * kMatrix + from);
+      } else {
+        const float* tap = kernel + (kTaps - 1 - i) * kMatrix + in;
+        for (int o = 0; o < kWidth; ++o) taps[i / 3][i % 3][o] = tap[(out + o) * kDepth];
+      }
+    }
+    for (int j = 0; j < 3; ++j) {
+      half[0][j] = taps[0][j];
+      half[1][j] = (taps[0][j] + taps[1][j] + taps[2][j]) / 2;
+      half[2][j] = (taps[0][j] - taps[1][j] + taps[2][j]) / 2;
+      half[3][j] = taps[2][j];
+    }
+    for (int i = 0; i < 4; ++i) {
+      float* at = places.data() + 4 * i * kMatrix + from;
+      Store(half[i][0], at);
+      Store((half[i][0] + half[i][1] + half[i][2]) / 2, at + kMatrix);
+      Store((half[i][0] - half[i][1] + half[i][2]) / 2, at + 2 * kMatrix);
+      Store(half[i][2], at + 3 * kMatrix);
+    }
+  }
+  return places;
+}
+
+// Transforms the gradient of the kernel's matrices into the gradient of the kernel.
+template <int64_t kDepth>
+void TransformKernelGradient(const float* places, float* gradient) {
+  constexpr int64_t kMatrix = kDepth * kDepth;
+  for (int64_t at = 0; at < kMatrix; at += kWidth) {
+    Floats half[3][4];
+    for (int j = 0; j < 4; ++j) {
+      Floats m[4];
+      for (int i = 0; i < 4; ++i) m[i] = Read<Floats>(places + (4 * i + j) * kMatrix + at);
+      half[0][j] = m[0] + (m[1] + m[2]) / 2;
+      half[1][j] = (m[1] - m[2]) / 2;
+      half[2][j] = (m[1] + m[2]) / 2 + m[3];
+    }
+    for (int i = 0; i < 3; ++i) {
+      float* to = gradient + 3 * i * kMatrix + at;
+      Store(half[i][0] + (half[i][1] + half[i][2]) / 2, to);
+      Store((half[i][1] - half[i][2]) / 2, to + kMatrix);
+      Store((half[i][1] + half[i][2]) / 2 + half[i][3], to + 2 * kMatrix);
+    }
+  }
+}
+
+// --- The products of matrices --------------------------------------------------------------------
+
+// Writes the products of kRows tiles with a matrix, for kOut * 16 of its columns.
+template <int64_t kDepth, int kOut>
+void Multiply(const float* tiles, const float* matrix, float* products) {
+  Floats sums[kRows][kOut] = {};
+  for (int64_t c = 0; c < kDepth; ++c) {
+    Floats row[kOut];
+#pragma GCC unroll 2
+    for (int o = 0; o < kOut; ++o) row[o] = Read<Floats>(matrix + c * kDepth + o * kWidth);
+#pragma GCC unroll 8
+    for (int t = 0; t < kRows; ++t)
+#pragma GCC unroll 2
+      for (int o = 0; o < kOut; ++o) sums[t][o] += tiles[t * kDepth + c] * row[o];
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kRows; ++t)
+#pragma GCC unroll 2
+    for (int o = 0; o < kOut; ++o) Store(sums[t][o], products + t * kDepth + o * kWidth);
+}
+
+// Adds the products of kTiles tiles with the gradients of theirs, for kRows rows of a matrix and
+// kOut * 16 of its columns.
+template <int64_t kDepth, int kOut, int kTiles>
+void AddProducts(const float* tiles, const float* gradients, float* matrix) {
+  Floats sums[kRows][kOut];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int o = 0; o < kOut; ++o) sums[i][o] = Read<Floats>(matrix + i * kDepth + o * kWidth);
+  for (int64_t t = 0; t < kTiles * kDepth; t += kDepth) {
+    Floats row[kOut];
+#pragma GCC unroll 2
+    for (int o = 0; o < kOut; ++o) row[o] = Read<Floats>(gradients + t + o * kWidth);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+      for (int o = 0; o < kOut; ++o) sums[i][o] += tiles[t + i] * row[o];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int o = 0; o < kOut; ++o) Store(sums[i][o], matrix + i * kDepth + o * kWidth);
+}
+
+// --- The operations ------------------------------------------------------------------------------
+
+// The tiles of images of kDepth channels. A thread transforms kTiles of them at a time, so that
+// they stay in its first cache.
+template <int64_t kDepth, int kTiles>
+struct Tiles {
+  // The places do not start at the same distance from the lines of the cache.
+  static constexpr int64_t kPlace = kTiles * kDepth + kWidth;
+  static constexpr int kOut = kDepth % (kColumns * kWidth) ? 1 : kColumns;
+
+  explicit Tiles(const Images& images)
+      : across(images.width / 2),
+        count(images.height / 2 * across),
+        row(images.width * kDepth),
+        padded_row(row + 2 * kDepth),
+        padded((images.height + 2) * padded_row),
+        tiles(kPlaces * kPlace),
+        products(kPlaces * kPlace) {}
+
+  // Calls compute(tile's place in the batch of tiles, the first of its pixels in an image).
+  template <typename F>
+  void ForEach(int64_t first, int64_t row_length, const F& compute) const {
+    for (int t = 0; t < kTiles; ++t)
+      compute(t * kDepth, (first + t) / across * 2 * row_length + (first + t) % across * 2 * kDepth);
+  }
+
+  void Transform(int64_t first) {
+    ForEach(first, padded_row, [&](int64_t tile, int64_t pixel) {
+      TransformInput<kDepth>(padded.data() + pixel, padded_row, tiles.data() + tile, kPlace);
+    });
+  }
+
+  void Convolve(const float* kernel, float* y) {
+    for (int64_t first = 0; first < count; first += kTiles) {
+      Transform(first);
+      for (int64_t p = 0; p < kPlaces; ++p)
+        for (int64_t t = 0; t < kTiles; t += kRows)
+          for (int64_t out = 0; out < kDepth; out += kOut * kWidth)
+            Multiply<kDepth, kOut>(tiles.data() + p * kPlace + t * kDepth,
+                                   kernel + p * kDepth * kDepth + out,
+                                   products.data() + p * kPlace + t * kDepth + out);
+      ForEach(first, row, [&](int64_t tile, int64_t pixel) {
+        TransformOutput<kDepth>(products.data() + tile, kPlace, y + pixel, row);
+      });
+    }
+  }
+
+  void AddGradient(const float* upstream, float* matrices) {
+    for (int64_t first = 0; first < count; first += kTiles) {
+      Transform(first);
+      ForEach(first, row, [&](int64_t tile, int64_t pixel) {
+        TransformGradient<kDepth>(upstream + pixel, row, products.data() + tile, kPlace);
+      });
+      for (int64_t p = 0; p < kPlaces; ++p)
+        for (int64_t in = 0; in < kDepth; in += kRows)
+          for (int64_t out = 0; out < kDepth; out += kOut * kWidth)
+            AddProducts<kDepth, kOut, kTiles>(tiles.data() + p * kPlace + in,
+                                              products.data() + p * kPlace + out,
+                                              matrices + (p * kDepth + in) * kDepth + out);
+    }
+  }
+
+  const int64_t across, count, row, padded_row;
+  Buffer<float> padded, tiles, products;
+};
+
+// Calls compute with the depth of the images as a constant, or refuses their shape.
+template <typename F>
+void WithDepth(OpKernelContext* context, const Images& images, const F& compute) {
+  const bool fits = images.height % 2 == 0 && images.width % 2 == 0 &&
+                    images.height * images.width % 64 == 0;
+  OP_REQUIRES(context, fits && (images.depth == 16 || images.depth == 32 || images.depth == 64),
+              absl::InvalidArgumentError("There is no kernel for this shape."));
+  if (images.depth == 16) compute(std::integral_constant<int64_t, 16>());
+  if (images.depth == 32) compute(std::integral_constant<int64_t, 32>());
+  if (images.depth == 64) compute(std::integral_constant<int64_t, 64>());
+}
+
+class Winograd3x3 : public OpKernel {
+ public:
+  explicit Winograd3x3(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("turned", &turned_));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& input = context->input(0);
+    const Images images(input);
+    OP_REQUIRES(context,
+                context->input(1).NumElements() == kTaps * images.depth * images.depth,
+                absl::InvalidArgumentError("The kernel does not fit the images."));
+    Tensor* output;
+    OP_REQUIRES_OK(context, context->allocate_output(0, input.shape(), &output));
+    const float* x = input.flat<float>().data();
+    float* y = output->flat<float>().data();
+    WithDepth(context, images, [&](auto depth) {
+      const auto kernel =
+          TransformKernel<depth>(context->input(1).flat<float>().data(), turned_);
+      ForEachGroup(context, images, [&](int64_t, int64_t first, int64_t last) {
+        Tiles<depth, depth == 16 ? 8 : 16> tiles(images);
+        for (int64_t n = first; n < last; ++n) {
+          CopyInside(images, x + n * images.size(), tiles.padded.data());
+          tiles.Convolve(kernel.data(), y + n * images.size());
+        }
+      });
+    });
+  }
+
+ private:
+  bool turned_;
+};
+
+class Winograd3x3KernelGrad : public OpKernel {
+ public:
+  explicit Winograd3x3KernelGrad(OpKernelConstruction* context) : OpKernel(context) {}
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& input = context->input(0);
+    const Images images(input);
+    OP_REQUIRES(context, context->input(1).shape() == input.shape(),
+                absl::InvalidArgumentError("The gradient does not fit the images."));
+    Tensor* output;
+    OP_REQUIRES_OK(context,
+                   context->allocate_output(0, {3, 3, images.depth, images.depth}, &output));
+    const float* x = input.flat<float>().data();
+    const float* upstream = context->input(1).flat<float>().data();
+    WithDepth(context, images, [&](auto depth) {
+      constexpr int64_t kMatrix = depth * depth;
+      std::vector<float> gradients(images.groups() * kTaps * kMatrix);
+      ForEachGroup(context, images, [&](int64_t group, int64_t first, int64_t last) {
+        Tiles<depth, 16> tiles(images);
+        Buffer<float> matrices(kPlaces * kMatrix);
+        for (int64_t n = first; n < last; ++n) {
+          CopyInside(images, x + n * images.size(), tiles.padded.data());
+          tiles.AddGradient(upstream + n * images.size(), matrices.data());
+        }
+        TransformKernelGradient<depth>(matrices.data(),
+                                       gradients.data() + group * kTaps * kMatrix);
+      });
+      AddGroups(images, gradients, output);
+    });
+  }
+};
+
+}  // namespace
+
+#endif  // CIFAR10_RESNET_NATIVE_WINOGRAD_H_
