@@ -129,6 +129,14 @@ def test_wrong_shapes_are_refused(library):
         kernels.add_batch_norm_relu(x, [x[:1]], gamma, *rest, **attributes)
     with pytest.raises(tf.errors.InvalidArgumentError, match="a value for each channel"):
         kernels.add_batch_norm_relu(x, [], gamma[:8], *rest, **attributes)
+    kernel = tf.zeros([3, 3, 16, 16])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="does not fit the images"):
+        kernels.winograd3x3(tf.zeros([1, 8, 8, 32]), kernel, turned=False)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="does not fit the images"):
+        kernels.winograd3x3_kernel_grad(tf.zeros([1, 8, 8, 16]), tf.zeros([1, 8, 8, 32]))
+    for shape in ([1, 7, 8, 16], [1, 4, 8, 16], [1, 8, 8, 48]):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="no kernel for this shape"):
+            kernels.winograd3x3_kernel_grad(tf.zeros(shape), tf.zeros(shape))
 
 
 THREADS = """
@@ -145,7 +153,11 @@ results = kernels.add_batch_norm_relu(x, [other], ones, ones, ones, ones,
     decay=0.9, epsilon=1e-3, relu=True, training=True)
 y, (total,), mean, scale, *rest = results
 gradients = kernels.add_batch_norm_relu_grad(other, [x], total, ones, ones, mean, scale, relu=True)
-values = b"".join(value.numpy().tobytes() for value in [y, total, mean, scale, *rest, *gradients])
+x, other = x[:, :32, :30], other[:, :32, :30]
+convolved = [kernels.winograd3x3(x, tf.ones([3, 3, 16, 16]), turned=True)]
+convolved.append(kernels.winograd3x3_kernel_grad(x, other))
+results = [y, total, mean, scale, *rest, *gradients, *convolved]
+values = b"".join(value.numpy().tobytes() for value in results)
 print(hashlib.sha256(values).hexdigest())
 """
 
