@@ -15,17 +15,23 @@ namespace {
 
 constexpr int kPlaces = 16;
 
-// A product of matrices keeps this many rows and vectors of columns in registers.
-#ifdef __AVX512F__
-constexpr int kRows = 8, kColumns = 2;
+// The vectors are registers, because GCC keeps arrays of larger ones in memory. A product of matrices
+// keeps kRows rows and kColumns vectors of columns in them.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRows = 8, kColumns = 2;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kRows = 4, kColumns = 2;
 #else
-constexpr int kRows = 4, kColumns = 1;
+constexpr int kLanes = 4, kRows = 4, kColumns = 2;
 #endif
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 
-// --- The transformations, of 16 channels ---------------------------------------------------------
+inline void Write(Lanes values, float* to) { std::memcpy(to, &values, sizeof(values)); }
+
+// --- The transformations -------------------------------------------------------------------------
 
 // Computes the rows (or columns) of a tile of the input from its four rows (or columns).
-inline void FilterInput(const Floats (&d)[4], Floats (&to)[4]) {
+inline void FilterInput(const Lanes (&d)[4], Lanes (&to)[4]) {
   to[0] = d[0] - d[2];
   to[1] = d[1] + d[2];
   to[2] = d[2] - d[1];
@@ -35,21 +41,21 @@ inline void FilterInput(const Floats (&d)[4], Floats (&to)[4]) {
 // Transforms one tile of the input. The pixels of a tile's next row are `row` values further on.
 template <int64_t kDepth>
 void TransformInput(const float* x, int64_t row, float* to, int64_t place) {
-  for (int64_t c = 0; c < kDepth; c += kWidth) {
-    Floats half[4][4];
+  for (int64_t c = 0; c < kDepth; c += kLanes) {
+    Lanes half[4][4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      Floats column[4];
+      Lanes column[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) column[i] = Read<Floats>(x + i * row + j * kDepth + c);
+      for (int i = 0; i < 4; ++i) column[i] = Read<Lanes>(x + i * row + j * kDepth + c);
       FilterInput(column, half[j]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      Floats filtered[4];
+      Lanes filtered[4];
       FilterInput({half[0][i], half[1][i], half[2][i], half[3][i]}, filtered);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) Store(filtered[j], to + (4 * i + j) * place + c);
+      for (int j = 0; j < 4; ++j) Write(filtered[j], to + (4 * i + j) * place + c);
     }
   }
 }
@@ -57,20 +63,20 @@ void TransformInput(const float* x, int64_t row, float* to, int64_t place) {
 // Transforms products back into the 2x2 pixels of a tile of the output.
 template <int64_t kDepth>
 void TransformOutput(const float* products, int64_t place, float* y, int64_t row) {
-  for (int64_t c = 0; c < kDepth; c += kWidth) {
-    Floats half[2][4];
+  for (int64_t c = 0; c < kDepth; c += kLanes) {
+    Lanes half[2][4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      Floats m[4];
+      Lanes m[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) m[i] = Read<Floats>(products + (4 * i + j) * place + c);
+      for (int i = 0; i < 4; ++i) m[i] = Read<Lanes>(products + (4 * i + j) * place + c);
       half[0][j] = m[0] + m[1] + m[2];
       half[1][j] = m[1] - m[2] - m[3];
     }
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      Store(half[i][0] + half[i][1] + half[i][2], y + i * row + c);
-      Store(half[i][1] - half[i][2] - half[i][3], y + i * row + kDepth + c);
+      Write(half[i][0] + half[i][1] + half[i][2], y + i * row + c);
+      Write(half[i][1] - half[i][2] - half[i][3], y + i * row + kDepth + c);
     }
   }
 }
@@ -78,12 +84,12 @@ void TransformOutput(const float* products, int64_t place, float* y, int64_t row
 // Transforms the gradient of 2x2 pixels of the output into the gradient of the products.
 template <int64_t kDepth>
 void TransformGradient(const float* gradient, int64_t row, float* to, int64_t place) {
-  for (int64_t c = 0; c < kDepth; c += kWidth) {
-    Floats half[4][2];
+  for (int64_t c = 0; c < kDepth; c += kLanes) {
+    Lanes half[4][2];
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
-      const Floats first = Read<Floats>(gradient + j * kDepth + c);
-      const Floats second = Read<Floats>(gradient + row + j * kDepth + c);
+      const Lanes first = Read<Lanes>(gradient + j * kDepth + c);
+      const Lanes second = Read<Lanes>(gradient + row + j * kDepth + c);
       half[0][j] = first;
       half[1][j] = first + second;
       half[2][j] = first - second;
@@ -92,10 +98,10 @@ void TransformGradient(const float* gradient, int64_t row, float* to, int64_t pl
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       float* at = to + 4 * i * place + c;
-      Store(half[i][0], at);
-      Store(half[i][0] + half[i][1], at + place);
-      Store(half[i][0] - half[i][1], at + 2 * place);
-      Store(-half[i][1], at + 3 * place);
+      Write(half[i][0], at);
+      Write(half[i][0] + half[i][1], at + place);
+      Write(half[i][0] - half[i][1], at + 2 * place);
+      Write(-half[i][1], at + 3 * place);
     }
   }
 }
@@ -106,15 +112,15 @@ template <int64_t kDepth>
 Buffer<float> TransformKernel(const float* kernel, bool turned) {
   constexpr int64_t kMatrix = kDepth * kDepth;
   Buffer<float> places(kPlaces * kMatrix);
-  for (int64_t from = 0; from < kMatrix; from += kWidth) {
+  for (int64_t from = 0; from < kMatrix; from += kLanes) {
     const int64_t in = from / kDepth, out = from % kDepth;
-    Floats taps[3][3], half[4][3];
+    Lanes taps[3][3], half[4][3];
     for (int i = 0; i < kTaps; ++i) {
       if (!turned) {
-        taps[i / 3][i % 3] = Read<Floats>(kernel + i * kMatrix + from);
+        taps[i / 3][i % 3] = Read<Lanes>(kernel + i * kMatrix + from);
       } else {
         const float* tap = kernel + (kTaps - 1 - i) * kMatrix + in;
-        for (int o = 0; o < kWidth; ++o) taps[i / 3][i % 3][o] = tap[(out + o) * kDepth];
+        for (int o = 0; o < kLanes; ++o) taps[i / 3][i % 3][o] = tap[(out + o) * kDepth];
       }
     }
     for (int j = 0; j < 3; ++j) {
@@ -125,10 +131,10 @@ Buffer<float> TransformKernel(const float* kernel, bool turned) {
     }
     for (int i = 0; i < 4; ++i) {
       float* at = places.data() + 4 * i * kMatrix + from;
-      Store(half[i][0], at);
-      Store((half[i][0] + half[i][1] + half[i][2]) / 2, at + kMatrix);
-      Store((half[i][0] - half[i][1] + half[i][2]) / 2, at + 2 * kMatrix);
-      Store(half[i][2], at + 3 * kMatrix);
+      Write(half[i][0], at);
+      Write((half[i][0] + half[i][1] + half[i][2]) / 2, at + kMatrix);
+      Write((half[i][0] - half[i][1] + half[i][2]) / 2, at + 2 * kMatrix);
+      Write(half[i][2], at + 3 * kMatrix);
     }
   }
   return places;
@@ -138,34 +144,34 @@ Buffer<float> TransformKernel(const float* kernel, bool turned) {
 template <int64_t kDepth>
 void TransformKernelGradient(const float* places, float* gradient) {
   constexpr int64_t kMatrix = kDepth * kDepth;
-  for (int64_t at = 0; at < kMatrix; at += kWidth) {
-    Floats half[3][4];
+  for (int64_t at = 0; at < kMatrix; at += kLanes) {
+    Lanes half[3][4];
     for (int j = 0; j < 4; ++j) {
-      Floats m[4];
-      for (int i = 0; i < 4; ++i) m[i] = Read<Floats>(places + (4 * i + j) * kMatrix + at);
+      Lanes m[4];
+      for (int i = 0; i < 4; ++i) m[i] = Read<Lanes>(places + (4 * i + j) * kMatrix + at);
       half[0][j] = m[0] + (m[1] + m[2]) / 2;
       half[1][j] = (m[1] - m[2]) / 2;
       half[2][j] = (m[1] + m[2]) / 2 + m[3];
     }
     for (int i = 0; i < 3; ++i) {
       float* to = gradient + 3 * i * kMatrix + at;
-      Store(half[i][0] + (half[i][1] + half[i][2]) / 2, to);
-      Store((half[i][1] - half[i][2]) / 2, to + kMatrix);
-      Store((half[i][1] + half[i][2]) / 2 + half[i][3], to + 2 * kMatrix);
+      Write(half[i][0] + (half[i][1] + half[i][2]) / 2, to);
+      Write((half[i][1] - half[i][2]) / 2, to + kMatrix);
+      Write((half[i][1] + half[i][2]) / 2 + half[i][3], to + 2 * kMatrix);
     }
   }
 }
 
 // --- The products of matrices --------------------------------------------------------------------
 
-// Writes the products of kRows tiles with a matrix, for kOut * 16 of its columns.
+// Writes the products of kRows tiles with a matrix, for kOut vectors of its columns.
 template <int64_t kDepth, int kOut>
 void Multiply(const float* tiles, const float* matrix, float* products) {
-  Floats sums[kRows][kOut] = {};
+  Lanes sums[kRows][kOut] = {};
   for (int64_t c = 0; c < kDepth; ++c) {
-    Floats row[kOut];
+    Lanes row[kOut];
 #pragma GCC unroll 2
-    for (int o = 0; o < kOut; ++o) row[o] = Read<Floats>(matrix + c * kDepth + o * kWidth);
+    for (int o = 0; o < kOut; ++o) row[o] = Read<Lanes>(matrix + c * kDepth + o * kLanes);
 #pragma GCC unroll 8
     for (int t = 0; t < kRows; ++t)
 #pragma GCC unroll 2
@@ -174,22 +180,22 @@ void Multiply(const float* tiles, const float* matrix, float* products) {
 #pragma GCC unroll 8
   for (int t = 0; t < kRows; ++t)
 #pragma GCC unroll 2
-    for (int o = 0; o < kOut; ++o) Store(sums[t][o], products + t * kDepth + o * kWidth);
+    for (int o = 0; o < kOut; ++o) Write(sums[t][o], products + t * kDepth + o * kLanes);
 }
 
 // Adds the products of kTiles tiles with the gradients of theirs, for kRows rows of a matrix and
-// kOut * 16 of its columns.
+// kOut vectors of its columns.
 template <int64_t kDepth, int kOut, int kTiles>
 void AddProducts(const float* tiles, const float* gradients, float* matrix) {
-  Floats sums[kRows][kOut];
+  Lanes sums[kRows][kOut];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int o = 0; o < kOut; ++o) sums[i][o] = Read<Floats>(matrix + i * kDepth + o * kWidth);
+    for (int o = 0; o < kOut; ++o) sums[i][o] = Read<Lanes>(matrix + i * kDepth + o * kLanes);
   for (int64_t t = 0; t < kTiles * kDepth; t += kDepth) {
-    Floats row[kOut];
+    Lanes row[kOut];
 #pragma GCC unroll 2
-    for (int o = 0; o < kOut; ++o) row[o] = Read<Floats>(gradients + t + o * kWidth);
+    for (int o = 0; o < kOut; ++o) row[o] = Read<Lanes>(gradients + t + o * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
@@ -198,7 +204,7 @@ void AddProducts(const float* tiles, const float* gradients, float* matrix) {
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int o = 0; o < kOut; ++o) Store(sums[i][o], matrix + i * kDepth + o * kWidth);
+    for (int o = 0; o < kOut; ++o) Write(sums[i][o], matrix + i * kDepth + o * kLanes);
 }
 
 // --- The operations ------------------------------------------------------------------------------
@@ -208,8 +214,8 @@ void AddProducts(const float* tiles, const float* gradients, float* matrix) {
 template <int64_t kDepth, int kTiles>
 struct Tiles {
   // The places do not start at the same distance from the lines of the cache.
-  static constexpr int64_t kPlace = kTiles * kDepth + kWidth;
-  static constexpr int kOut = kDepth % (kColumns * kWidth) ? 1 : kColumns;
+  static constexpr int64_t kPlace = kTiles * kDepth + 16;
+  static constexpr int kOut = kDepth % (kColumns * kLanes) ? 1 : kColumns;
 
   explicit Tiles(const Images& images)
       : across(images.width / 2),
@@ -238,7 +244,7 @@ struct Tiles {
       Transform(first);
       for (int64_t p = 0; p < kPlaces; ++p)
         for (int64_t t = 0; t < kTiles; t += kRows)
-          for (int64_t out = 0; out < kDepth; out += kOut * kWidth)
+          for (int64_t out = 0; out < kDepth; out += kOut * kLanes)
             Multiply<kDepth, kOut>(tiles.data() + p * kPlace + t * kDepth,
                                    kernel + p * kDepth * kDepth + out,
                                    products.data() + p * kPlace + t * kDepth + out);
@@ -256,7 +262,7 @@ struct Tiles {
       });
       for (int64_t p = 0; p < kPlaces; ++p)
         for (int64_t in = 0; in < kDepth; in += kRows)
-          for (int64_t out = 0; out < kDepth; out += kOut * kWidth)
+          for (int64_t out = 0; out < kDepth; out += kOut * kLanes)
             AddProducts<kDepth, kOut, kTiles>(tiles.data() + p * kPlace + in,
                                               products.data() + p * kPlace + out,
                                               matrices + (p * kDepth + in) * kDepth + out);
