@@ -329,6 +329,11 @@ class ResNet(tf.Module):
         return tuple(module for module in self.submodules if isinstance(module, BatchNorm))
 
     @property
+    def statistics(self) -> tuple[tf.Variable, ...]:
+        """Returns the moving averages of all batch norms."""
+        return tuple(s for norm in self.norms for s in (norm.moving_mean, norm.moving_variance))
+
+    @property
     def kernels(self) -> tuple[tf.Variable, ...]:
         """Returns the variables that weight decay acts on: convolution and logits kernels only."""
         return tuple(v for v in self.trainable_variables if v.name.endswith("/kernel:0"))

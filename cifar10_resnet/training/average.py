@@ -35,12 +35,8 @@ class WeightAverage(tf.Module):
         """Adds the network's present weights to the mean, and measures its statistics."""
         self._add_weights()
         measured = [self._measure(images) for images in batches]
-        for statistic, *values in zip(self._statistics, *measured, strict=True):
+        for statistic, *values in zip(self.network.statistics, *measured, strict=True):
             statistic.assign(tf.add_n(values) / len(values))
-
-    @property
-    def _statistics(self) -> list[tf.Variable]:
-        return [s for norm in self.network.norms for s in (norm.moving_mean, norm.moving_variance)]
 
     def _add_in_graph(self) -> None:
         count = self.count.assign_add(1)
@@ -50,4 +46,4 @@ class WeightAverage(tf.Module):
     def _measure_in_graph(self, images: tf.Tensor) -> list[tf.Tensor]:
         """Returns the statistics of a batch."""
         self.network.features(images, training=True)
-        return [statistic.read_value() for statistic in self._statistics]
+        return [statistic.read_value() for statistic in self.network.statistics]

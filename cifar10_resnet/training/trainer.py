@@ -188,10 +188,9 @@ class Trainer:
         return sums[: len(gradients)], loss, tf.cast(right, tf.int64)
 
     @property
-    def _statistics(self) -> list[tf.Variable]:
+    def _statistics(self) -> tuple[tf.Variable, ...]:
         """Returns the statistics of batch norm that a step updates."""
-        norms = () if self.run.training.fine_tune else self.model.norms
-        return [s for norm in norms for s in (norm.moving_mean, norm.moving_variance)]
+        return () if self.run.training.fine_tune else self.model.statistics
 
     @property
     def changing(self) -> list[tf.Variable]:
