@@ -53,13 +53,17 @@ void CopyInside(const Images& images, const T* image, T* padded) {
                 row * sizeof(T));
 }
 
-// Writes the sums of the groups' values. Their order does not depend on the threads.
-inline void AddGroups(const Images& images, const std::vector<float>& values, Tensor* output) {
-  float* total = output->flat<float>().data();
-  const int64_t size = output->NumElements();
-  std::fill_n(total, size, 0.0f);
-  for (int64_t group = 0; group < images.groups(); ++group)
-    for (int64_t i = 0; i < size; ++i) total[i] += values[group * size + i];
+// Writes the totals of the groups' values. The order of additions does not depend on the threads.
+inline void AddGroups(OpKernelContext* context, const Images& images, const float* values,
+                      Tensor* output) {
+  float* totals = output->flat<float>().data();
+  const int64_t size = output->NumElements(), part = size / kTaps;
+  InParallel(context, kTaps, [&](int64_t tap) {
+    float* total = totals + tap * part;
+    std::fill_n(total, part, 0.0f);
+    for (int64_t group = 0; group < images.groups(); ++group)
+      for (int64_t i = 0; i < part; ++i) total[i] += values[group * size + tap * part + i];
+  });
 }
 
 }  // namespace

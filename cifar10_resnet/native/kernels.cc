@@ -5,7 +5,6 @@
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
-#include "winograd.h"
 
 namespace {
 
@@ -66,29 +65,30 @@ REGISTER(AddBatchNormRelu, bfloat16);
 REGISTER(AddBatchNormReluGrad, float);
 REGISTER(AddBatchNormReluGrad, bfloat16);
 
-#define REGISTER_CONVOLUTION(NAME, T)                                         \
-  REGISTER_OP(#NAME)                                                          \
-      .Attr("turned: bool")                                                   \
-      .Input("x: " T)                                                         \
-      .Input("kernel: float")                                                 \
-      .Output("y: " T)                                                        \
-      .SetShapeFn(tensorflow::shape_inference::UnchangedShape);               \
-  REGISTER_OP(#NAME "KernelGrad")                                             \
-      .Input("x: " T)                                                         \
-      .Input("gradient: " T)                                                  \
-      .Output("for_kernel: float")                                            \
-      .SetShapeFn([](InferenceContext* context) {                             \
-        const auto depth = context->Dim(context->input(0), 3);                \
-        context->set_output(0, context->MakeShape({3, 3, depth, depth}));     \
-        return absl::OkStatus();                                              \
-      });                                                                     \
-  REGISTER_KERNEL_BUILDER(Name(#NAME).Device(tensorflow::DEVICE_CPU), NAME);  \
-  REGISTER_KERNEL_BUILDER(Name(#NAME "KernelGrad").Device(tensorflow::DEVICE_CPU), \
-                          NAME##KernelGrad)
+#define REGISTER_CONVOLUTION(NAME, T)                                                             \
+  REGISTER_OP("Convolution3x3" NAME)                                                              \
+      .Input("x: " #T)                                                                            \
+      .Input("kernel: float")                                                                     \
+      .Output("y: " #T)                                                                           \
+      .SetShapeFn(tensorflow::shape_inference::UnchangedShape);                                   \
+  REGISTER_OP("Convolution3x3" NAME "Grad")                                                       \
+      .Input("x: " #T)                                                                            \
+      .Input("kernel: float")                                                                     \
+      .Input("gradient: " #T)                                                                     \
+      .Output("for_x: " #T)                                                                       \
+      .Output("for_kernel: float")                                                                \
+      .SetShapeFn([](InferenceContext* context) {                                                 \
+        for (int i : {0, 1}) context->set_output(i, context->input(i));                           \
+        return absl::OkStatus();                                                                  \
+      });                                                                                         \
+  REGISTER_KERNEL_BUILDER(Name("Convolution3x3" NAME).Device(tensorflow::DEVICE_CPU),             \
+                          Convolution3x3<T>);                                                     \
+  REGISTER_KERNEL_BUILDER(Name("Convolution3x3" NAME "Grad").Device(tensorflow::DEVICE_CPU),      \
+                          Convolution3x3Grad<T>)
 
-REGISTER_CONVOLUTION(Winograd3x3, "float");
-#ifdef HAS_CONVOLUTION
-REGISTER_CONVOLUTION(Convolution3x3, "bfloat16");
+REGISTER_CONVOLUTION("Float32", float);
+#ifdef __AVX512BF16__
+REGISTER_CONVOLUTION("Bfloat16", bfloat16);
 #endif
 
 }  // namespace

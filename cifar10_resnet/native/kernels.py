@@ -88,19 +88,19 @@ def convolve_with(library: str) -> Convolve:
     out as in. In bf16, they are only for some processors. TensorFlow computes the others.
     """
     kernels = _load(library)
-    # Only the library for a processor with the instructions for it has this operation.
-    in_bf16 = getattr(kernels, "convolution3x3", None)
 
     def convolve(x: tf.Tensor, kernel: tf.Tensor, stride: int, layout: str) -> tf.Tensor:
         size, _, depth_in, depth = kernel.shape
-        if (size, stride, depth_in) == (3, 1, depth):
+        # The library has only the operations that this processor has instructions for.
+        native = getattr(kernels, f"convolution3x3_{x.dtype.name}", None)
+        if native and (size, stride, depth_in) == (3, 1, depth):
             _, height, width, _ = x.shape
-            is_even = height % 2 == width % 2 == height * width % 64 == 0
-            if x.dtype == tf.float32 and depth in (16, 32, 64) and is_even:
-                return kernels.winograd3x3(x=x, kernel=kernel, turned=False)
-            fits = depth % 16 == width % 16 == 0 or depth % 32 == width % 8 == 0
-            if x.dtype == tf.bfloat16 and fits and in_bf16:
-                return in_bf16(x=x, kernel=kernel, turned=False)
+            if x.dtype == tf.bfloat16:
+                fits = depth % 16 == width % 16 == 0 or depth % 32 == width % 8 == 0
+            else:
+                fits = depth in (16, 32, 64) and height % 2 == width % 2 == height * width % 64 == 0
+            if fits:
+                return native(x=x, kernel=kernel)
         return convolution(x, kernel, stride, layout)
 
     return convolve
@@ -110,11 +110,11 @@ def convolve_with(library: str) -> Convolve:
 def _load(library: str) -> ModuleType:
     kernels = tf.load_op_library(library)
     tf.RegisterGradient("AddBatchNormRelu")(functools.partial(_gradient_of_batch_norm, kernels))
-    for name in ("Winograd3x3", "Convolution3x3"):
-        if convolve := getattr(kernels, name.lower(), None):
-            for_kernel = getattr(kernels, f"{name.lower()}_kernel_grad")
-            gradient = functools.partial(_gradient_of_convolution, convolve, for_kernel)
-            tf.RegisterGradient(name)(gradient)
+    for dtype in ("float32", "bfloat16"):
+        if gradient := getattr(kernels, f"convolution3x3_{dtype}_grad", None):
+            tf.RegisterGradient(f"Convolution3x3{dtype.title()}")(
+                functools.partial(_gradient_of_convolution, gradient)
+            )
     return kernels
 
 
@@ -142,10 +142,7 @@ def _gradient_of_batch_norm(
 
 
 def _gradient_of_convolution(
-    convolve: Callable, for_kernel: Callable, operation: tf.Operation, upstream: tf.Tensor
-) -> list[tf.Tensor]:
+    gradient: Callable, operation: tf.Operation, upstream: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
     x, kernel = operation.inputs
-    return [
-        convolve(x=upstream, kernel=kernel, turned=True),
-        for_kernel(x=x, gradient=upstream),
-    ]
+    return gradient(x=x, kernel=kernel, gradient=upstream)

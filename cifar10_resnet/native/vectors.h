@@ -35,6 +35,11 @@ inline V Read(const T* from) {
   return values;
 }
 
+template <typename V, typename T>
+inline void Write(V values, T* to) {
+  std::memcpy(to, &values, sizeof(values));
+}
+
 // This reads one value (V is float) or a vector, from float or bfloat16.
 template <typename V, typename T>
 inline V Load(const T* from) {

@@ -26,8 +26,6 @@ constexpr int kLanes = 4, kRows = 4, kColumns = 2;
 #endif
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 
-inline void Write(Lanes values, float* to) { std::memcpy(to, &values, sizeof(values)); }
-
 // --- The transformations -------------------------------------------------------------------------
 
 // Computes the rows (or columns) of a tile of the input from its four rows (or columns).
@@ -209,145 +207,87 @@ void AddProducts(const float* tiles, const float* gradients, float* matrix) {
 
 // --- The operations ------------------------------------------------------------------------------
 
-// The tiles of images of kDepth channels. A thread transforms kTiles of them at a time, so that
-// they stay in its first cache.
-template <int64_t kDepth, int kTiles>
-struct Tiles {
+// The memory of a thread that computes images of kDepth channels.
+template <int64_t kDepth>
+class WithTiles {
+ public:
+  explicit WithTiles(const Images& images)
+      : images_(images),
+        across_(images.width / 2),
+        row_(images.width * kDepth),
+        padded_row_(row_ + 2 * kDepth),
+        padded_((images.height + 2) * padded_row_),
+        tiles_(kPlaces * kPlace),
+        products_(kPlaces * kPlace),
+        matrices_(kPlaces * kMatrix) {}
+
+  static Buffer<float> Pack(const float* kernel, int64_t, bool turned) {
+    return TransformKernel<kDepth>(kernel, turned);
+  }
+
+  void Convolve(const float* x, const Buffer<float>& kernel, float* y) {
+    CopyInside(images_, x, padded_.data());
+    for (int64_t first = 0; first < count(); first += kTiles) {
+      Transform(first);
+      for (int64_t p = 0; p < kPlaces; ++p)
+        for (int64_t t = 0; t < kTiles; t += kRows)
+          for (int64_t out = 0; out < kDepth; out += kOut * kLanes)
+            Multiply<kDepth, kOut>(tiles_.data() + p * kPlace + t * kDepth,
+                                   kernel.data() + p * kMatrix + out,
+                                   products_.data() + p * kPlace + t * kDepth + out);
+      ForEach(first, row_, [&](int64_t tile, int64_t pixel) {
+        TransformOutput<kDepth>(products_.data() + tile, kPlace, y + pixel, row_);
+      });
+    }
+  }
+
+  // Computes the gradient of the image, and adds to the gradient of the kernel.
+  void Differentiate(const float* x, const float* upstream, const Buffer<float>& turned,
+                     float* for_x) {
+    Convolve(upstream, turned, for_x);
+    CopyInside(images_, x, padded_.data());
+    for (int64_t first = 0; first < count(); first += kTiles) {
+      Transform(first);
+      ForEach(first, row_, [&](int64_t tile, int64_t pixel) {
+        TransformGradient<kDepth>(upstream + pixel, row_, products_.data() + tile, kPlace);
+      });
+      for (int64_t p = 0; p < kPlaces; ++p)
+        for (int64_t in = 0; in < kDepth; in += kRows)
+          for (int64_t out = 0; out < kDepth; out += kOut * kLanes)
+            AddProducts<kDepth, kOut, kTiles>(tiles_.data() + p * kPlace + in,
+                                              products_.data() + p * kPlace + out,
+                                              matrices_.data() + p * kMatrix + in * kDepth + out);
+    }
+  }
+
+  void WriteForKernel(float* to) const { TransformKernelGradient<kDepth>(matrices_.data(), to); }
+
+ private:
+  static constexpr int64_t kMatrix = kDepth * kDepth;
+  static constexpr int kOut = kDepth % (kColumns * kLanes) ? 1 : kColumns;
+  static constexpr int kTiles = kDepth == 16 ? 8 : 16;  // They stay in the first cache.
   // The places do not start at the same distance from the lines of the cache.
   static constexpr int64_t kPlace = kTiles * kDepth + 16;
-  static constexpr int kOut = kDepth % (kColumns * kLanes) ? 1 : kColumns;
 
-  explicit Tiles(const Images& images)
-      : across(images.width / 2),
-        count(images.height / 2 * across),
-        row(images.width * kDepth),
-        padded_row(row + 2 * kDepth),
-        padded((images.height + 2) * padded_row),
-        tiles(kPlaces * kPlace),
-        products(kPlaces * kPlace) {}
+  int64_t count() const { return images_.height / 2 * across_; }
 
   // Calls compute(tile's place in the batch of tiles, the first of its pixels in an image).
   template <typename F>
   void ForEach(int64_t first, int64_t row_length, const F& compute) const {
     for (int t = 0; t < kTiles; ++t)
-      compute(t * kDepth, (first + t) / across * 2 * row_length + (first + t) % across * 2 * kDepth);
+      compute(t * kDepth,
+              (first + t) / across_ * 2 * row_length + (first + t) % across_ * 2 * kDepth);
   }
 
   void Transform(int64_t first) {
-    ForEach(first, padded_row, [&](int64_t tile, int64_t pixel) {
-      TransformInput<kDepth>(padded.data() + pixel, padded_row, tiles.data() + tile, kPlace);
+    ForEach(first, padded_row_, [&](int64_t tile, int64_t pixel) {
+      TransformInput<kDepth>(padded_.data() + pixel, padded_row_, tiles_.data() + tile, kPlace);
     });
   }
 
-  void Convolve(const float* kernel, float* y) {
-    for (int64_t first = 0; first < count; first += kTiles) {
-      Transform(first);
-      for (int64_t p = 0; p < kPlaces; ++p)
-        for (int64_t t = 0; t < kTiles; t += kRows)
-          for (int64_t out = 0; out < kDepth; out += kOut * kLanes)
-            Multiply<kDepth, kOut>(tiles.data() + p * kPlace + t * kDepth,
-                                   kernel + p * kDepth * kDepth + out,
-                                   products.data() + p * kPlace + t * kDepth + out);
-      ForEach(first, row, [&](int64_t tile, int64_t pixel) {
-        TransformOutput<kDepth>(products.data() + tile, kPlace, y + pixel, row);
-      });
-    }
-  }
-
-  void AddGradient(const float* upstream, float* matrices) {
-    for (int64_t first = 0; first < count; first += kTiles) {
-      Transform(first);
-      ForEach(first, row, [&](int64_t tile, int64_t pixel) {
-        TransformGradient<kDepth>(upstream + pixel, row, products.data() + tile, kPlace);
-      });
-      for (int64_t p = 0; p < kPlaces; ++p)
-        for (int64_t in = 0; in < kDepth; in += kRows)
-          for (int64_t out = 0; out < kDepth; out += kOut * kLanes)
-            AddProducts<kDepth, kOut, kTiles>(tiles.data() + p * kPlace + in,
-                                              products.data() + p * kPlace + out,
-                                              matrices + (p * kDepth + in) * kDepth + out);
-    }
-  }
-
-  const int64_t across, count, row, padded_row;
-  Buffer<float> padded, tiles, products;
-};
-
-// Calls compute with the depth of the images as a constant, or refuses their shape.
-template <typename F>
-void WithDepth(OpKernelContext* context, const Images& images, const F& compute) {
-  const bool fits = images.height % 2 == 0 && images.width % 2 == 0 &&
-                    images.height * images.width % 64 == 0;
-  OP_REQUIRES(context, fits && (images.depth == 16 || images.depth == 32 || images.depth == 64),
-              absl::InvalidArgumentError("There is no kernel for this shape."));
-  if (images.depth == 16) compute(std::integral_constant<int64_t, 16>());
-  if (images.depth == 32) compute(std::integral_constant<int64_t, 32>());
-  if (images.depth == 64) compute(std::integral_constant<int64_t, 64>());
-}
-
-class Winograd3x3 : public OpKernel {
- public:
-  explicit Winograd3x3(OpKernelConstruction* context) : OpKernel(context) {
-    OP_REQUIRES_OK(context, context->GetAttr("turned", &turned_));
-  }
-
-  void Compute(OpKernelContext* context) override {
-    const Tensor& input = context->input(0);
-    const Images images(input);
-    OP_REQUIRES(context,
-                context->input(1).NumElements() == kTaps * images.depth * images.depth,
-                absl::InvalidArgumentError("The kernel does not fit the images."));
-    Tensor* output;
-    OP_REQUIRES_OK(context, context->allocate_output(0, input.shape(), &output));
-    const float* x = input.flat<float>().data();
-    float* y = output->flat<float>().data();
-    WithDepth(context, images, [&](auto depth) {
-      const auto kernel =
-          TransformKernel<depth>(context->input(1).flat<float>().data(), turned_);
-      ForEachGroup(context, images, [&](int64_t, int64_t first, int64_t last) {
-        Tiles<depth, depth == 16 ? 8 : 16> tiles(images);
-        for (int64_t n = first; n < last; ++n) {
-          CopyInside(images, x + n * images.size(), tiles.padded.data());
-          tiles.Convolve(kernel.data(), y + n * images.size());
-        }
-      });
-    });
-  }
-
- private:
-  bool turned_;
-};
-
-class Winograd3x3KernelGrad : public OpKernel {
- public:
-  explicit Winograd3x3KernelGrad(OpKernelConstruction* context) : OpKernel(context) {}
-
-  void Compute(OpKernelContext* context) override {
-    const Tensor& input = context->input(0);
-    const Images images(input);
-    OP_REQUIRES(context, context->input(1).shape() == input.shape(),
-                absl::InvalidArgumentError("The gradient does not fit the images."));
-    Tensor* output;
-    OP_REQUIRES_OK(context,
-                   context->allocate_output(0, {3, 3, images.depth, images.depth}, &output));
-    const float* x = input.flat<float>().data();
-    const float* upstream = context->input(1).flat<float>().data();
-    WithDepth(context, images, [&](auto depth) {
-      constexpr int64_t kMatrix = depth * depth;
-      std::vector<float> gradients(images.groups() * kTaps * kMatrix);
-      ForEachGroup(context, images, [&](int64_t group, int64_t first, int64_t last) {
-        Tiles<depth, 16> tiles(images);
-        Buffer<float> matrices(kPlaces * kMatrix);
-        for (int64_t n = first; n < last; ++n) {
-          CopyInside(images, x + n * images.size(), tiles.padded.data());
-          tiles.AddGradient(upstream + n * images.size(), matrices.data());
-        }
-        TransformKernelGradient<depth>(matrices.data(),
-                                       gradients.data() + group * kTaps * kMatrix);
-      });
-      AddGroups(images, gradients, output);
-    });
-  }
+  const Images images_;
+  const int64_t across_, row_, padded_row_;
+  Buffer<float> padded_, tiles_, products_, matrices_;
 };
 
 }  // namespace

@@ -1,5 +1,7 @@
 """The native kernels compute what TensorFlow's compute, for any shape and number of threads."""
 
+import platform
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -129,14 +131,16 @@ def test_wrong_shapes_are_refused(library):
         kernels.add_batch_norm_relu(x, [x[:1]], gamma, *rest, **attributes)
     with pytest.raises(tf.errors.InvalidArgumentError, match="a value for each channel"):
         kernels.add_batch_norm_relu(x, [], gamma[:8], *rest, **attributes)
-    kernel = tf.zeros([3, 3, 16, 16])
+    kernel, x = tf.zeros([3, 3, 16, 16]), tf.zeros([1, 8, 8, 16])
     with pytest.raises(tf.errors.InvalidArgumentError, match="does not fit the images"):
-        kernels.winograd3x3(tf.zeros([1, 8, 8, 32]), kernel, turned=False)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="does not fit the images"):
-        kernels.winograd3x3_kernel_grad(tf.zeros([1, 8, 8, 16]), tf.zeros([1, 8, 8, 32]))
+        kernels.convolution3x3_float32(tf.zeros([1, 8, 8, 32]), kernel)
+    for others in ((kernel[:2], x), (kernel, x[:, :7])):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="does not fit the images"):
+            kernels.convolution3x3_float32_grad(x, *others)
     for shape in ([1, 7, 8, 16], [1, 4, 8, 16], [1, 8, 8, 48]):
+        kernel, x = tf.zeros([3, 3, shape[-1], shape[-1]]), tf.zeros(shape)
         with pytest.raises(tf.errors.InvalidArgumentError, match="no kernel for this shape"):
-            kernels.winograd3x3_kernel_grad(tf.zeros(shape), tf.zeros(shape))
+            kernels.convolution3x3_float32_grad(x, kernel, x)
 
 
 THREADS = """
@@ -153,10 +157,11 @@ results = kernels.add_batch_norm_relu(x, [other], ones, ones, ones, ones,
     decay=0.9, epsilon=1e-3, relu=True, training=True)
 y, (total,), mean, scale, *rest = results
 gradients = kernels.add_batch_norm_relu_grad(other, [x], total, ones, ones, mean, scale, relu=True)
-x, other = x[:, :32, :30], other[:, :32, :30]
-convolved = [kernels.winograd3x3(x, tf.ones([3, 3, 16, 16]), turned=True)]
-convolved.append(kernels.winograd3x3_kernel_grad(x, other))
-results = [y, total, mean, scale, *rest, *gradients, *convolved]
+x, other = x[:, :32, :16], other[:, :32, :16]
+results = [y, total, mean, scale, *rest, *gradients]
+for dtype in (tf.float32, tf.bfloat16):
+    if gradient := getattr(kernels, f"convolution3x3_{dtype.name}_grad", None):
+        results += gradient(tf.cast(x, dtype), tf.ones([3, 3, 16, 16]), tf.cast(other, dtype))
 values = b"".join(value.numpy().tobytes() for value in results)
 print(hashlib.sha256(values).hexdigest())
 """
@@ -177,7 +182,7 @@ def test_results_are_the_same_bits_for_any_number_of_threads(library):
     ids=str,
 )  # fmt: skip
 def test_convolutions_and_their_gradients_are_tensorflow_s(library, shape, dtype):
-    if dtype == tf.bfloat16 and not hasattr(kernels._load(library), "convolution3x3"):
+    if not hasattr(kernels._load(library), f"convolution3x3_{dtype.name}"):
         pytest.skip("the kernels in bfloat16 are not for this processor")
     convolve, depth = kernels.convolve_with(library), shape[-1]
     rng = np.random.default_rng(depth)
@@ -199,6 +204,23 @@ def test_convolutions_and_their_gradients_are_tensorflow_s(library, shape, dtype
         np.testing.assert_array_equal(tf.cast(ours, tf.float32), expected, err_msg=name)
 
 
+SLOWER = """
+import pytest, sys
+from cifar10_resnet.native import build
+build.FLAGS += tuple(sys.argv[2:])
+options = ["-q", "-p", "no:cacheprovider", "-k", "gradients_are_tensorflow_s"]
+sys.exit(pytest.main([*options, sys.argv[1]]))
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the options are for x86")
+@pytest.mark.parametrize(
+    "options", ["-mno-amx-bf16", "-march=x86-64-v3", "-march=x86-64"], ids=["no AMX", "AVX2", "SSE"]
+)
+def test_convolutions_for_slower_processors_are_tensorflow_s(library, options):
+    run_code(SLOWER, __file__, options)
+
+
 def operations_of(convolve, shape, kernel_shape, stride=1, dtype=tf.float32) -> set[str]:
     """Returns the types of the operations that a convolution consists of."""
     traced = tf.function(lambda x, kernel: convolve(x, kernel, stride, "NHWC"), autograph=False)
@@ -213,10 +235,10 @@ def test_the_networks_convolutions_in_fp32_have_kernels_whatever_the_precision(
     library, side, depth, monkeypatch
 ):
     shapes = (None, side, side, depth), (3, 3, depth, depth)
-    assert "Winograd3x3" in operations_of(kernels.convolve_with(library), *shapes)
+    assert "Convolution3x3Float32" in operations_of(kernels.convolve_with(library), *shapes)
     monkeypatch.setattr("cifar10_resnet.device._cpu_has_bf16", lambda: False)
     convolve = kernels.ways(library, "bf16")["convolve"]
-    assert "Winograd3x3" in operations_of(convolve, *shapes, dtype=tf.bfloat16)
+    assert "Convolution3x3Float32" in operations_of(convolve, *shapes, dtype=tf.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16], ids=lambda dtype: dtype.name)
