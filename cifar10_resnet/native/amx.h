@@ -1,9 +1,10 @@
-// 3x3 convolutions of bfloat16 images, and their gradients, on processors that multiply matrices (AMX).
+// 3x3 convolutions of bfloat16 images, and their gradients, on processors that multiply matrices
+// (AMX).
 //
-// A register has a matrix: 16 rows of 64 bytes. An instruction adds the product of one of 16x32
-// bfloat16 and one of 32x16 to one of 16x16 sums. The second one consists of words: two of its rows
-// make one row of the register. A row that crosses the lines of the cache is slow to load, so that
-// all of them start at a line.
+// A register has a matrix: 16 rows of 64 bytes. An instruction multiplies a matrix of 16x32 bfloat16
+// with one of 32x16, and adds the product to 16x16 sums. The second matrix consists of words: two of
+// its rows are one row of the register. Rows that cross the lines of the cache take six times as
+// long to load, so all rows start at a line.
 
 #ifndef CIFAR10_RESNET_NATIVE_AMX_H_
 #define CIFAR10_RESNET_NATIVE_AMX_H_
@@ -129,15 +130,15 @@ inline void Transpose(Words (&rows)[kSide]) {
 // sequence, so that those of the border are computed, too.
 class WithMatrices {
  public:
-  explicit WithMatrices(const Images& images)
+  WithMatrices(const Images& images, bool for_gradients)
       : images_(images),
         depth_(images.depth),
         width_(images.width + 2),
         steps_((images.height * width_ + 2 * kSide - 1) / (2 * kSide)),
         padded_(((images.height + 2) * width_ + kBeyond) * depth_),
-        pixels_((2 * kSide * steps_ + 2 * width_ + 2) * depth_),
-        channels_(steps_ * kSide * depth_),
-        sums_(kTaps * depth_ * depth_) {}
+        pixels_(for_gradients * (2 * kSide * steps_ + 2 * width_ + 2) * depth_),
+        channels_(for_gradients * steps_ * kSide * depth_),
+        sums_(for_gradients * kTaps * depth_ * depth_) {}
 
   // A row of a matrix has 32 channels. Two pixels of 16 are like one of 32.
   static int64_t PixelsAtOnce(int64_t depth) { return depth % 32 ? 2 : 1; }

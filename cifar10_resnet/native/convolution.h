@@ -59,7 +59,7 @@ class Convolution3x3 : public OpKernel {
       using Way = typename decltype(chosen)::Way;
       const auto packed = Way::Pack(kernel.flat<float>().data(), images.depth, false);
       ForEachGroup(context, images, [&](int64_t, int64_t first, int64_t last) {
-        Way way(images);
+        Way way(images, false);
         for (int64_t i = first * images.size(); i < last * images.size(); i += images.size())
           way.Convolve(x + i, packed, y + i);
       });
@@ -93,7 +93,7 @@ class Convolution3x3Grad : public OpKernel {
       using Way = typename decltype(chosen)::Way;
       const auto turned = Way::Pack(kernel.flat<float>().data(), images.depth, true);
       ForEachGroup(context, images, [&](int64_t group, int64_t first, int64_t last) {
-        Way way(images);
+        Way way(images, true);
         for (int64_t i = first * images.size(); i < last * images.size(); i += images.size())
           way.Differentiate(x + i, upstream + i, turned, to + i);
         way.WriteForKernel(of_groups + group * size);

@@ -211,7 +211,7 @@ void AddProducts(const float* tiles, const float* gradients, float* matrix) {
 template <int64_t kDepth>
 class WithTiles {
  public:
-  explicit WithTiles(const Images& images)
+  WithTiles(const Images& images, bool for_gradients)
       : images_(images),
         across_(images.width / 2),
         row_(images.width * kDepth),
@@ -219,7 +219,7 @@ class WithTiles {
         padded_((images.height + 2) * padded_row_),
         tiles_(kPlaces * kPlace),
         products_(kPlaces * kPlace),
-        matrices_(kPlaces * kMatrix) {}
+        matrices_(for_gradients * kPlaces * kMatrix) {}
 
   static Buffer<float> Pack(const float* kernel, int64_t, bool turned) {
     return TransformKernel<kDepth>(kernel, turned);

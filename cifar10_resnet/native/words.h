@@ -102,11 +102,11 @@ void ConvolveImage(const Images& images, const uint32_t* padded, const uint32_t*
 // An image and the gradient of its output, in words of two pixels of a row. In `x`, which has a border
 // of zeros, a word starts at each pixel. In `gradient`, a word starts at every other pixel.
 struct PixelWords {
-  explicit PixelWords(const Images& images)
+  PixelWords(const Images& images, bool for_gradients)
       : images(images),
         zeros(images.depth),
-        x((images.height + 2) * (images.width + 2) * images.depth),
-        gradient(images.size() / 2) {}
+        x(for_gradients * (images.height + 2) * (images.width + 2) * images.depth),
+        gradient(for_gradients * images.size() / 2) {}
 
   void Fill(const bfloat16* image, const bfloat16* upstream) {
     const int64_t width = images.width, depth = images.depth, row = width * depth;
@@ -172,11 +172,11 @@ void AddImage(const PixelWords& words, float* gradient) {
 // The memory of a thread that computes images.
 class WithWords {
  public:
-  explicit WithWords(const Images& images)
+  WithWords(const Images& images, bool for_gradients)
       : images_(images),
         padded_((images.height + 2) * (images.width + 2) * images.depth),
-        words_(images),
-        sums_(kTaps * images.depth * images.depth) {}
+        words_(images, for_gradients),
+        sums_(for_gradients * kTaps * images.depth * images.depth) {}
 
   static Buffer<uint32_t> Pack(const float* kernel, int64_t depth, bool turned) {
     return PackKernel(kernel, depth, turned);
