@@ -86,7 +86,7 @@ def _facts_of_gpus(gpus: list, options: Options) -> Facts:
 
 
 def _facts_of_cpu(is_native: bool) -> Facts:
-    model, instructions = processor(device.processor())
+    model, instructions = model_and_instructions(device.processor())
     return {
         "device": "cpu",
         "processor": model,
@@ -97,7 +97,7 @@ def _facts_of_cpu(is_native: bool) -> Facts:
     }
 
 
-def processor(described: str) -> tuple[str, str]:
+def model_and_instructions(described: str) -> tuple[str, str]:
     """Returns a processor's model and best instruction set, from Linux's lines about it."""
     values = dict(
         (part.strip() for part in line.split(":", 1))

@@ -61,7 +61,7 @@ def test_a_checkpoint_of_an_older_version_goes_on_but_not_strictly():
     ],
 )
 def test_a_processor_has_a_model_and_its_best_instruction_set(described, expected):
-    assert machine.processor(described) == expected
+    assert machine.model_and_instructions(described) == expected
 
 
 def facts(is_native: bool = False, replicas: Replicas | None = None, **options) -> dict[str, str]:
