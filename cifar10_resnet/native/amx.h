@@ -147,8 +147,8 @@ class WithMatrices {
     return PackKernel(kernel, depth, turned, PixelsAtOnce(depth));
   }
 
-  void Convolve(const bfloat16* x, const Buffer<uint32_t>& kernel, bfloat16* y) {
-    CopyInside(images_, x, padded_.data());
+  void Convolve(const bfloat16* x, const Norm* norm, const Buffer<uint32_t>& kernel, bfloat16* y) {
+    CopyInside(images_, x, norm, padded_.data());
     const int64_t at_once = PixelsAtOnce(depth_), depth = at_once * depth_;
     const int64_t words = depth / 2, width = width_ / at_once, inside = images_.width / at_once;
     const int64_t steps = (at_once + 2) * depth_ / (2 * kSide);  // in a row of the kernel
@@ -180,11 +180,12 @@ class WithMatrices {
   }
 
   // Computes the gradient of the image, and adds to the gradient of the kernel.
-  void Differentiate(const bfloat16* x, const bfloat16* upstream, const Buffer<uint32_t>& turned,
-                     bfloat16* for_x) {
-    Convolve(upstream, turned, for_x);
-    FillPixels(x);
+  void Differentiate(const bfloat16* x, const Norm* norm, const bfloat16* upstream,
+                     const Buffer<uint32_t>& turned, bfloat16* for_x) {
+    Convolve(upstream, nullptr, turned, for_x);
     FillChannels();
+    CopyInside(images_, x, norm, padded_.data());
+    FillPixels();
     if (depth_ % 32)
       AddImage<1, 3>();
     else
@@ -207,21 +208,11 @@ class WithMatrices {
   }
 
  private:
-  // Writes words of two pixels of a row. One starts at each pixel.
-  void FillPixels(const bfloat16* x) {
-    const int64_t row = images_.width * depth_;
-    for (int64_t i = 0; i < images_.height; ++i, x += row) {
-      for (int64_t c = 0; c < depth_; c += kWidth) {
-        uint32_t* to = pixels_.data() + (i + 1) * width_ * depth_ + c;
-        Halves before = {};
-        for (int64_t p = 0; p < row; p += depth_) {
-          const Halves here = Read<Halves>(x + p + c);
-          Write(Interleave(before, here), to + p);
-          before = here;
-        }
-        Write(Interleave(before, Halves{}), to + row);
-      }
-    }
+  // Writes words of two pixels of the padded image. One starts at each pixel.
+  void FillPixels() {
+    const int64_t row = width_ * depth_, first = row, last = first + images_.height * row;
+    for (int64_t p = first; p < last; p += depth_)
+      InterleavePixels(padded_.data() + p, padded_.data() + p + depth_, depth_, pixels_.data() + p);
   }
 
   // Writes all pixels of a channel of the padded gradient in sequence, then the next channel's.

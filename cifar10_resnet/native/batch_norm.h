@@ -1,8 +1,9 @@
 // A batch norm, with the addition before it and the ReLU after it, in few passes over memory.
 //
 // TensorFlow computes the addition, the gradient of the ReLU, the gradient of the batch norm and the
-// sum of a unit's two gradients in separate passes on a CPU. Here, the forward operation makes two
-// passes, one for the statistics and one for the output, and so does the backward operation.
+// sum of a unit's two gradients in separate passes on a CPU. Here, one pass adds and takes the
+// statistics, and another one normalises. A convolution can do without the second one: it normalises
+// what it reads. The backward operation makes two passes.
 //
 // Sums are taken over pieces of a fixed size and added up in a fixed order. So the results do not
 // depend on the number of threads.
@@ -95,11 +96,25 @@ std::vector<double> Pass(OpKernelContext* context, const Lines& lines, const F& 
 
 // --- The batch norm ------------------------------------------------------------------------------
 
+// Returns an input that has a value for each channel, or null.
+inline const float* Parameter(OpKernelContext* context, int i, int64_t channels) {
+  if (context->input(i).NumElements() == channels) return context->input(i).flat<float>().data();
+  context->CtxFailure(absl::InvalidArgumentError("A parameter needs a value for each channel."));
+  return nullptr;
+}
+
 // What a batch norm and its ReLU do to a value, with their parameters for each place in a line.
 struct Norm {
-  Norm(const Lines& lines, const float* mean, const float* scale, const float* gamma,
-       const float* beta, bool relu, std::vector<float>& memory)
-      : floor(relu ? 0 : -std::numeric_limits<float>::infinity()) {
+  // The inputs from `first` on are the mean, the scale, gamma and beta. If one is wrong, the operation
+  // fails.
+  Norm(OpKernelContext* context, int first, const Lines& lines, bool relu,
+       std::vector<float>& memory)
+      : scale(Parameter(context, first + 1, lines.channels)),
+        floor(relu ? 0 : -std::numeric_limits<float>::infinity()) {
+    const float* mean = Parameter(context, first, lines.channels);
+    const float* gamma = Parameter(context, first + 2, lines.channels);
+    const float* beta = Parameter(context, first + 3, lines.channels);
+    if (!context->status().ok()) return;
     memory.resize(3 * lines.length);
     float *centres = memory.data(), *factors = centres + lines.length;
     float* offsets = factors + lines.length;
@@ -128,46 +143,46 @@ struct Norm {
     return normalised < least ? least : normalised;  // NaN stays NaN.
   }
   template <typename V>
+  V Activation(V x, int64_t place) const {
+    return Relu(Normalised(Centred(x, place), place));
+  }
+  template <typename V>
   V GradientOfRelu(V normalised, V upstream) const {
     return normalised > V{} + floor ? upstream : V{};
   }
 
-  const float *centre, *factor, *offset;
+  const float *scale, *centre, *factor, *offset;
   float floor;  // Without a ReLU, no value is too low.
 };
 
 template <typename T>
-class AddBatchNormRelu : public OpKernel {
+class AddBatchNorm : public OpKernel {
  public:
-  explicit AddBatchNormRelu(OpKernelConstruction* context) : OpKernel(context) {
+  explicit AddBatchNorm(OpKernelConstruction* context) : OpKernel(context) {
     OP_REQUIRES_OK(context, context->GetAttr("N", &terms_));
     OP_REQUIRES_OK(context, context->GetAttr("decay", &decay_));
     OP_REQUIRES_OK(context, context->GetAttr("epsilon", &epsilon_));
-    OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
     OP_REQUIRES_OK(context, context->GetAttr("training", &training_));
   }
 
   void Compute(OpKernelContext* context) override {
     const Tensor& input = context->input(0);
     const Lines lines(input);
-    Tensor *output, *sum = nullptr, *statistics[4];
-    // Memory that nobody else needs is used again.
+    Tensor *sum = nullptr, *statistics[4];
     if (terms_) {
       OP_REQUIRES(context, terms_ == 1 && context->input(1).shape() == input.shape(),
                   absl::InvalidArgumentError("The two terms differ in shape."));
-      OP_REQUIRES_OK(context, context->allocate_output(0, input.shape(), &output));
+      // Memory that nobody else needs is used again.
       OP_REQUIRES_OK(
           context, context->forward_input_or_allocate_output({0, 1}, 1, input.shape(), &sum));
-    } else {
-      OP_REQUIRES_OK(
-          context, context->forward_input_or_allocate_output({0}, 0, input.shape(), &output));
     }
-    for (int i = 0; i < 4; ++i) {
-      OP_REQUIRES(context, context->input(1 + terms_ + i).NumElements() == lines.channels,
-                  absl::InvalidArgumentError("A parameter needs a value for each channel."));
+    context->set_output(0, terms_ ? *sum : input);
+    for (int i = 0; i < 4; ++i)
       OP_REQUIRES_OK(
           context, context->allocate_output(1 + terms_ + i, {lines.channels}, &statistics[i]));
-    }
+    const float* old_mean = Parameter(context, 1 + terms_, lines.channels);
+    const float* old_variance = Parameter(context, 2 + terms_, lines.channels);
+    if (!context->status().ok()) return;
     const T* x = input.flat<T>().data();
     const T* term = terms_ ? context->input(1).flat<T>().data() : nullptr;
     T* total = terms_ ? sum->flat<T>().data() : nullptr;
@@ -176,34 +191,22 @@ class AddBatchNormRelu : public OpKernel {
 
     std::vector<double> variance(lines.channels);
     if (training_) Measure(context, lines, x, term, total, mean, variance.data());
+    if (!training_ && terms_)
+      Pass<0>(context, lines, [=](auto& sums, int64_t, int64_t i) {
+        Add<ValueOf<decltype(sums)>>(x, term, total, i);
+      });
     const double count = lines.size / lines.channels;
     const float decay = training_ ? decay_ : 1;
     for (int64_t c = 0; c < lines.channels; ++c) {
-      const float old_mean = Parameter(context, 2)[c], old_variance = Parameter(context, 3)[c];
-      if (!training_) mean[c] = old_mean, variance[c] = old_variance;
+      if (!training_) mean[c] = old_mean[c], variance[c] = old_variance[c];
       const double unbiased = variance[c] * count / std::max(count - 1, 1.0);
-      new_mean[c] = decay * old_mean + (1 - decay) * mean[c];
-      new_variance[c] = decay * old_variance + (1 - decay) * unbiased;
+      new_mean[c] = decay * old_mean[c] + (1 - decay) * mean[c];
+      new_variance[c] = decay * old_variance[c] + (1 - decay) * unbiased;
       scale[c] = 1 / std::sqrt(variance[c] + epsilon_);
     }
-    if (training_ && terms_) x = total, term = nullptr;  // They are added already.
-
-    std::vector<float> memory;
-    const Norm norm(lines, mean, scale, Parameter(context, 0), Parameter(context, 1), relu_, memory);
-    T* y = output->flat<T>().data();
-    Pass<0>(context, lines, [=](auto& sums, int64_t place, int64_t i) {
-      using V = ValueOf<decltype(sums)>;
-      const V centred = norm.Centred(Add<V>(x, term, total, i), place);
-      Store(norm.Relu(norm.Normalised(centred, place)), y + i);
-    });
   }
 
  private:
-  // Returns gamma, beta, the moving mean or the moving variance.
-  const float* Parameter(OpKernelContext* context, int i) const {
-    return context->input(1 + terms_ + i).flat<float>().data();
-  }
-
   // Returns x. If there is another term, it returns the sum and keeps it in `total`.
   template <typename V>
   static V Add(const T* x, const T* term, T* total, int64_t i) {
@@ -235,7 +238,34 @@ class AddBatchNormRelu : public OpKernel {
 
   int terms_;
   float decay_, epsilon_;
-  bool relu_, training_;
+  bool training_;
+};
+
+template <typename T>
+class NormaliseRelu : public OpKernel {
+ public:
+  explicit NormaliseRelu(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& input = context->input(0);
+    const Lines lines(input);
+    std::vector<float> memory;
+    const Norm norm(context, 1, lines, relu_, memory);
+    if (!context->status().ok()) return;
+    Tensor* output;
+    OP_REQUIRES_OK(
+        context, context->forward_input_or_allocate_output({0}, 0, input.shape(), &output));
+    const T* x = input.flat<T>().data();
+    T* y = output->flat<T>().data();
+    Pass<0>(context, lines, [=](auto& sums, int64_t place, int64_t i) {
+      Store(norm.Activation(Load<ValueOf<decltype(sums)>>(x + i), place), y + i);
+    });
+  }
+
+ private:
+  bool relu_;
 };
 
 template <typename T>
@@ -258,10 +288,10 @@ class AddBatchNormReluGrad : public OpKernel {
     const T* upstream = context->input(0).flat<T>().data();
     const T* of_sum = terms_ ? context->input(1).flat<T>().data() : nullptr;
     const T* x = input.flat<T>().data();
-    auto parameter = [&](int i) { return context->input(2 + terms_ + i).flat<float>().data(); };
-    const float* scale = parameter(3);
     std::vector<float> memory;
-    const Norm norm(lines, parameter(2), scale, parameter(0), parameter(1), relu_, memory);
+    const Norm norm(context, 2 + terms_, lines, relu_, memory);
+    if (!context->status().ok()) return;
+    const float* scale = norm.scale;
 
     const auto sums = Pass<2>(context, lines, [=](auto& sums, int64_t place, int64_t i) {
       using V = ValueOf<decltype(sums)>;

@@ -3,6 +3,8 @@
 #ifndef CIFAR10_RESNET_NATIVE_CONVOLUTION_H_
 #define CIFAR10_RESNET_NATIVE_CONVOLUTION_H_
 
+#include <optional>
+
 #include "amx.h"
 #include "winograd.h"
 #include "words.h"
@@ -40,16 +42,33 @@ void ChooseWay(OpKernelContext* context, const Images& images, bfloat16, const F
 }
 #endif
 
+// The batch norm and its ReLU that an operation computes before the convolution, or nothing.
+class Before {
+ public:
+  Before(OpKernelContext* context, int first, const Tensor& x, bool relu) {
+    if (first < context->num_inputs()) norm_.emplace(context, first, Lines(x), relu, memory_);
+  }
+  const Norm* norm() const { return norm_ ? &*norm_ : nullptr; }
+
+ private:
+  std::vector<float> memory_;
+  std::optional<Norm> norm_;
+};
+
 template <typename T>
 class Convolution3x3 : public OpKernel {
  public:
-  using OpKernel::OpKernel;
+  explicit Convolution3x3(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
+  }
 
   void Compute(OpKernelContext* context) override {
     const Tensor &input = context->input(0), &kernel = context->input(1);
     const Images images(input);
     OP_REQUIRES(context, kernel.NumElements() == kTaps * images.depth * images.depth,
                 absl::InvalidArgumentError("The kernel does not fit the images."));
+    const Before before(context, 2, input, relu_);
+    if (!context->status().ok()) return;
     Tensor* output;
     OP_REQUIRES_OK(context, context->allocate_output(0, input.shape(), &output));
     const T* x = input.flat<T>().data();
@@ -61,16 +80,21 @@ class Convolution3x3 : public OpKernel {
       ForEachGroup(context, images, [&](int64_t, int64_t first, int64_t last) {
         Way way(images, false);
         for (int64_t i = first * images.size(); i < last * images.size(); i += images.size())
-          way.Convolve(x + i, packed, y + i);
+          way.Convolve(x + i, before.norm(), packed, y + i);
       });
     });
   }
+
+ private:
+  bool relu_;
 };
 
 template <typename T>
 class Convolution3x3Grad : public OpKernel {
  public:
-  using OpKernel::OpKernel;
+  explicit Convolution3x3Grad(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
+  }
 
   void Compute(OpKernelContext* context) override {
     const Tensor &input = context->input(0), &kernel = context->input(1);
@@ -79,6 +103,8 @@ class Convolution3x3Grad : public OpKernel {
     OP_REQUIRES(context,
                 kernel.NumElements() == size && context->input(2).shape() == input.shape(),
                 absl::InvalidArgumentError("The kernel or the gradient does not fit the images."));
+    const Before before(context, 3, input, relu_);
+    if (!context->status().ok()) return;
     Tensor *for_x, *for_kernel, groups;
     OP_REQUIRES_OK(context, context->allocate_output(0, input.shape(), &for_x));
     OP_REQUIRES_OK(context, context->allocate_output(1, kernel.shape(), &for_kernel));
@@ -95,12 +121,15 @@ class Convolution3x3Grad : public OpKernel {
       ForEachGroup(context, images, [&](int64_t group, int64_t first, int64_t last) {
         Way way(images, true);
         for (int64_t i = first * images.size(); i < last * images.size(); i += images.size())
-          way.Differentiate(x + i, upstream + i, turned, to + i);
+          way.Differentiate(x + i, before.norm(), upstream + i, turned, to + i);
         way.WriteForKernel(of_groups + group * size);
       });
       AddGroups(context, images, of_groups, for_kernel);
     });
   }
+
+ private:
+  bool relu_;
 };
 
 }  // namespace

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "vectors.h"
+#include "batch_norm.h"
 
 namespace {
 
@@ -44,13 +44,20 @@ void ForEachGroup(OpKernelContext* context, const Images& images, const F& compu
   });
 }
 
-// Copies an image into the middle of a larger one, whose border of one pixel stays zero.
+// Copies an image into the middle of a larger one, whose border of one pixel stays zero. If there is
+// a norm, it copies the activation. 16 divides the depth.
 template <typename T>
-void CopyInside(const Images& images, const T* image, T* padded) {
-  const int64_t row = images.width * images.depth;
-  for (int64_t i = 0; i < images.height; ++i)
-    std::memcpy(padded + (i + 1) * (row + 2 * images.depth) + images.depth, image + i * row,
-                row * sizeof(T));
+void CopyInside(const Images& images, const T* image, const Norm* norm, T* padded) {
+  const int64_t depth = images.depth, row = images.width * depth;
+  for (int64_t i = 0; i < images.height; ++i, image += row) {
+    T* to = padded + (i + 1) * (row + 2 * depth) + depth;
+    if (norm)
+      for (int64_t p = 0; p < row; p += depth)
+        for (int64_t c = 0; c < depth; c += kWidth)
+          Store(norm->Activation(Load<Floats>(image + p + c), c), to + p + c);
+    else
+      std::memcpy(to, image, row * sizeof(T));
+  }
 }
 
 // Writes the totals of the groups' values. The order of additions does not depend on the threads.

@@ -10,7 +10,7 @@ namespace {
 
 using tensorflow::shape_inference::InferenceContext;
 
-REGISTER_OP("AddBatchNormRelu")
+REGISTER_OP("AddBatchNorm")
     .Attr("T: {float, bfloat16}")
     .Attr("N: int >= 0")
     .Attr("decay: float")
@@ -19,11 +19,11 @@ REGISTER_OP("AddBatchNormRelu")
     .Attr("training: bool")
     .Input("x: T")
     .Input("added: N * T")
-    .Input("gamma: float")
-    .Input("beta: float")
     .Input("moving_mean: float")
     .Input("moving_variance: float")
-    .Output("y: T")
+    .Input("gamma: float")
+    .Input("beta: float")
+    .Output("to_normalise: T")
     .Output("sum: N * T")
     .Output("mean: float")
     .Output("scale: float")
@@ -37,6 +37,17 @@ REGISTER_OP("AddBatchNormRelu")
       return absl::OkStatus();
     });
 
+REGISTER_OP("NormaliseRelu")
+    .Attr("T: {float, bfloat16}")
+    .Attr("relu: bool")
+    .Input("x: T")
+    .Input("mean: float")
+    .Input("scale: float")
+    .Input("gamma: float")
+    .Input("beta: float")
+    .Output("y: T")
+    .SetShapeFn(tensorflow::shape_inference::UnchangedShape);
+
 REGISTER_OP("AddBatchNormReluGrad")
     .Attr("T: {float, bfloat16}")
     .Attr("N: int >= 0")
@@ -44,10 +55,10 @@ REGISTER_OP("AddBatchNormReluGrad")
     .Input("gradient: T")
     .Input("gradient_of_sum: N * T")
     .Input("x: T")
-    .Input("gamma: float")
-    .Input("beta: float")
     .Input("mean: float")
     .Input("scale: float")
+    .Input("gamma: float")
+    .Input("beta: float")
     .Output("for_x: T")
     .Output("for_gamma: float")
     .Output("for_beta: float")
@@ -60,21 +71,29 @@ REGISTER_OP("AddBatchNormReluGrad")
 #define REGISTER(NAME, T)                                                   \
   REGISTER_KERNEL_BUILDER(                                                  \
       Name(#NAME).Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"), NAME<T>)
-REGISTER(AddBatchNormRelu, float);
-REGISTER(AddBatchNormRelu, bfloat16);
+REGISTER(AddBatchNorm, float);
+REGISTER(AddBatchNorm, bfloat16);
+REGISTER(NormaliseRelu, float);
+REGISTER(NormaliseRelu, bfloat16);
 REGISTER(AddBatchNormReluGrad, float);
 REGISTER(AddBatchNormReluGrad, bfloat16);
 
 #define REGISTER_CONVOLUTION(NAME, T)                                                             \
   REGISTER_OP("Convolution3x3" NAME)                                                              \
+      .Attr("N: int >= 0")                                                                        \
+      .Attr("relu: bool")                                                                         \
       .Input("x: " #T)                                                                            \
       .Input("kernel: float")                                                                     \
+      .Input("norm: N * float")                                                                   \
       .Output("y: " #T)                                                                           \
       .SetShapeFn(tensorflow::shape_inference::UnchangedShape);                                   \
   REGISTER_OP("Convolution3x3" NAME "Grad")                                                       \
+      .Attr("N: int >= 0")                                                                        \
+      .Attr("relu: bool")                                                                         \
       .Input("x: " #T)                                                                            \
       .Input("kernel: float")                                                                     \
       .Input("gradient: " #T)                                                                     \
+      .Input("norm: N * float")                                                                   \
       .Output("for_x: " #T)                                                                       \
       .Output("for_kernel: float")                                                                \
       .SetShapeFn([](InferenceContext* context) {                                                 \

@@ -61,21 +61,23 @@ def normalise_with(library: str) -> Normalise:
         shortcut: tf.Tensor | None = None,
         relu: bool = True,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        y, total, _, _, mean, variance = kernels.add_batch_norm_relu(
+        to_normalise, total, mean, scale, moving_mean, moving_variance = kernels.add_batch_norm(
             x=x,
             added=[] if shortcut is None else [shortcut],
-            gamma=norm.gamma,
-            beta=norm.beta,
             moving_mean=norm.moving_mean,
             moving_variance=norm.moving_variance,
+            gamma=norm.gamma,
+            beta=norm.beta,
             decay=norm.decay,
             epsilon=norm.epsilon,
             relu=relu,
             training=training,
         )
         if training:
-            assign(norm.moving_mean, mean)
-            assign(norm.moving_variance, variance)
+            assign(norm.moving_mean, moving_mean)
+            assign(norm.moving_variance, moving_variance)
+        # A graph does without this where a native convolution normalises what it reads.
+        y = kernels.normalise_relu(to_normalise, mean, scale, norm.gamma, norm.beta, relu=relu)
         return y, total[0] if total else x
 
     return normalise
@@ -100,7 +102,11 @@ def convolve_with(library: str) -> Convolve:
             else:
                 fits = depth in (16, 32, 64) and height % 2 == width % 2 == height * width % 64 == 0
             if fits:
-                return native(x=x, kernel=kernel)
+                norm, relu = [], False
+                if tf.is_symbolic_tensor(x) and x.op.type == "NormaliseRelu":
+                    relu = x.op.get_attr("relu")
+                    x, *norm = x.op.inputs
+                return native(x=x, kernel=kernel, norm=norm, relu=relu)
         return convolution(x, kernel, stride, layout)
 
     return convolve
@@ -109,7 +115,9 @@ def convolve_with(library: str) -> Convolve:
 @functools.cache
 def _load(library: str) -> ModuleType:
     kernels = tf.load_op_library(library)
-    tf.RegisterGradient("AddBatchNormRelu")(functools.partial(_gradient_of_batch_norm, kernels))
+    tf.RegisterGradient("AddBatchNorm")(functools.partial(_gradient_of_batch_norm, kernels))
+    # The gradient of the batch norm is that of the ReLU, too.
+    tf.RegisterGradient("NormaliseRelu")(lambda _, upstream: [upstream, None, None, None, None])
     for dtype in ("float32", "bfloat16"):
         if gradient := getattr(kernels, f"convolution3x3_{dtype}_grad", None):
             tf.RegisterGradient(f"Convolution3x3{dtype.title()}")(
@@ -125,8 +133,8 @@ def _gradient_of_batch_norm(
     if not operation.get_attr("training"):
         raise LookupError("A batch norm with fixed statistics has no native gradient.")
     terms = operation.get_attr("N")
-    x = operation.outputs[1] if terms else operation.inputs[0]
-    gamma, beta, *_ = operation.inputs[1 + terms :]
+    x = operation.outputs[0]
+    gamma, beta = operation.inputs[-2:]
     mean, scale, *_ = operation.outputs[1 + terms :]
     for_x, for_gamma, for_beta = kernels.add_batch_norm_relu_grad(
         gradient=upstream,
@@ -138,11 +146,14 @@ def _gradient_of_batch_norm(
         scale=scale,
         relu=operation.get_attr("relu"),
     )
-    return [for_x] * (1 + terms) + [for_gamma, for_beta, None, None]
+    return [for_x] * (1 + terms) + [None, None, for_gamma, for_beta]
 
 
 def _gradient_of_convolution(
     gradient: Callable, operation: tf.Operation, upstream: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-    x, kernel = operation.inputs
-    return gradient(x=x, kernel=kernel, gradient=upstream)
+) -> list[tf.Tensor | None]:
+    """Returns the gradients. If it normalises x, the first one is that of the activation."""
+    x, kernel, *norm = operation.inputs
+    relu = operation.get_attr("relu")
+    gradients = gradient(x=x, kernel=kernel, gradient=upstream, norm=norm, relu=relu)
+    return [*gradients, *[None] * len(norm)]

@@ -225,8 +225,8 @@ class WithTiles {
     return TransformKernel<kDepth>(kernel, turned);
   }
 
-  void Convolve(const float* x, const Buffer<float>& kernel, float* y) {
-    CopyInside(images_, x, padded_.data());
+  void Convolve(const float* x, const Norm* norm, const Buffer<float>& kernel, float* y) {
+    CopyInside(images_, x, norm, padded_.data());
     for (int64_t first = 0; first < count(); first += kTiles) {
       Transform(first);
       for (int64_t p = 0; p < kPlaces; ++p)
@@ -242,10 +242,10 @@ class WithTiles {
   }
 
   // Computes the gradient of the image, and adds to the gradient of the kernel.
-  void Differentiate(const float* x, const float* upstream, const Buffer<float>& turned,
-                     float* for_x) {
-    Convolve(upstream, turned, for_x);
-    CopyInside(images_, x, padded_.data());
+  void Differentiate(const float* x, const Norm* norm, const float* upstream,
+                     const Buffer<float>& turned, float* for_x) {
+    Convolve(upstream, nullptr, turned, for_x);
+    CopyInside(images_, x, norm, padded_.data());
     for (int64_t first = 0; first < count(); first += kTiles) {
       Transform(first);
       ForEach(first, row_, [&](int64_t tile, int64_t pixel) {

@@ -99,30 +99,26 @@ void ConvolveImage(const Images& images, const uint32_t* padded, const uint32_t*
 
 // --- The gradient of the kernel ------------------------------------------------------------------
 
-// An image and the gradient of its output, in words of two pixels of a row. In `x`, which has a border
-// of zeros, a word starts at each pixel. In `gradient`, a word starts at every other pixel.
+// A padded image and the gradient of its output, in words of two pixels of a row. In `x`, a word starts
+// at each pixel. In `gradient`, a word starts at every other pixel.
 struct PixelWords {
   PixelWords(const Images& images, bool for_gradients)
       : images(images),
-        zeros(images.depth),
         x(for_gradients * (images.height + 2) * (images.width + 2) * images.depth),
         gradient(for_gradients * images.size() / 2) {}
 
-  void Fill(const bfloat16* image, const bfloat16* upstream) {
+  void Fill(const bfloat16* padded, const bfloat16* upstream) {
     const int64_t width = images.width, depth = images.depth, row = width * depth;
-    for (int64_t i = 0; i < images.height; ++i, image += row, upstream += row) {
-      uint32_t* to = x.data() + (i + 1) * (width + 2) * depth;
-      InterleavePixels(zeros.data(), image, depth, to);
-      for (int64_t p = depth; p < row; p += depth)
-        InterleavePixels(image + p - depth, image + p, depth, to + p);
-      InterleavePixels(image + row - depth, zeros.data(), depth, to + row);
+    for (int64_t i = 0; i < images.height; ++i, upstream += row) {
+      const int64_t first = (i + 1) * (row + 2 * depth);
+      for (int64_t p = first; p <= first + row; p += depth)
+        InterleavePixels(padded + p, padded + p + depth, depth, x.data() + p);
       for (int64_t p = 0; p < row; p += 2 * depth)
         InterleavePixels(upstream + p, upstream + p + depth, depth, gradient.data() + (i * row + p) / 2);
     }
   }
 
   const Images images;
-  const Buffer<bfloat16> zeros;
   Buffer<uint32_t> x, gradient;
 };
 
@@ -182,8 +178,8 @@ class WithWords {
     return PackKernel(kernel, depth, turned);
   }
 
-  void Convolve(const bfloat16* x, const Buffer<uint32_t>& kernel, bfloat16* y) {
-    CopyInside(images_, x, padded_.data());
+  void Convolve(const bfloat16* x, const Norm* norm, const Buffer<uint32_t>& kernel, bfloat16* y) {
+    CopyInside(images_, x, norm, padded_.data());
     const uint32_t* from = reinterpret_cast<const uint32_t*>(padded_.data());
     if (images_.depth % 32 == 0)
       ConvolveImage<8, 2>(images_, from, kernel.data(), y);
@@ -192,10 +188,11 @@ class WithWords {
   }
 
   // Computes the gradient of the image, and adds to the gradient of the kernel.
-  void Differentiate(const bfloat16* x, const bfloat16* upstream, const Buffer<uint32_t>& turned,
-                     bfloat16* for_x) {
-    Convolve(upstream, turned, for_x);
-    words_.Fill(x, upstream);
+  void Differentiate(const bfloat16* x, const Norm* norm, const bfloat16* upstream,
+                     const Buffer<uint32_t>& turned, bfloat16* for_x) {
+    Convolve(upstream, nullptr, turned, for_x);
+    CopyInside(images_, x, norm, padded_.data());
+    words_.Fill(padded_.data(), upstream);
     if (images_.depth % 32 == 0)
       AddImage<8, 2>(words_, sums_.data());
     else

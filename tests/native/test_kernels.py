@@ -65,13 +65,14 @@ def reference(terms, upstream, gamma, beta, moving_mean, moving_variance, relu):
 def computed(library, terms, upstream, gamma, beta, moving_mean, moving_variance, relu):
     kernels = tf.load_op_library(library)
     x, *added = terms
-    y, total, mean, scale, new_mean, new_variance = kernels.add_batch_norm_relu(
-        x, added, gamma, beta, moving_mean, moving_variance,
+    x, _, mean, scale, new_mean, new_variance = kernels.add_batch_norm(
+        x, added, moving_mean, moving_variance, gamma, beta,
         decay=DECAY, epsilon=EPSILON, relu=relu, training=True,
     )  # fmt: skip
-    x = total[0] if added else x
+    norm = mean, scale, gamma, beta
+    y = kernels.normalise_relu(x, *norm, relu=relu)
     for_x, for_gamma, for_beta = kernels.add_batch_norm_relu_grad(
-        upstream[0], upstream[1 : 1 + len(added)], x, gamma, beta, mean, scale, relu=relu
+        upstream[0], upstream[1 : 1 + len(added)], x, *norm, relu=relu
     )
     names = ("y", "sum", "moving_mean", "moving_variance", "for_x", "for_gamma", "for_beta")
     values = (y, x, new_mean, new_variance, for_x, for_gamma, for_beta)
@@ -128,19 +129,23 @@ def test_wrong_shapes_are_refused(library):
     x, (gamma, *rest) = tf.zeros([2, 4, 4, 16]), parameters(16)
     attributes = {"decay": 0.9, "epsilon": 1e-3, "relu": True, "training": True}
     with pytest.raises(tf.errors.InvalidArgumentError, match="differ in shape"):
-        kernels.add_batch_norm_relu(x, [x[:1]], gamma, *rest, **attributes)
+        kernels.add_batch_norm(x, [x[:1]], gamma, *rest, **attributes)
     with pytest.raises(tf.errors.InvalidArgumentError, match="a value for each channel"):
-        kernels.add_batch_norm_relu(x, [], gamma[:8], *rest, **attributes)
+        kernels.add_batch_norm(x, [], gamma[:8], *rest, **attributes)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="a value for each channel"):
+        kernels.normalise_relu(x, gamma[:8], *rest, relu=True)
     kernel, x = tf.zeros([3, 3, 16, 16]), tf.zeros([1, 8, 8, 16])
     with pytest.raises(tf.errors.InvalidArgumentError, match="does not fit the images"):
-        kernels.convolution3x3_float32(tf.zeros([1, 8, 8, 32]), kernel)
+        kernels.convolution3x3_float32(tf.zeros([1, 8, 8, 32]), kernel, [], relu=True)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="a value for each channel"):
+        kernels.convolution3x3_float32(x, kernel, [gamma, gamma, gamma[:8], gamma], relu=True)
     for others in ((kernel[:2], x), (kernel, x[:, :7])):
         with pytest.raises(tf.errors.InvalidArgumentError, match="does not fit the images"):
-            kernels.convolution3x3_float32_grad(x, *others)
+            kernels.convolution3x3_float32_grad(x, *others, [], relu=True)
     for shape in ([1, 7, 8, 16], [1, 4, 8, 16], [1, 8, 8, 48]):
         kernel, x = tf.zeros([3, 3, shape[-1], shape[-1]]), tf.zeros(shape)
         with pytest.raises(tf.errors.InvalidArgumentError, match="no kernel for this shape"):
-            kernels.convolution3x3_float32_grad(x, kernel, x)
+            kernels.convolution3x3_float32_grad(x, kernel, x, [], relu=True)
 
 
 THREADS = """
@@ -153,15 +158,17 @@ from cifar10_resnet.training.trainer import Trainer
 kernels = tf.load_op_library(build.library())
 x, other = (tf.random.stateless_normal([50, 33, 31, 16], [1, i]) for i in range(2))
 ones = tf.ones(16)
-results = kernels.add_batch_norm_relu(x, [other], ones, ones, ones, ones,
+total, _, *norm, mean, variance = kernels.add_batch_norm(x, [other], ones, ones, ones, ones,
     decay=0.9, epsilon=1e-3, relu=True, training=True)
-y, (total,), mean, scale, *rest = results
-gradients = kernels.add_batch_norm_relu_grad(other, [x], total, ones, ones, mean, scale, relu=True)
+norm += [ones, ones]
+gradients = kernels.add_batch_norm_relu_grad(other, [x], total, *norm, relu=True)
 x, other = x[:, :32, :16], other[:, :32, :16]
-results = [y, total, mean, scale, *rest, *gradients]
+results = [total, *norm, mean, variance, *gradients]
+results.append(kernels.normalise_relu(total, *norm, relu=True))
 for dtype in (tf.float32, tf.bfloat16):
     if gradient := getattr(kernels, f"convolution3x3_{dtype.name}_grad", None):
-        results += gradient(tf.cast(x, dtype), tf.ones([3, 3, 16, 16]), tf.cast(other, dtype))
+        upstream = tf.cast(other, dtype)
+        results += gradient(tf.cast(x, dtype), tf.ones([3, 3, 16, 16]), upstream, norm, relu=True)
 values = b"".join(value.numpy().tobytes() for value in results)
 print(hashlib.sha256(values).hexdigest())
 """
@@ -294,6 +301,29 @@ def test_a_network_has_the_same_logits_gradients_and_averages(library, kind, tra
         distance = np.linalg.norm(np.subtract(one, other))
         assert distance <= 1e-2 * np.linalg.norm(other) + 1e-3
     np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_convolutions_that_normalise_what_they_read_give_the_bits_of_two_operations(
+    library, kind, dtype
+):
+    model = ResNet(**NETWORKS[kind], dtype=dtype, **kernels.ways(library, dtype))
+    images = tf.random.stateless_normal([8, 32, 32, 3], [0, 0], stddev=60)
+
+    def results():
+        with tf.GradientTape() as tape:
+            features = model.features(images, training=True)
+        trained = [v for v in model.trainable_variables if "logits" not in v.name]
+        return [features, *tape.gradient(features, trained)]
+
+    in_graph = tf.function(results, autograph=False)
+    graph = in_graph.get_concrete_function().graph
+    norms = [op.get_attr("N") for op in graph.get_operations() if op.type.startswith("Convolution")]
+    assert norms.count(4) >= 6
+    # Eagerly, TensorFlow computes each operation by itself.
+    for one, other in zip(in_graph(), results(), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_fixed_statistics_have_no_native_gradient(library):
