@@ -2,7 +2,7 @@
 //
 // TensorFlow computes the addition, the gradient of the ReLU, the gradient of the batch norm and the
 // sum of a unit's two gradients in separate passes on a CPU. Here, one pass adds and takes the
-// statistics, and another one normalises. A convolution can do without the second one: it normalises
+// statistics, and another one normalises. A convolution does not need the second one: it normalises
 // what it reads. The backward operation makes two passes.
 //
 // Sums are taken over pieces of a fixed size and added up in a fixed order. So the results do not

@@ -76,7 +76,7 @@ def normalise_with(library: str) -> Normalise:
         if training:
             assign(norm.moving_mean, moving_mean)
             assign(norm.moving_variance, moving_variance)
-        # A graph does without this where a native convolution normalises what it reads.
+        # A graph does not need this where a native convolution normalises what it reads.
         y = kernels.normalise_relu(to_normalise, mean, scale, norm.gamma, norm.beta, relu=relu)
         return y, total[0] if total else x
 
@@ -116,7 +116,7 @@ def convolve_with(library: str) -> Convolve:
 def _load(library: str) -> ModuleType:
     kernels = tf.load_op_library(library)
     tf.RegisterGradient("AddBatchNorm")(functools.partial(_gradient_of_batch_norm, kernels))
-    # The gradient of the batch norm is that of the ReLU, too.
+    # The gradient of AddBatchNorm includes the ReLU.
     tf.RegisterGradient("NormaliseRelu")(lambda _, upstream: [upstream, None, None, None, None])
     for dtype in ("float32", "bfloat16"):
         if gradient := getattr(kernels, f"convolution3x3_{dtype}_grad", None):
@@ -152,7 +152,7 @@ def _gradient_of_batch_norm(
 def _gradient_of_convolution(
     gradient: Callable, operation: tf.Operation, upstream: tf.Tensor
 ) -> list[tf.Tensor | None]:
-    """Returns the gradients. If it normalises x, the first one is that of the activation."""
+    """Returns the gradients. If it normalises x, the first one is the activation's gradient."""
     x, kernel, *norm = operation.inputs
     relu = operation.get_attr("relu")
     gradients = gradient(x=x, kernel=kernel, gradient=upstream, norm=norm, relu=relu)

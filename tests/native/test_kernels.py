@@ -321,7 +321,7 @@ def test_convolutions_that_normalise_what_they_read_give_the_bits_of_two_operati
     graph = in_graph.get_concrete_function().graph
     norms = [op.get_attr("N") for op in graph.get_operations() if op.type.startswith("Convolution")]
     assert norms.count(4) >= 6
-    # Eagerly, TensorFlow computes each operation by itself.
+    # Eagerly, TensorFlow computes each operation separately.
     for one, other in zip(in_graph(), results(), strict=True):
         np.testing.assert_array_equal(one, other)
 
