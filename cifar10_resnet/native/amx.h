@@ -185,7 +185,7 @@ class WithMatrices {
     Convolve(upstream, nullptr, turned, for_x);
     FillChannels();
     CopyInside(images_, x, norm, padded_.data());
-    FillPixels();
+    InterleaveImage(images_, padded_.data(), pixels_.data());
     if (depth_ % 32)
       AddImage<1, 3>();
     else
@@ -208,13 +208,6 @@ class WithMatrices {
   }
 
  private:
-  // Writes words of two pixels of the padded image. One starts at each pixel.
-  void FillPixels() {
-    const int64_t row = width_ * depth_, first = row, last = first + images_.height * row;
-    for (int64_t p = first; p < last; p += depth_)
-      InterleavePixels(padded_.data() + p, padded_.data() + p + depth_, depth_, pixels_.data() + p);
-  }
-
   // Writes all pixels of a channel of the padded gradient in sequence, then the next channel's.
   void FillChannels() {
     const bfloat16* first = padded_.data() + (width_ + 1) * depth_;

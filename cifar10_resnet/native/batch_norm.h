@@ -155,6 +155,17 @@ struct Norm {
   float floor;  // Without a ReLU, no value is too low.
 };
 
+// An operation with a batch norm that a ReLU may follow.
+class ReluKernel : public OpKernel {
+ public:
+  explicit ReluKernel(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
+  }
+
+ protected:
+  bool relu_;
+};
+
 template <typename T>
 class AddBatchNorm : public OpKernel {
  public:
@@ -190,8 +201,9 @@ class AddBatchNorm : public OpKernel {
     float *mean = data(0), *scale = data(1), *new_mean = data(2), *new_variance = data(3);
 
     std::vector<double> variance(lines.channels);
-    if (training_) Measure(context, lines, x, term, total, mean, variance.data());
-    if (!training_ && terms_)
+    if (training_)
+      Measure(context, lines, x, term, total, mean, variance.data());
+    else if (terms_)
       Pass<0>(context, lines, [=](auto& sums, int64_t, int64_t i) {
         Add<ValueOf<decltype(sums)>>(x, term, total, i);
       });
@@ -242,11 +254,9 @@ class AddBatchNorm : public OpKernel {
 };
 
 template <typename T>
-class NormaliseRelu : public OpKernel {
+class NormaliseRelu : public ReluKernel {
  public:
-  explicit NormaliseRelu(OpKernelConstruction* context) : OpKernel(context) {
-    OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
-  }
+  using ReluKernel::ReluKernel;
 
   void Compute(OpKernelContext* context) override {
     const Tensor& input = context->input(0);
@@ -263,17 +273,13 @@ class NormaliseRelu : public OpKernel {
       Store(norm.Activation(Load<ValueOf<decltype(sums)>>(x + i), place), y + i);
     });
   }
-
- private:
-  bool relu_;
 };
 
 template <typename T>
-class AddBatchNormReluGrad : public OpKernel {
+class AddBatchNormReluGrad : public ReluKernel {
  public:
-  explicit AddBatchNormReluGrad(OpKernelConstruction* context) : OpKernel(context) {
+  explicit AddBatchNormReluGrad(OpKernelConstruction* context) : ReluKernel(context) {
     OP_REQUIRES_OK(context, context->GetAttr("N", &terms_));
-    OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
   }
 
   void Compute(OpKernelContext* context) override {
@@ -327,7 +333,6 @@ class AddBatchNormReluGrad : public OpKernel {
 
  private:
   int terms_;
-  bool relu_;
 };
 
 }  // namespace

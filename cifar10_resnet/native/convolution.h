@@ -56,11 +56,9 @@ class Before {
 };
 
 template <typename T>
-class Convolution3x3 : public OpKernel {
+class Convolution3x3 : public ReluKernel {
  public:
-  explicit Convolution3x3(OpKernelConstruction* context) : OpKernel(context) {
-    OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
-  }
+  using ReluKernel::ReluKernel;
 
   void Compute(OpKernelContext* context) override {
     const Tensor &input = context->input(0), &kernel = context->input(1);
@@ -84,17 +82,12 @@ class Convolution3x3 : public OpKernel {
       });
     });
   }
-
- private:
-  bool relu_;
 };
 
 template <typename T>
-class Convolution3x3Grad : public OpKernel {
+class Convolution3x3Grad : public ReluKernel {
  public:
-  explicit Convolution3x3Grad(OpKernelConstruction* context) : OpKernel(context) {
-    OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
-  }
+  using ReluKernel::ReluKernel;
 
   void Compute(OpKernelContext* context) override {
     const Tensor &input = context->input(0), &kernel = context->input(1);
@@ -127,9 +120,6 @@ class Convolution3x3Grad : public OpKernel {
       AddGroups(context, images, of_groups, for_kernel);
     });
   }
-
- private:
-  bool relu_;
 };
 
 }  // namespace

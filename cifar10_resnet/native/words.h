@@ -25,6 +25,13 @@ inline void InterleavePixels(const bfloat16* low, const bfloat16* high, int64_t 
     Write(Interleave(Read<Halves>(low + c), Read<Halves>(high + c)), to + c);
 }
 
+// Writes words of two pixels of a padded image. One starts at each pixel of the image's rows.
+inline void InterleaveImage(const Images& images, const bfloat16* padded, uint32_t* words) {
+  const int64_t depth = images.depth, row = (images.width + 2) * depth;
+  for (int64_t p = row; p < (images.height + 1) * row; p += depth)
+    InterleavePixels(padded + p, padded + p + depth, depth, words + p);
+}
+
 // Returns the sums, plus the products of one word with each of 16.
 inline Floats MultiplyAdd(Floats sums, uint32_t one, Words words) {
   const __m512i same = _mm512_set1_epi32(one);
@@ -99,8 +106,8 @@ void ConvolveImage(const Images& images, const uint32_t* padded, const uint32_t*
 
 // --- The gradient of the kernel ------------------------------------------------------------------
 
-// A padded image and the gradient of its output, in words of two pixels of a row. In `x`, a word starts
-// at each pixel. In `gradient`, a word starts at every other pixel.
+// A padded image and the gradient of its output, in words of two pixels of a row. In `x`, a word
+// starts at each pixel. In `gradient`, a word starts at every other pixel.
 struct PixelWords {
   PixelWords(const Images& images, bool for_gradients)
       : images(images),
@@ -108,14 +115,10 @@ struct PixelWords {
         gradient(for_gradients * images.size() / 2) {}
 
   void Fill(const bfloat16* padded, const bfloat16* upstream) {
-    const int64_t width = images.width, depth = images.depth, row = width * depth;
-    for (int64_t i = 0; i < images.height; ++i, upstream += row) {
-      const int64_t first = (i + 1) * (row + 2 * depth);
-      for (int64_t p = first; p <= first + row; p += depth)
-        InterleavePixels(padded + p, padded + p + depth, depth, x.data() + p);
-      for (int64_t p = 0; p < row; p += 2 * depth)
-        InterleavePixels(upstream + p, upstream + p + depth, depth, gradient.data() + (i * row + p) / 2);
-    }
+    const int64_t depth = images.depth;
+    InterleaveImage(images, padded, x.data());
+    for (int64_t p = 0; p < images.size(); p += 2 * depth)
+      InterleavePixels(upstream + p, upstream + p + depth, depth, gradient.data() + p / 2);
   }
 
   const Images images;
