@@ -116,6 +116,7 @@ class Run(NamedTuple):
     look: Look
     columns: dict[str, np.ndarray]
     accuracy: float  # the evaluator's, at the end: in fp32, not in the run's precision
+    processor: str = ""
 
     def curve(self, x: str, accuracy: str) -> Curve:
         """Returns the rows that have both values: a column, and an accuracy in percent."""
@@ -137,7 +138,7 @@ def read_runs(folder: Path, looks: dict[str, Look]) -> list[Run]:
             continue
         read = run_csv.read(file)
         columns = read.columns | {"minutes": read.minutes, "epoch": read.epochs}
-        run = Run(name, look, columns, read.accuracy)
+        run = Run(name, look, columns, read.accuracy, read.comments.get("processor", ""))
         if len(run.curve("minutes", "test_accuracy")[0]) and np.isfinite(run.accuracy):
             runs.append(run)
         else:
@@ -184,7 +185,7 @@ def draw_learning(runs: Sequence[Run], title: str, file: Path) -> None:
 def draw_speed(runs: Sequence[Run], file: Path) -> None:
     """Draws the test accuracy over time."""
     title = "ResNet-20: test accuracy over training time"
-    subtitle = "On two CPU cores. Accuracy varies until the learning rate is low"
+    subtitle = "On two CPU cores (maker in brackets). Accuracy varies until the learning rate is low"
     # The lines end close together, so each label has its own place next to its line's end.
     beside = ((0, 8, "right"), (9, 3, "left"), (-56, 16, "left"))
     places = dict(zip(SPEED.values(), beside, strict=True))
@@ -194,6 +195,8 @@ def draw_speed(runs: Sequence[Run], file: Path) -> None:
             x, y = run.curve("minutes", "test_accuracy")
             axes.plot(x, y, markevery=lines.marked(len(x)), **run.style)
             text = f"{run.look.label}: {100 * run.accuracy:.1f}% after {x[-1]:,.0f} min"
+            if maker := re.match(r"\w+", run.processor):
+                text += f" ({maker[0]})"
             right, up, ha = places[run.look]
             note(axes, text, (x[-1], y[-1]), (right, up), ha=ha, color=run.look.colour)
         last = max(line.get_xdata().max() for line in axes.lines)

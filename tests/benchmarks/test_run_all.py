@@ -100,14 +100,46 @@ def test_the_table_gives_the_mean_of_the_seeds_and_each_of_them(run_all):
     ]
 
 
-def test_the_table_has_residual_networks_first_and_deeper_ones_later(script, tmp_path, monkeypatch):
+def test_the_table_has_cifar10_then_residual_networks_then_shallower_ones_first(script, tmp_path, monkeypatch):
     runs = [script.Run(f"run{i}", *shape) for i, shape in enumerate([(20, False), (56,), (20,)])]
+    runs.insert(0, script.Run("run3", 20, dataset="cifar100"))
     monkeypatch.setattr(script, "RUNS", runs)
     monkeypatch.setattr(script, "RESULTS", tmp_path)
     for run in runs:
         fake_csv(script, run, 0.9)
     rows = script.table([script.read_result(run) for run in runs]).splitlines()[2:]
-    assert [row.split()[1] for row in rows] == ["resnet20", "resnet56", "plain20"]
+    names = [row.split()[1] for row in rows]
+    assert names == ["resnet20", "resnet56", "plain20", "resnet20-cifar100"]
+    assert ["91.25%" in row for row in rows] == [True, False, False, False]  # the paper's
+
+
+def test_a_network_of_cifar100_has_its_own_data_folder_and_command(run_all, monkeypatch):
+    run = run_all.Run("hundred", 20, dataset="cifar100")
+    assert run.command[:3] == ["python", "run_trainer.py", "--path=cifar-100-binary"]
+    assert run_all.RUNS[0].command[2] == "--num_layers=8"  # --path has its default
+    trained = []
+    monkeypatch.setattr(run_all, "RUNS", [run_all.RUNS[0], run])
+    monkeypatch.setattr(run_all, "train", lambda run, path, *where: trained.append(path))
+    monkeypatch.setattr(run_all, "ship", lambda *where: None)
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "--path=ten", "--cifar100_path=hundred"])
+    run_all.main()
+    assert trained == ["ten", "hundred"]
+
+
+def test_the_recipe_best_takes_the_place_of_fast_once_all_its_seeds_are_finished(
+    run_all, monkeypatch
+):
+    fast, *best = (run_all.Run(f"run{i}", 8, seed=i) for i in range(3))
+    best = [run._replace(recipe="best") for run in best]
+    other = run_all.Run("hundred", 8, dataset="cifar100")
+    monkeypatch.setattr(run_all, "RUNS", [fast, *best, other])
+    runs = (fast, *best, other)
+    for finished, shipped in ((None, [1, 0, 0, 1]), (best[0], [1, 0, 0, 1]), (best[1], [0, 1, 1, 1])):
+        if finished:
+            fake_csv(run_all, finished, 0.9)
+        assert [run.is_shipped for run in runs] == shipped
+    assert not run_all.Run("short", 8, recipe="best", train_epochs=28).is_shipped
+    assert not run_all.Run("left out", 8, ships=False).is_shipped
 
 
 # A trainer that takes its time to save.
@@ -160,13 +192,16 @@ def test_the_shipped_networks_are_whole_and_those_of_the_table(script):
     for folder in shipped:
         saved = checkpoints.find(str(folder))  # by its digests
         run, step = saved.run, saved.step
-        (first, *others) = [r for r in script.RUNS if r.network == folder.name and r.is_shipped]
-        middle = script._middle([script.read_result(seed) for seed in (first, *others)])
-        assert run.model.name == folder.name
-        assert (run.training.recipe, run.training.seed) == ("fast", middle.run.seed)
+        runs = [run for run in script.RUNS if run.network == folder.name and run.is_shipped]
+        middle = script._middle([script.read_result(seed) for seed in runs])
+        assert (run.model.name, run.data.dataset) == (
+            folder.name.removesuffix("-cifar100"),
+            middle.run.dataset,
+        )
+        assert (run.training.recipe, run.training.seed) == (middle.run.recipe, middle.run.seed)
         assert step == run.training.num_iterations == middle.csv.columns["step"][-1]
         assert not saved.is_whole
-    assert sum(f.stat().st_size for f in script.PRETRAINED.rglob("*")) < 30 * 2**20
+    assert sum(f.stat().st_size for f in script.PRETRAINED.rglob("*")) < 40 * 10**6
 
 
 def test_one_table_compares_recipes_and_another_the_networks_of_a_recipe(
