@@ -185,7 +185,7 @@ def draw_learning(runs: Sequence[Run], title: str, file: Path) -> None:
 def draw_speed(runs: Sequence[Run], file: Path) -> None:
     """Draws the test accuracy over time."""
     title = "ResNet-20: test accuracy over training time"
-    subtitle = "On two CPU cores (maker in brackets). Accuracy varies until the learning rate is low"
+    subtitle = "On two CPU cores. Accuracy varies until the learning rate is low"
     # The lines end close together, so each label has its own place next to its line's end.
     beside = ((0, 8, "right"), (9, 3, "left"), (-56, 16, "left"))
     places = dict(zip(SPEED.values(), beside, strict=True))

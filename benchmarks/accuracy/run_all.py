@@ -93,7 +93,7 @@ class Run(NamedTuple):
     def is_shipped(self) -> bool:
         """Returns whether its weights go to `files/pretrained/`.
 
-        These are full runs in bf16: of the recipe best if they are finished, otherwise of fast.
+        Only full runs in bf16 do. The recipe best replaces fast once all its seeds are finished.
         """
         best = [run for run in RUNS if (run.network, run.recipe) == (self.network, "best")]
         recipe = "best" if best and all(map(read_result, best)) else "fast"
@@ -198,7 +198,7 @@ def _row(run: Run, group: Sequence[Result]) -> str:
         f"{PAPER_ACCURACY[run.num_layers]:.2f}%" if in_paper else "",
         f"`files/pretrained/{run.network}`" if run.is_shipped else "",
     )
-    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+    return f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|"
 
 
 def _middle(group: Sequence[Result]) -> Result:

@@ -100,7 +100,9 @@ def test_the_table_gives_the_mean_of_the_seeds_and_each_of_them(run_all):
     ]
 
 
-def test_the_table_has_cifar10_then_residual_networks_then_shallower_ones_first(script, tmp_path, monkeypatch):
+def test_the_table_has_cifar10_then_residual_networks_then_shallower_ones_first(
+    script, tmp_path, monkeypatch
+):
     runs = [script.Run(f"run{i}", *shape) for i, shape in enumerate([(20, False), (56,), (20,)])]
     runs.insert(0, script.Run("run3", 20, dataset="cifar100"))
     monkeypatch.setattr(script, "RUNS", runs)
@@ -134,7 +136,11 @@ def test_the_recipe_best_takes_the_place_of_fast_once_all_its_seeds_are_finished
     other = run_all.Run("hundred", 8, dataset="cifar100")
     monkeypatch.setattr(run_all, "RUNS", [fast, *best, other])
     runs = (fast, *best, other)
-    for finished, shipped in ((None, [1, 0, 0, 1]), (best[0], [1, 0, 0, 1]), (best[1], [0, 1, 1, 1])):
+    for finished, shipped in (
+        (None, [1, 0, 0, 1]),
+        (best[0], [1, 0, 0, 1]),
+        (best[1], [0, 1, 1, 1]),
+    ):
         if finished:
             fake_csv(run_all, finished, 0.9)
         assert [run.is_shipped for run in runs] == shipped

@@ -121,4 +121,5 @@ def test_the_readmes_results_are_those_of_the_results_page():
     )
     assert theirs.keys() == ours[0].keys()
     for layers, best in theirs.items():
-        assert re.search(rf"^\| {layers} \|.*\| {re.escape(best)} \(", pages[1], re.M), layers
+        documented = re.findall(rf"^\| {layers} \| (?!this).*?\| (\S+?%)[ ,]", pages[1], re.M)
+        assert best == max(documented), layers
