@@ -99,7 +99,7 @@ def test_curves_show_the_runs_that_are_there_and_no_others(tmp_path):
     said = run(
         "benchmarks/accuracy/draw_curves.py", f"--results_dir={results}", f"--output_dir={output}"
     ).stdout
-    assert said.count("not drawn, because its runs do not exist") == 4
+    assert said.count("not drawn, because its runs do not exist") == 5
     assert not list(output.iterdir())
 
     learning(results / "resnet20-fast-seed0.csv", 0.912)
@@ -120,6 +120,8 @@ def test_curves_show_the_runs_that_are_there_and_no_others(tmp_path):
     assert labels("plain.png")[:1] == ["110 layers: 40.0%"]
     assert labels("depth.png")[:3] == ["91.2%", "93.5%", "40.0%"]
     assert {"residual networks", "plain networks"} <= set(words_in(output / "depth.png"))
+    others = ["93.3%", "93.5%", "94.0%", "94.9%", "95.9%", "91.2%", "92.5%", "92.8%", "93.0%"]
+    assert labels("others.png")[:12] == [*others, "93.6%", "91.2%", "93.5%"]
     assert labels("speed.png")[:2] == [
         "fast recipe, 28 epochs: 91.4% after 20 min (Intel)",
         "dotted: the paper's ResNet-20, 91.25%",

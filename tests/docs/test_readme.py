@@ -14,6 +14,8 @@ from pages import PAGES, blocks
 from PIL import Image
 from programs import PROJECT
 
+from draw_curves import HIGHEST_ACCURACY
+
 README = PAGES["README.md"]
 # These flags make a command short, and its data synthetic.
 BRIEFLY = ("--max_train_steps=2", "--batch_size=8", "--log_per_iterations=1")
@@ -123,3 +125,4 @@ def test_the_readmes_results_are_those_of_the_results_page():
     for layers, best in theirs.items():
         documented = re.findall(rf"^\| {layers} \| (?!this).*?\| (\S+?%)[ ,]", pages[1], re.M)
         assert best == max(documented), layers
+        assert best == f"{HIGHEST_ACCURACY[int(layers)]:.2f}%"
