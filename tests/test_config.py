@@ -169,7 +169,7 @@ def test_names_of_networks(config, name):
         (lambda: TrainingConfig(momentum=float("nan")), "a number, 0 to 1"),
         (lambda: TrainingConfig(init_lr=float("inf")), "a number, 0 or more"),
         (lambda: TrainingConfig(optimizer="adam"), "momentum or muon"),
-        (lambda: TrainingConfig(recipe=None), "paper, one_cycle or fast"),
+        (lambda: TrainingConfig(recipe=None), "paper, one_cycle, fast or best"),
         (lambda: Options(train_epochs=0), "a number, above 0"),
         (lambda: Options(profile_steps=(3, 2)), "a first and a last step, as in 100,110"),
         (lambda: Options(clean=1), "true or false"),
@@ -294,7 +294,7 @@ def test_learning_rates_are_proportional_to_the_initial_one(recipe):
     np.testing.assert_allclose(learning_rates(three), 3 * learning_rates(one), rtol=2e-7)
 
 
-@pytest.mark.parametrize("recipe", ["one_cycle", "fast"])
+@pytest.mark.parametrize("recipe", ["one_cycle", "fast", "best"])
 @pytest.mark.parametrize("num_iterations", [100, 16_000])
 def test_one_cycle_goes_straight_up_to_its_peak_and_straight_down_to_almost_nothing(
     recipe, num_iterations

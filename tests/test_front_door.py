@@ -39,6 +39,8 @@ PAPER = {
     "label_smoothing": "0.0",
     "alternate_flips": "False",
     "cutout": "0",
+    "mixup": "0.0",
+    "average_epochs": "0",
     "seed": "0",
     "fine_tune": "False",
     "dtype": "fp32",
@@ -63,6 +65,7 @@ FAST = ONE_CYCLE | {
     "alternate_flips": "True",
     "cutout": "9",
 }
+BEST = FAST | {"recipe": "best", "num_iterations": "39062", "average_epochs": "20"}
 # A smaller network for the recipes that are not the default.
 PLAIN8 = ("--num_layers=8", "--shortcut_connections=False")
 OF_PLAIN8 = {"num_layers": "8", "shortcut_connections": "False"}
@@ -72,6 +75,7 @@ PAPER_RATES |= {48_000: 0.001, 63_999: 0.001}
 # Up to the peak at a fifth of 16,000 steps, then down to almost nothing.
 ONE_CYCLE_RATES = {0: 0.2 / 3200, 1599: 0.1, 3199: 0.2, 3200: 0.2, 9600: 0.1}
 ONE_CYCLE_RATES |= {15_999: 0.2 / 12_800}
+BEST_RATES = {0: 0.2 / 7812.4, 3905: 0.2 * 3906 / 7812.4, 39_061: 0.2 / 31_249.6}
 
 
 def settings_in(shown: str) -> dict[str, str]:
@@ -104,8 +108,9 @@ def data(tmp_path_factory) -> Path:
         ((), PAPER, PAPER_RATES),
         (("--recipe=one_cycle", *PLAIN8), ONE_CYCLE | OF_PLAIN8, ONE_CYCLE_RATES),
         (("--recipe=fast", *PLAIN8), FAST | OF_PLAIN8, ONE_CYCLE_RATES),
+        (("--recipe=best", *PLAIN8), BEST | OF_PLAIN8, BEST_RATES),
     ],
-    ids=["paper", "one_cycle", "fast"],
+    ids=["paper", "one_cycle", "fast", "best"],
 )
 def test_a_recipe_has_its_values(write_cifar10, tmp_path, flags, settings, rates):
     data = write_cifar10(train=random_images(130))  # A default batch is not larger than the data.

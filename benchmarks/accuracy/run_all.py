@@ -11,6 +11,7 @@ Ctrl-C to save and stop, and run the same command to resume. `--table` prints th
 import argparse
 import contextlib
 import csv
+import functools
 import io
 import json
 import os
@@ -107,8 +108,20 @@ class Run(NamedTuple):
         ]
 
 
+_best = functools.partial(Run, recipe="best", epochs_between_evals=5)
 # The most useful runs come first, because some take minutes and some take hours.
 RUNS = (
+    _best("resnet20-best-seed0", 20),
+    _best("resnet20-best-seed1", 20, seed=1),
+    _best("resnet20-best-seed2", 20, seed=2),
+    _best("resnet20-cifar100-best", 20, dataset="cifar100"),
+    _best("resnet32-best", 32),
+    _best("resnet56-best", 56),
+    _best("resnet56-cifar100-best", 56, dataset="cifar100"),
+    _best("resnet110-best", 110),
+    _best("resnet32-cifar100-best", 32, dataset="cifar100"),
+    _best("resnet44-best", 44),
+    _best("resnet44-cifar100-best", 44, dataset="cifar100"),
     Run("resnet20-fast-seed0", 20),
     Run("resnet20-fast-seed1", 20, seed=1),
     Run("resnet20-fast-seed2", 20, seed=2),

@@ -67,7 +67,7 @@ def test_absls_own_full_help_stays():
         (["--lr=1"], "--lr is not a flag. Did you mean --init_lr?"),
         (["--xyz=1"], "--xyz is not a flag. --help lists the flags."),
         (["--shortcut_connection", "False"], "for example --shortcut_connection=False."),
-        (["--recipe=fats"], "--recipe=fats is invalid: it must be paper, one_cycle or fast."),
+        (["--recipe=fats"], "--recipe=fats is invalid: it must be paper, one_cycle, fast or best."),
         (["--batch_size=x"], "--batch_size=x is invalid: it must be a whole number, 1 to 65,536."),
         (["--batch_size=0"], "--batch_size=0 is invalid: it must be a whole number, 1 to 65,536."),
         (["--resnet_size=x"], "--resnet_size=x is invalid: it must be a whole number, 1 to 2,000."),

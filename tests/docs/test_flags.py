@@ -46,7 +46,7 @@ def test_the_values_of_the_papers_recipe_are_listed():
             re.M,
         )
     )
-    assert len(told) == 7
+    assert len(told) == 8
     for name, value in told.items():
         actual = getattr(TrainingConfig(), name)
         assert value == str(actual).lower() or float(value) == actual, name
