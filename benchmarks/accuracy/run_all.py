@@ -58,7 +58,7 @@ class Run(NamedTuple):
     version: int = 2
     dtype: str = "bf16"
     dataset: str = "cifar10"
-    ships: bool = True  # if it has the best recipe of its network
+    ships: bool = True  # unless another recipe does for its network
     more: tuple[str, ...] = ()
 
     @property
