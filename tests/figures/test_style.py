@@ -64,5 +64,5 @@ def test_every_label_of_a_picture_is_10_pixels_high_on_a_page_of_830(tmp_path, m
     report.draw(speeds, tmp_path / "speeds.png")
     curves = curves_figure({"mine": [{"step": 1, "train_loss": 2.0, "train_epoch": 1}]}, ["loss"])
     measure(curves, "png")
-    assert len(sizes) == 4 + 4 + 1 + 1 + 1 + 1
+    assert len(sizes) == 5 + 4 + 1 + 1 + 1 + 1
     assert min(sizes.values()) >= 10
