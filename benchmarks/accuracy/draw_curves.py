@@ -48,6 +48,10 @@ class Look(NamedTuple):
     colour: str
     marker: str
 
+    @property
+    def style(self) -> dict[str, Any]:
+        return lines.look(self.colour, self.marker)
+
 
 LAYERS_20, LAYERS_56, LAYERS_110 = (
     Look("20 layers", SKY, "o"),
@@ -123,10 +127,6 @@ class Run(NamedTuple):
         both = np.stack([self.columns[x], 100 * self.columns[accuracy]])
         return tuple(both[:, np.isfinite(both).all(axis=0)])
 
-    @property
-    def style(self) -> dict[str, Any]:
-        return lines.look(self.look.colour, self.look.marker)
-
 
 def read_runs(folder: Path, looks: dict[str, Look]) -> list[Run]:
     """Returns the runs that exist and have test accuracies."""
@@ -150,24 +150,17 @@ def draw_depths(runs: Sequence[Run], file: Path) -> None:
     """Draws the accuracy at the end by depth: a line of residual and a line of plain networks."""
     title = "Residual networks gain from depth, plain networks lose"
     subtitle = "Test accuracy by number of layers, after 41 epochs of the recipe fast"
-    with picture(file, height=HEIGHT, title=title, subtitle=subtitle) as figure:
-        axes = figure.add_subplot()
-        set_percent(axes)
-        curves = {look: by_depth(runs, look) for look in (RESIDUAL_BY_DEPTH, PLAIN_BY_DEPTH)}
-        draw_by_depth(axes, curves, highest=RESIDUAL_BY_DEPTH)
+    curves = {look: by_depth(runs, look) for look in (RESIDUAL_BY_DEPTH, PLAIN_BY_DEPTH)}
+    draw_by_depth(curves, file, title, subtitle)
 
 
 def draw_others(runs: Sequence[Run], file: Path) -> None:
     """Draws the accuracy at the end by depth: this project's, the paper's and the highest."""
     title = "Residual networks: this project and others"
     subtitle = "Test accuracy by number of layers. The others trained for 182 to 300 epochs"
-    with picture(file, height=HEIGHT, title=title, subtitle=subtitle) as figure:
-        axes = figure.add_subplot()
-        set_percent(axes)
-        axes.set(ylim=(90.5, 96.5), yticks=range(91, 97))
-        curves = {HIGHEST: HIGHEST_ACCURACY, PAPER: PAPER_ACCURACY}
-        curves[THIS_PROJECT] = by_depth(runs, THIS_PROJECT)
-        draw_by_depth(axes, curves, highest=HIGHEST)
+    curves = {HIGHEST: HIGHEST_ACCURACY, PAPER: PAPER_ACCURACY}
+    curves[THIS_PROJECT] = by_depth(runs, THIS_PROJECT)
+    draw_by_depth(curves, file, title, subtitle, ylim=(90.5, 96.5), yticks=range(91, 97))
 
 
 def by_depth(runs: Sequence[Run], look: Look) -> dict[int, float]:
@@ -176,17 +169,21 @@ def by_depth(runs: Sequence[Run], look: Look) -> dict[int, float]:
     return {int(re.search(r"\d+", run.name)[0]): 100 * run.accuracy for run in of_look}
 
 
-def draw_by_depth(axes: Axes, curves: dict[Look, dict[int, float]], highest: Look) -> None:
-    """Draws percents by number of layers, each written above the highest line or below its own."""
-    ends = []
-    for look, percents in curves.items():
-        style = lines.look(look.colour, look.marker)
-        axes.plot(percents.keys(), percents.values(), **style)
-        for x, y in percents.items():
-            note(axes, f"{y:.1f}%", (x, y), (0, 8 if look == highest else -16), ha="center")
-        ends += [End(look.label, x, y, style) for x, y in list(percents.items())[-1:]]
-    axes.set(xlabel="layers", xlim=(14, 114), xticks=[20, 32, 44, 56, 110])
-    lines.label_ends(axes, ends, AXES_HEIGHT)
+def draw_by_depth(
+    curves: dict[Look, dict[int, float]], file: Path, title: str, subtitle: str, **limits: Any
+) -> None:
+    """Draws percents by number of layers, written above the first line and below the others."""
+    with picture(file, height=HEIGHT, title=title, subtitle=subtitle) as figure:
+        axes, ends, above = figure.add_subplot(), [], 8
+        set_percent(axes)
+        for look, percents in curves.items():
+            axes.plot(percents.keys(), percents.values(), **look.style)
+            for x, y in percents.items():
+                note(axes, f"{y:.1f}%", (x, y), (0, above), ha="center")
+            ends += [End(look.label, x, y, look.style) for x, y in list(percents.items())[-1:]]
+            above = -16
+        axes.set(xlabel="layers", xlim=(14, 114), xticks=[20, 32, 44, 56, 110], **limits)
+        lines.label_ends(axes, ends, AXES_HEIGHT)
 
 
 def draw_learning(runs: Sequence[Run], title: str, file: Path) -> None:
@@ -197,9 +194,9 @@ def draw_learning(runs: Sequence[Run], title: str, file: Path) -> None:
         for run in runs:
             axes.plot(*run.curve("epoch", "train_accuracy"), color=run.look.colour, **DASHED)
             x, y = run.curve("epoch", "test_accuracy")
-            axes.plot(x, y, markevery=lines.marked(len(x)), **run.style)
+            axes.plot(x, y, markevery=lines.marked(len(x)), **run.look.style)
             text = f"{run.look.label}: {100 * run.accuracy:.1f}%"
-            ends.append(End(text, x[-1], 100 * run.accuracy, run.style))
+            ends.append(End(text, x[-1], 100 * run.accuracy, run.look.style))
         axes.set(xlabel="epoch", xlim=(0, 1.01 * max(end.x for end in ends)))
         set_percent(axes)
         lines.label_ends(axes, ends, AXES_HEIGHT)
@@ -216,7 +213,7 @@ def draw_speed(runs: Sequence[Run], file: Path) -> None:
         axes = figure.add_subplot()
         for run in runs:
             x, y = run.curve("minutes", "test_accuracy")
-            axes.plot(x, y, markevery=lines.marked(len(x)), **run.style)
+            axes.plot(x, y, markevery=lines.marked(len(x)), **run.look.style)
             text = f"{run.look.label}: {100 * run.accuracy:.1f}% after {x[-1]:,.0f} min"
             if maker := re.match(r"\w+", run.processor):
                 text += f" ({maker[0]})"

@@ -86,19 +86,23 @@ class Run(NamedTuple):
     @property
     def command(self) -> list[str]:
         """Returns the words of the command that trains it, for readers."""
-        folder = FORMATS[self.dataset].folder
-        path = [] if self.dataset == "cifar10" else [f"--path={folder}"]
+        path = [] if self.dataset == "cifar10" else [f"--path={FORMATS[self.dataset].folder}"]
         return ["python", "run_trainer.py", *path, *self.flags()]
+
+    @property
+    def is_full(self) -> bool:
+        """Returns whether it has its recipe's length, in bf16."""
+        return (self.train_epochs, self.dtype) == (None, "bf16")
 
     @property
     def is_shipped(self) -> bool:
         """Returns whether its weights go to `files/pretrained/`.
 
-        Only full runs in bf16 do. The recipe best replaces fast once all its seeds are finished.
+        Only full runs do. The recipe best replaces fast once all its seeds are finished.
         """
         best = [run for run in RUNS if (run.network, run.recipe) == (self.network, "best")]
         recipe = "best" if best and all(map(read_result, best)) else "fast"
-        return self.ships and (self.recipe, self.train_epochs, self.dtype) == (recipe, None, "bf16")
+        return self.ships and self.is_full and self.recipe == recipe
 
     @property
     def seeds(self) -> list["Run"]:
@@ -161,10 +165,10 @@ def read_result(run: Run) -> Result | None:
 def tables(results: Sequence[Result]) -> list[str]:
     """Returns a table that compares recipes on ResNet-20, then one of each recipe's networks."""
     recipes = [result for result in results if result.run.network == "resnet20"]
-    whole = [r for r in results if (r.run.train_epochs, r.run.dtype) == (None, "bf16")]
+    full = [result for result in results if result.run.is_full]
     of_recipes = (
-        [result for result in whole if result.run.recipe == recipe]
-        for recipe in dict.fromkeys(result.run.recipe for result in whole)
+        [result for result in full if result.run.recipe == recipe]
+        for recipe in dict.fromkeys(result.run.recipe for result in full)
     )
     networks = [group for group in of_recipes if len({result.run.network for result in group}) > 1]
     return [table(group) for group in (recipes, *networks)]
