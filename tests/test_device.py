@@ -181,6 +181,17 @@ def test_tf32_and_determinism_are_on_only_if_a_program_asks_for_them():
     assert started("deterministic='strict'") == ["False", "True"]
 
 
+def test_the_garbage_collector_passes_over_what_an_import_made_and_works_afterwards():
+    code = """
+import gc
+from cifar10_resnet.device import start_tensorflow
+
+start_tensorflow("cpu")
+print(gc.isenabled(), gc.get_freeze_count() > 10 * len(gc.get_objects()))
+"""
+    assert run_code(code).stdout.split() == ["True", "True"]
+
+
 def test_determinism_reaches_what_xla_compiles(tmp_path):
     code = """
 import sys
