@@ -79,7 +79,8 @@ def provide_data(flags: "Flags") -> None:
     """Puts the data where the trainer looks, and prints the command that trains on it."""
     data_dir, file_format = Path(flags.data_dir), FORMATS[flags.dataset]
     folder = DataFolder(data_dir / file_format.folder, file_format)
-    wanted = f"archive with the SHA-256 {flags.sha256.lower()}" if flags.sha256 else None
+    digest = Digest("sha256", flags.sha256.lower()) if flags.sha256 else None
+    wanted = digest and _source(digest)
     if flags.synthetic:
         from cifar10_resnet.data import synthetic  # It imports NumPy.
 
@@ -94,15 +95,19 @@ def provide_data(flags: "Flags") -> None:
                 with folder.replacing(wanted) as part:
                     synthetic.write(part, *sizes)
             else:
-                fetch_and_unpack(folder, flags)
+                fetch_and_unpack(folder, digest or file_format.archive.digest, flags)
         print(f"{'synthetic data' if flags.synthetic else file_format.title} is in {folder.path}")
     print(f"next: {command('run_trainer.py', f'--path={folder.path}')}", flush=True)
 
 
-def fetch_and_unpack(folder: DataFolder, flags: "Flags") -> None:
+def _source(digest: Digest) -> str:
+    """Returns what a data folder records about its origin."""
+    return f"archive with the {digest}"
+
+
+def fetch_and_unpack(folder: DataFolder, digest: Digest, flags: "Flags") -> None:
     """Fills a data folder from its archive. Downloads the archive if the user does not have it."""
     title, official = folder.file_format.title, folder.file_format.archive
-    digest = Digest("sha256", flags.sha256.lower()) if flags.sha256 else official.digest
     kept = Path(flags.data_dir) / official.file
     part = kept.with_name(f"{kept.name}.part")
     # An archive that existed before this start is the user's, so it is read but not changed.
@@ -116,7 +121,7 @@ def fetch_and_unpack(folder: DataFolder, flags: "Flags") -> None:
         )
     print(f"unpacking {source}", flush=True)
     try:
-        with folder.replacing(f"archive with the {digest}") as data:
+        with folder.replacing(_source(digest)) as data:
             archive.unpack(source, folder.file_format, data)
     except archive.BadData as problem:
         storage.remove(part)

@@ -173,27 +173,27 @@ class Unit(tf.Module):
 
         The addition is left to the batch norm that comes next. A plain network has no shortcuts.
         """
-        layout, version = self._settings.layout, self._settings.resnet_version
-        source = x
-        layers = list(zip(self.convs, self.norms, self._strides, strict=True))
-        for i, (conv, norm, stride) in enumerate(layers):
-            if version == 2:
-                activation, total = norm(x, training, shortcut if i == 0 else None)
-                if i == 0:
-                    source = activation if self._shortcut_after_activation else total
-                x = conv(activation, stride)
-            else:
-                x, _ = norm(conv(x, stride), training, relu=i + 1 < len(layers))
-        shortcut = None
-        if self._settings.shortcut_connections:
-            shortcut = self._shortcut(source, layout)
-        if version == 2:
-            return x, shortcut
-        return tf.nn.relu(x if shortcut is None else x + shortcut), None
+        layers = zip(self.convs, self.norms, self._strides, strict=True)
+        if self._settings.resnet_version == 1:
+            source = x
+            for conv, norm, stride in layers:
+                x, _ = norm(conv(x, stride), training, relu=norm is not self.norms[-1])
+            shortcut = self._shortcut(source)
+            return tf.nn.relu(x if shortcut is None else x + shortcut), None
+        (conv, norm, stride), *others = layers
+        activation, total = norm(x, training, shortcut)
+        source = activation if self._shortcut_after_activation else total
+        x = conv(activation, stride)
+        for conv, norm, stride in others:
+            activation, _ = norm(x, training)
+            x = conv(activation, stride)
+        return x, self._shortcut(source)
 
-    def _shortcut(self, x: tf.Tensor, layout: str) -> tf.Tensor:
+    def _shortcut(self, x: tf.Tensor) -> tf.Tensor | None:
         """Returns x, averaged and with channels of zeros if the unit changes its shape."""
-        stride = max(self._strides)
+        if not self._settings.shortcut_connections:
+            return None
+        layout, stride = self._settings.layout, max(self._strides)
         if stride > 1:
             x = tf.nn.avg_pool2d(x, stride, stride, "VALID", data_format=layout)
         before = (self.depth - self._depth_in) // 2

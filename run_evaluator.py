@@ -20,7 +20,7 @@ from cifar10_resnet.device import resolve_data_format, slowness, start_tensorflo
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.options import Options, checkpoint
 from cifar10_resnet.settings import Checked, same, setting
-from cifar10_resnet.terminal import quietly, table
+from cifar10_resnet.terminal import command, quietly, table
 
 if TYPE_CHECKING:
     from cifar10_resnet.cli.flags import Flags
@@ -130,8 +130,7 @@ def _draw(flags: "Flags", scored: "Scored", computed_in: str) -> None:
 
         from cifar10_resnet.evaluation import report
 
-        program, *arguments = sys.argv
-        lines = shlex.join(["python", program]), *map(shlex.quote, arguments)
+        lines = command("run_evaluator.py"), *map(shlex.quote, sys.argv[1:])
         made = {
             "command": " \\\n    ".join(lines),
             "evaluated": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

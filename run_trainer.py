@@ -41,11 +41,11 @@ class Settings(Options, TrainingConfig, ModelConfig, DataConfig):
 def main(flags: "Flags") -> int:
     """Settles the run and its devices, trains it, and prints how it ended."""
     options = flags.make(Options)
-    given = flags.given(ModelConfig, DataConfig, TrainingConfig)
-    options.refuse_beside(given)
+    typed = flags.given(ModelConfig, DataConfig, TrainingConfig)
+    options.refuse_beside(typed)
     name = "synthetic" if options.use_synthetic_data else flags.dataset
     data = dataset.find_asked(options.path, name)
-    given["dataset"] = data and data.name
+    given = typed | {"dataset": data and data.name}
     options = run_folder.settle(options, given)
     workers = cluster.from_environment(options.distribution_strategy)
     if options.export_dir and (workers is None or workers.index == 0):  # the chief
@@ -69,7 +69,7 @@ def main(flags: "Flags") -> int:
     with replicas.ending_together(), contextlib.ExitStack() as held:
         replicas.refuse_differences(flags.in_common())
         if options.eval_only:
-            report = replicas.from_chief(lambda: _evaluate(options, data, given))
+            report = replicas.from_chief(lambda: _evaluate(options, data, typed))
             if replicas.is_chief:
                 print(report)
             return 0
@@ -128,7 +128,7 @@ def train(
         return loop.Outcome(step, resume_from, evaluations.metrics)
     say(progress.opening(run, options, trainer, num_images, agenda.last, resume_from))
 
-    batches_from = _batches_from(trainer, options.device, images.train)
+    batches_from = _prepare_batches(trainer, options, images.train)
     kind = progress.Progress if replicas.is_chief else progress.Silent
     saving = loop.Saving(trainer, options, lock)
     with (
@@ -149,19 +149,19 @@ def _settled(options: Options, num_replicas: int) -> Options:
     return options.settled(found, layout, num_replicas)
 
 
-def _batches_from(
-    trainer: "Trainer", device: str, examples: "ImageSet"
+def _prepare_batches(
+    trainer: "Trainer", options: Options, examples: "ImageSet"
 ) -> "Callable[..., tf.data.Dataset]":
     """Returns the function from a step to the run's batches from this step on.
 
-    One GPU makes its batches from what is drawn.
+    On one GPU, they contain only what is drawn, and the trainer makes the images from it.
     """
     from cifar10_input import DeviceAugmentation, training_batches
 
     training, mean = trainer.run.training, trainer.model.image_mean.numpy()
     replicas = trainer.replicas
     is_small = examples.images.nbytes <= DeviceAugmentation.MOST_BYTES
-    on_gpu = device == "gpu" and replicas.count == 1 and is_small
+    on_gpu = options.device == "gpu" and replicas.count == 1 and is_small
     if on_gpu:
         trainer.make_batch = DeviceAugmentation(examples, mean, training.cutout)
     return functools.partial(
@@ -174,13 +174,13 @@ def _batches_from(
     )
 
 
-def _evaluate(options: Options, data: Dataset | None, given: dict[str, Any]) -> str:
+def _evaluate(options: Options, data: Dataset | None, typed: dict[str, Any]) -> str:
     """Evaluates the run's newest checkpoint, and returns the text to print."""
     from cifar10_resnet.evaluation import evaluator
 
     with quietly(options.quiet):
         scored = evaluator.score_newest(
-            options.ckpt_path, data, options.data_format, options.dtype, given
+            options.ckpt_path, data, options.data_format, options.dtype, typed
         )
     return scored.line() if options.quiet else scored.report()
 
@@ -189,14 +189,13 @@ def _prepare(options: Options, data: Dataset | None, given: dict[str, Any]) -> s
     """Returns, as JSON, the run, its data set and its checkpoint to resume from, if any."""
     from cifar10_resnet.training import resume
 
-    pretrained = options.pretrained_model_checkpoint_path
     with quietly(options.quiet):
         run, data, resume_from = resume.prepare_run(
             *(given, None if options.clean else options.ckpt_path),
-            *(data, options.train_epochs, pretrained),
+            *(data, options.train_epochs, options.pretrained_model_checkpoint_path),
         )
     if options.clean:  # only now that the new run passed its checks
-        run_folder.clean(options.ckpt_path, options.train_log_path, pretrained)
+        run_folder.clean(options.ckpt_path, options.train_log_path, run.training.pretrained)
     return json.dumps([run.to_json(), [data.name, data.folder], resume_from])
 
 

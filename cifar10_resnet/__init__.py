@@ -22,7 +22,7 @@ def load(network: str) -> "Classifier":
     shipped = sorted(path.name for path in pretrained.iterdir() if path.is_dir())
     if network in shipped and not os.path.exists(network):
         network = str(pretrained / network)
-    elif not os.path.dirname(network) and not os.path.exists(network):
+    elif not any((os.path.dirname(network), *map(os.path.exists, (network, network + ".index")))):
         raise UserError(
             f"{network!r} is not a network. Pass a run folder, a checkpoint or one of "
             f"{', '.join(shipped)}."

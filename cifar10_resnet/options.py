@@ -73,7 +73,7 @@ class Options(Checked):
     )
     clean: bool = of_files(False, "Delete the run in --ckpt_path and start again")
     save_per_iterations: int | None = of_logging(
-        STEPS_PER_SAVE["cpu"],
+        None,
         "Save a checkpoint every N steps",
         least=1,
         shown="{cpu}, on GPUs {gpu}".format(**STEPS_PER_SAVE),
@@ -101,7 +101,7 @@ class Options(Checked):
     stop_threshold: float | None = of_evaluation(
         None,
         "Stop when an evaluation reaches this accuracy, a fraction such as 0.92",
-        least=0,
+        above=0,
         most=1,
     )
     eval_only: bool = of_evaluation(False, "Evaluate the newest checkpoint without training")

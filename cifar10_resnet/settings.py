@@ -11,8 +11,8 @@ from cifar10_resnet.errors import UserError
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 BOUNDS = {
     "least": ("{:,} or more", lambda value, bound: value >= bound),
-    "most": ("up to {:,}", lambda value, bound: value <= bound),
     "above": ("above {:,}", lambda value, bound: value > bound),
+    "most": ("up to {:,}", lambda value, bound: value <= bound),
     "below": ("and below {:,}", lambda value, bound: value < bound),
     "multiple": ("and a multiple of {:,}", lambda value, bound: value % bound == 0),
 }

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from cifar10_resnet.errors import UserError, unwritable
 from cifar10_resnet.terminal import command
@@ -62,14 +62,9 @@ def refuse_without_saved_model(folder: StrPath) -> None:
     raise UserError(f"contains no SavedModel. {advice}", "saved_model", folder)
 
 
-def refuse_unwritable_folder(path: StrPath, apart_from: Sequence[str] = ()) -> None:
+def refuse_unwritable_folder(path: StrPath) -> None:
     """Refuses a folder that `new_folder` could not write. Call it before long work begins."""
     refuse_remote(path)
-    wanted = os.path.realpath(path)
-    for other in apart_from:
-        if os.path.commonpath([wanted, os.path.realpath(other)]) == wanted:
-            why = f"is invalid: it contains {other}. Use another folder."
-            raise UserError(why, "export_dir", path)
     try:
         with _unfinished(path):
             pass

@@ -18,12 +18,14 @@ def test_a_shipped_network_knows_a_cat():
     assert found[0][1] == pytest.approx(0.9726, abs=2e-3)
 
 
-def test_a_run_folder_and_a_checkpoint_are_networks_too(tmp_path):
+def test_a_run_folder_and_a_checkpoint_are_networks_too(tmp_path, monkeypatch):
     run = RunConfig(ModelConfig(8, num_classes=2), DataConfig(class_names=("yes", "no")))
     saved = checkpoints.save(Trainer(run).checkpoint, str(tmp_path), 3)
     images = np.random.default_rng(0).integers(0, 256, (600, 32, 32, 3), np.uint8)
-    answers = [load(path).classify(images) for path in (str(tmp_path), saved)]
-    assert answers[0] == answers[1]
+    monkeypatch.chdir(tmp_path)
+    named = (str(tmp_path), saved, "model.ckpt-3")
+    answers = [load(path).classify(images) for path in named]
+    assert answers[0] == answers[1] == answers[2]
     assert len(answers[0]) == 600
     assert all(name in ("yes", "no") and 0.5 <= share <= 1 for name, share in answers[0])
 

@@ -12,6 +12,7 @@ from programs import error_of, run, table_in
 
 from cifar10_resnet import checkpoints
 from cifar10_resnet.config import ModelConfig, RunConfig
+from cifar10_resnet.terminal import command
 from cifar10_resnet.training.trainer import Trainer
 
 
@@ -102,16 +103,17 @@ def test_what_the_evaluator_cannot_score_ends_with_a_one_line_error(data, uninte
     assert "damaged" in refused(tmp_path)
 
 
-def test_the_evaluator_writes_its_report_and_its_plots(tmp_path, write_cifar10):
+def test_the_evaluator_writes_its_report_and_its_plots(tmp_path, write_cifar10, monkeypatch):
     write_cifar10(test=random_images(40))
     checkpoint = Trainer(RunConfig(ModelConfig(num_layers=8))).checkpoint
     checkpoints.save(checkpoint, str(tmp_path / "run"), 0)
     wanted = ("--report=r.html", "--plot_dir=new/plots", "--output_json=s.json")
-    command = ("run_evaluator.py", "--ckpt_path=run", f"--path={tmp_path}", *wanted)
-    out = run(*command, cwd=tmp_path).stdout
+    monkeypatch.chdir(tmp_path)
+    out = run("evaluate", "--ckpt_path=run", f"--path={tmp_path}", *wanted).stdout
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     score = json.loads((tmp_path / "s.json").read_text())
-    for told in (f"{100 * score['accuracy']:.2f}%", *wanted, tf.__version__, "fp32"):
+    made = command("run_evaluator.py")  # however the evaluator was started
+    for told in (made, f"{100 * score['accuracy']:.2f}%", *wanted, tf.__version__, "fp32"):
         assert told in page
     assert 0 <= score["expected_calibration_error"] <= 1
     assert score["accuracy_interval"][0] <= score["accuracy"] <= score["accuracy_interval"][1]

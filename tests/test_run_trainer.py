@@ -10,7 +10,12 @@ import termios
 
 import numpy as np
 import pytest
-from conftest import assert_same_checkpoint, skip_without_channels_first, values_in
+from conftest import (
+    assert_same_checkpoint,
+    skip_without_channels_first,
+    values_in,
+    write_photos,
+)
 from programs import SMALL, error_of, run, run_code, start, table_in, wait_for, without_tensorflow
 
 from cifar10_resnet import checkpoints
@@ -263,6 +268,10 @@ def test_eval_only_needs_only_the_test_file_and_disturbs_no_trainer(data, uninte
     with run_folder.lock(str(uninterrupted)):
         shown = run(*command, f"--ckpt_path={uninterrupted}").stdout
     assert shown.startswith(f"{uninterrupted}/model.ckpt-60 on test images: accuracy ")
+    photos = write_photos(tmp_path / "photos", 10)  # Any data with the run's classes works.
+    (photos / "class_names.txt").write_bytes((data / "batches.meta.txt").read_bytes())
+    other = ("run_trainer.py", f"--path={photos}", "--eval_only", "--quiet")
+    assert "on test images" in run(*other, f"--ckpt_path={uninterrupted}").stdout
     assert "typo does not exist" in error_of(*command, f"--ckpt_path={tmp_path / 'typo'}")
     assert not (tmp_path / "typo").exists()
 

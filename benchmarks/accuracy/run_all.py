@@ -9,7 +9,6 @@ Ctrl-C to save and stop, and run the same command to resume. `--table` prints th
 """
 
 import argparse
-import contextlib
 import csv
 import functools
 import io
@@ -34,7 +33,7 @@ import run_csv  # noqa: E402
 from cifar10_resnet import storage  # noqa: E402
 from cifar10_resnet.cli.guard import exits_with_a_sentence  # noqa: E402
 from cifar10_resnet.config import ModelConfig, RunConfig  # noqa: E402
-from cifar10_resnet.device import stderr_held_back  # noqa: E402
+from cifar10_resnet.device import processor, stderr_held_back  # noqa: E402
 from cifar10_resnet.formats import FORMATS  # noqa: E402
 
 # Some columns of a CSV file have other names in a run's event files.
@@ -250,11 +249,13 @@ def _write_csv(run: Run, folder: str, score: dict[str, Any], device: str) -> Non
     import tensorflow as tf
 
     from cifar10_resnet.training.history import read_history
+    from cifar10_resnet.training.machine import model_and_instructions
     from resnet_model import ResNet
 
     description = RunConfig.from_json(json.dumps(score["description"]))
     network = ResNet(**description.model.arguments())
     parameters = sum(v.shape.num_elements() for v in network.trainable_variables)
+    model, _ = model_and_instructions(processor())
     gpus = map(_name_of, tf.config.list_physical_devices("GPU") if device != "cpu" else [])
     rows, seconds, step = read_history(os.path.join(folder, "log")), 0.0, 0
     for row in rows:
@@ -267,7 +268,7 @@ def _write_csv(run: Run, folder: str, score: dict[str, Any], device: str) -> Non
     comments = {
         "command": shlex.join(run.command),
         "versions": f"Python {platform.python_version()}, TensorFlow {tf.__version__}",
-        "processor": ", ".join([f"{_processor()}, {os.cpu_count()} threads", *gpus]),
+        "processor": ", ".join([f"{model}, {os.cpu_count()} threads", *gpus]),
         "parameters": parameters,
         "test_accuracy": score["accuracy"],
     }
@@ -289,14 +290,6 @@ def _name_of(gpu: Any) -> str:
 
 def _rounded(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:  # only on Linux
-        for line in lines:
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor()
 
 
 def ship(runs: Sequence[Run], runs_dir: str) -> None:

@@ -71,7 +71,7 @@ def exits_with_a_sentence(main: Callable[..., int | None]) -> Callable[..., int 
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
-            advice = "Use a smaller --batch_size."
+            advice = "Stop other programs. If there is a --batch_size, use a smaller one."
             tell(UserError(f"The memory is full: {reason_of(error)}. {advice}"))
             return 1
 

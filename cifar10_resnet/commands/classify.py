@@ -75,8 +75,8 @@ def _load(flags: "Flags") -> "tuple[Answer, list[str]]":
     from cifar10_resnet.serving.saved_network import SavedNetwork
 
     if flags.saved_model is None:
-        network = export.load_classifier(checkpoints.find(flags.ckpt_path))
-        return network.from_pixels, [name.decode() for name in network.class_names.numpy()]
+        saved = checkpoints.find(flags.ckpt_path)
+        return export.load_classifier(saved).from_pixels, list(saved.run.data.class_names)
     network = SavedNetwork(flags.saved_model, flags.trust)
     return network, network.class_names
 
@@ -91,18 +91,14 @@ def _classify(
     """Returns the most likely classes of each photo."""
     import numpy as np
 
+    from cifar10_resnet.serving.saved_network import best_classes
+
     probabilities: list[np.ndarray] = []
     for start in range(0, len(images), BATCH_SIZE):
         batch = np.stack(images[start : start + BATCH_SIZE])
         probabilities.extend(np.asarray(answer(batch)["probabilities"]))
     return [
-        {
-            "picture": name,
-            "classes": [
-                {"name": classes[i], "probability": float(shares[i])}
-                for i in np.argsort(-shares, kind="stable")[:top]
-            ],
-        }
+        {"picture": name, "classes": best_classes(shares, classes, top)}
         for name, shares in zip(names, probabilities, strict=True)
     ]
 

@@ -26,7 +26,7 @@ class Settings(Checked):
         (),
         "File to write: .png or .pdf (repeatable)",
         "Output",
-        pattern=r"(?s)[^,]*\.(png|pdf)",
+        pattern=r"(?is)[^,]*\.(png|pdf)",
         meaning="a file that ends in .png or .pdf",
         shown="ResNet20_CIFAR10.pdf, .png and so on",
     )

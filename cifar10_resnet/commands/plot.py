@@ -42,7 +42,6 @@ def main(flags: "Flags") -> int:
     """Draws the curves of all runs into one file."""
     from cifar10_resnet.training.history import read_history  # It imports TensorBoard.
 
-    kind = os.path.splitext(flags.output)[1][1:].lower()
     storage.refuse_unwritable_file(flags.output)
 
     found = [pair for run in flags.run for pair in _histories(run, read_history)]
@@ -55,10 +54,10 @@ def main(flags: "Flags") -> int:
 
     # Matplotlib is slow to import, so mistakes are reported first.
     from cifar10_resnet.figures.curves import curves_figure
-    from cifar10_resnet.figures.style import encode
+    from cifar10_resnet.figures.style import encode, ending
 
     figure = curves_figure(histories, flags.tag, flags.x)
-    storage.new_file(flags.output, encode(figure, kind))
+    storage.new_file(flags.output, encode(figure, ending(flags.output)))
     print(f"drew {flags.output}")
     return 0
 

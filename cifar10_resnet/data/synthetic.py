@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar10_resnet.formats import FORMATS, IMAGE_BYTES
+from cifar10_resnet.formats import FORMATS, IMAGE_BYTES, SIDE
 
-IMAGE_SIZE = 32
 SPLITS = ("train", "test")
 BLOCK_SIZE = 500  # images per random stream: a multiple of ten that bounds the memory
 
@@ -97,7 +96,7 @@ def make_split(split: str, num_images: int, seed: int = 0) -> tuple[np.ndarray, 
         raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
     if num_images < 0:
         raise ValueError(f"num_images must not be negative, got {num_images}")
-    images = np.empty((num_images, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    images = np.empty((num_images, SIDE, SIDE, 3), np.uint8)
     labels = np.empty(num_images, np.uint8)
     for start in range(0, num_images, BLOCK_SIZE):
         # The seed comes last. A large seed becomes several words, which must not shift others.
@@ -123,7 +122,7 @@ def _make_block(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     mirror = np.copysign(np.float32(1), uniform(-1, 1, 1, 1))
     radius = uniform(5, 11, 1, 1)
     angle = uniform(-0.5, 0.5, 1, 1)
-    grid = np.arange(IMAGE_SIZE, dtype=np.float32) - (IMAGE_SIZE - 1) / 2
+    grid = np.arange(SIDE, dtype=np.float32) - (SIDE - 1) / 2
     across = (grid[None, None, :] - uniform(-5, 5, 1, 1)) / radius
     down = (grid[None, :, None] - uniform(-5, 5, 1, 1)) / radius
     x = mirror * (np.cos(angle) * across - np.sin(angle) * down)
@@ -142,7 +141,7 @@ def _make_block(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     images = middle + offset * (2 * coverage[..., None] - 1)
 
     # Images also have a gentle gradient of light and some grain.
-    slope = uniform(-0.15, 0.15, 2, 1, 1) * 2 / IMAGE_SIZE
+    slope = uniform(-0.15, 0.15, 2, 1, 1) * 2 / SIDE
     light = slope[:, 0] * grid[None, None, :] + slope[:, 1] * grid[None, :, None]
     images += light[..., None]
     grain = rng.standard_normal(images.shape, dtype=np.float32)

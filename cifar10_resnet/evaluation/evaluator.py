@@ -78,21 +78,19 @@ def score_checkpoints(
     Without `data`, it uses the run's own data set in its default folder. Refuses `given` values
     that contradict the checkpoint.
     """
-    given = given or {}
-    network = reading = None
+    for saved in checkpoints_of_run:
+        refuse_contradictions(saved.run, given or {}, saved.prefix)
+    first = checkpoints_of_run[0]
     with ThreadPoolExecutor(1) as reader:
-        for saved in checkpoints_of_run:
-            refuse_contradictions(saved.run, given, saved.prefix)
-            # The images are read while the network is built and traced.
-            reading = reading or reader.submit(_images_for, saved, data, split)
-            if saved.run.model != network:
-                network = saved.run.model
-                model = ResNet(**network.arguments(), **ways(data_format, dtype))
-                evaluator = Evaluator(model, batch_size)
-            restore_model(model, saved.prefix)
-            examples = reading.result()
-            metrics = evaluator(examples)
-            yield Scored(saved.prefix, saved.step, saved.run, split, metrics, examples.images)
+        # The images are read while the network is built and traced.
+        reading = reader.submit(_images_for, first, data, split)
+        model = ResNet(**first.run.model.arguments(), **ways(data_format, dtype))
+        evaluator = Evaluator(model, batch_size)
+        examples = reading.result()
+    for saved in checkpoints_of_run:
+        restore_model(model, saved.prefix)
+        metrics = evaluator(examples)
+        yield Scored(saved.prefix, saved.step, saved.run, split, metrics, examples.images)
 
 
 def score_newest(

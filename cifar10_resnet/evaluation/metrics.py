@@ -12,6 +12,9 @@ from cifar10_resnet.terminal import table
 
 NUM_BINS = 15
 MISTAKES_SHOWN = 24
+MATRIX_LEGEND = (
+    "Rows: true class. Columns: predicted class. Blue: correct. Darker: larger share of the row."
+)
 
 
 class Calibration(NamedTuple):
@@ -52,6 +55,18 @@ def wilson_interval(
     spread = z * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     spread /= 1 + z * z / count
     return np.clip(middle - spread, 0, 1), np.clip(middle + spread, 0, 1)
+
+
+def accuracy_by_class(matrix: np.ndarray) -> np.ndarray:
+    """Returns the accuracies in a confusion matrix. A class without images has nan."""
+    counts = matrix.sum(axis=1)
+    return np.diag(matrix) / np.where(counts, counts, np.nan)
+
+
+def shades_of(matrix: np.ndarray) -> np.ndarray:
+    """Returns how dark to show each cell of a confusion matrix, from 0 to 1."""
+    # The square root makes a few mistakes among hundreds visible.
+    return np.sqrt(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1))
 
 
 @dataclass(frozen=True)
@@ -103,9 +118,8 @@ class Metrics:
     @property
     def per_class_accuracy(self) -> list[float | None]:
         """Returns the accuracy of each class, or None for a class without images."""
-        matrix = self.confusion_matrix
-        right, counts = np.diag(matrix), matrix.sum(axis=1)
-        return [float(r / n) if n else None for r, n in zip(right, counts, strict=True)]
+        shares = accuracy_by_class(self.confusion_matrix)
+        return [None if np.isnan(share) else float(share) for share in shares]
 
     @property
     def has_top_5(self) -> bool:

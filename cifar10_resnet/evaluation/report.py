@@ -11,7 +11,15 @@ import numpy as np
 
 from cifar10_resnet.config import RunConfig, training_config
 from cifar10_resnet.data.photos import data_url, png_url
-from cifar10_resnet.evaluation.metrics import MISTAKES_SHOWN, NUM_BINS, Scored, wilson_interval
+from cifar10_resnet.evaluation.metrics import (
+    MATRIX_LEGEND,
+    MISTAKES_SHOWN,
+    NUM_BINS,
+    Scored,
+    accuracy_by_class,
+    shades_of,
+    wilson_interval,
+)
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SPLITS = {"train": "training", "holdout": "holdout", "test": "test"}
@@ -89,8 +97,7 @@ def _confusion(matrix: np.ndarray, names: Sequence[str]) -> str:
         return _most_frequent_confusions(matrix, names)
     upright = " upright" if sum(map(len, names)) > LONGEST_HEADINGS else ""
     heads = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in names)
-    # The square root makes a few mistakes among hundreds visible.
-    shades = np.sqrt(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1))
+    shades = shades_of(matrix)
     rows = "\n".join(
         f'<tr><th scope="row">{_name(name)}</th>'
         + "".join(_count(matrix[i, j], shades[i, j], i == j) for j in range(len(names)))
@@ -98,8 +105,7 @@ def _confusion(matrix: np.ndarray, names: Sequence[str]) -> str:
         for i, name in enumerate(names)
     )
     return (
-        "<p>Rows: true class. Columns: predicted class. Blue: correct. "
-        "Darker: larger share of the row.</p>\n"
+        f"<p>{MATRIX_LEGEND}</p>\n"
         f'<div class="table" tabindex="0"><table class="confusion{upright}" '
         f'style="--classes:{len(names)}">\n'
         '<thead><tr><th rowspan="2" scope="col">true class</th>'
@@ -155,8 +161,7 @@ def _mistakes(scored: Scored) -> str:
 
 def _classes(matrix: np.ndarray, names: Sequence[str]) -> str:
     """Returns the table of the classes, from the best to the worst."""
-    counts = matrix.sum(axis=1)
-    shares = np.diag(matrix) / np.where(counts, counts, np.nan)
+    shares, counts = accuracy_by_class(matrix), matrix.sum(axis=1)
     rows = []
     for i in np.argsort(-shares, kind="stable"):  # classes without images come last
         accuracy, interval = "no images", ""

@@ -9,10 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from cifar10_resnet.evaluation.metrics import (
+    MATRIX_LEGEND,
     MISTAKES_SHOWN,
     NUM_BINS,
     Metrics,
+    accuracy_by_class,
     calibration,
+    shades_of,
     wilson_interval,
 )
 from cifar10_resnet.figures.style import (
@@ -52,16 +55,10 @@ def confusion_matrix_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     """Returns a plot of `matrix[i, j]`, the number of images of class i with prediction j."""
     classes = len(names)
     width, height = 760 / classes, np.clip(700 / classes, 3, 46)  # pixels per cell
-    subtitle = (
-        "Rows: true class. Columns: predicted class. Blue: correct. "
-        "Darker: larger share of the row."
-    )
     with picture(
-        height=200 + classes * height, title="Confusion matrix", subtitle=subtitle
+        height=200 + classes * height, title="Confusion matrix", subtitle=MATRIX_LEGEND
     ) as figure:
-        axes = figure.add_subplot()
-        # The square root makes a few mistakes among hundreds visible.
-        shades = np.sqrt(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1))
+        axes, shades = figure.add_subplot(), shades_of(matrix)
         colours = np.where(np.eye(classes)[..., None], to_rgb(BLUE), to_rgb(VERMILLION))
         pixels = 1 - shades[..., None] * (1 - colours)
         axes.imshow(pixels, aspect="auto", interpolation="nearest")
@@ -86,12 +83,10 @@ def confusion_matrix_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
 
 def class_accuracy_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     """Returns a plot of each class's accuracy, from the best to the worst."""
-    right, counts = np.diag(matrix), matrix.sum(axis=1)
-    counted = np.where(counts, counts, np.nan)
-    shares = right / counted
+    shares, counts = accuracy_by_class(matrix), matrix.sum(axis=1)
     order = np.argsort(-shares, kind="stable")  # classes without images come last
     row = np.clip(700 / len(names), 13, 26)  # in pixels
-    overall = right.sum() / counts.sum()
+    overall = np.trace(matrix) / counts.sum()
     with picture(
         height=160 + len(names) * row,
         title="Accuracy by class",
@@ -99,7 +94,8 @@ def class_accuracy_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     ) as figure:
         axes = figure.add_subplot()
         places = np.arange(len(names))
-        low, high = wilson_interval(right[order], counted[order])
+        counted = np.where(counts, counts, np.nan)[order]
+        low, high = wilson_interval(np.diag(matrix)[order], counted)
         axes.hlines(places, low, high, color=SKY, lw=2.5)
         axes.plot(shares[order], places, "o", color=BLUE, ms=5)
         axes.axvline(overall, color=MUTED, **DASHED)

@@ -8,7 +8,6 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import matplotlib.style
 from matplotlib.colors import to_rgb
@@ -17,6 +16,7 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.text import Text
 
 from cifar10_resnet import storage
+from cifar10_resnet.storage import StrPath
 
 WIDTH = 900  # pixels, 100 per inch; so a point is 1.4 pixels
 MARGIN = 24
@@ -70,7 +70,7 @@ def tint(colour: str, share: float = 0.2) -> tuple[float, float, float]:
 
 @contextlib.contextmanager
 def picture(
-    *files: str | os.PathLike,
+    *files: StrPath,
     height: float,
     title: str,
     subtitle: str = "",
@@ -89,9 +89,14 @@ def picture(
         figure.text(MARGIN / width, 1 - 38.5 / height, title, size=LARGE, weight="bold")
         figure.text(MARGIN / width, 1 - 60.5 / height, subtitle)
         yield figure
-        for file in map(Path, files):
-            storage.new_file(file, encode(figure, file.suffix[1:]))
+        for file in files:
+            storage.new_file(file, encode(figure, ending(file)))
             print(f"drew {file}")
+
+
+def ending(file: StrPath) -> str:
+    """Returns the kind of a file: "png" for `plot.PNG`, and for `.png`."""
+    return os.fspath(file).rpartition(".")[2].lower()
 
 
 def _card(width: float, height: float, figure: Figure) -> FancyBboxPatch:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cifar10_resnet import storage
 from cifar10_resnet.device import processor
-from cifar10_resnet.errors import reason_of
+from cifar10_resnet.errors import UserError, reason_of
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "kernels.cc"
@@ -50,7 +50,8 @@ def library() -> str:
             if not built.exists() and not failed.exists():
                 print("Building the native kernels for this processor, once …", flush=True)
                 if why := _compile(compiler, built):
-                    storage.new_file(failed, why.encode())
+                    with contextlib.suppress(UserError):  # Then the next start tries again.
+                        storage.new_file(failed, why.encode())
                     raise CannotBuild(why, is_new=True)
         if built.exists():
             return str(built)

@@ -1,5 +1,6 @@
 """Loads an exported network and calls its signatures with images."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,14 @@ from cifar10_resnet.terminal import command
 
 DEFAULT = "serving_default"
 IMAGE = (SIDE, SIDE, 3)
+
+
+def best_classes(
+    probabilities: np.ndarray, names: Sequence[str], most: int
+) -> list[dict[str, str | float]]:
+    """Returns up to `most` classes with their probabilities, the most likely first."""
+    best = np.argsort(-probabilities, kind="stable")[:most]
+    return [{"name": names[i], "probability": float(probabilities[i])} for i in best]
 
 
 class SavedNetwork:

@@ -21,13 +21,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 from tornado import httpserver, iostream, netutil, template, web
 
 from cifar10_resnet.data.photos import MAX_PIXELS, data_url
 from cifar10_resnet.errors import UserError
 from cifar10_resnet.serving import rest
-from cifar10_resnet.serving.saved_network import SavedNetwork
+from cifar10_resnet.serving.saved_network import SavedNetwork, best_classes
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.html")
 MODEL = "resnet"
@@ -351,13 +350,8 @@ def _classify(network: SavedNetwork, encoded: bytes, admit: rest.Admit) -> dict[
     """Returns what the network saw, as a data URL, and the most likely classes, best first."""
     image = rest.read_photos({"This file": encoded}, admit)
     probabilities = network(image)["probabilities"][0]
-    best = np.argsort(-probabilities, kind="stable")[:SHOWN_CLASSES]
-    return {
-        "seen": data_url(image[0]),
-        "classes": [
-            {"name": network.class_names[i], "probability": float(probabilities[i])} for i in best
-        ],
-    }
+    classes = best_classes(probabilities, network.class_names, SHOWN_CLASSES)
+    return {"seen": data_url(image[0]), "classes": classes}
 
 
 def _page_headers(page: bytes) -> dict[str, str]:

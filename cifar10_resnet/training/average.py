@@ -23,7 +23,7 @@ class WeightAverage(tf.Module):
         self.network = ResNet(**arguments | {"batch_norm_decay": 0.0})
         # It is float32, like all variables that workers copy from their chief.
         self.count = tf.Variable(0.0, trainable=False)
-        self._add_weights = tf.function(self._add_in_graph, autograph=False)
+        self._add_variables = tf.function(self._add_in_graph, autograph=False)
         self._measure = tf.function(self._measure_in_graph, autograph=False)
 
     @property
@@ -32,11 +32,15 @@ class WeightAverage(tf.Module):
         return float(self.count.numpy()) > 0
 
     def add(self, batches: Iterable[tf.Tensor]) -> None:
-        """Adds the network's present weights to the mean, and measures its statistics."""
-        self._add_weights()
+        """Adds the network's present variables to the mean, and measures its statistics.
+
+        Without batches, its statistics are the mean of the network's.
+        """
+        self._add_variables()
         measured = [self._measure(images) for images in batches]
         for statistic, *values in zip(self.network.statistics, *measured, strict=True):
-            statistic.assign(tf.add_n(values) / len(values))
+            if values:
+                statistic.assign(tf.add_n(values) / len(values))
 
     def _add_in_graph(self) -> None:
         count = self.count.assign_add(1)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import tensorflow as tf
 
 from cifar10_resnet import checkpoints
@@ -129,7 +130,7 @@ class Evaluations:
         self.split, self.metrics = images.scored_split, None
 
     @property
-    def scored(self):
+    def scored(self) -> np.ndarray | None:
         """Returns the images that are evaluated, if there are any."""
         return self._images.scored and self._images.scored.images
 

@@ -152,12 +152,12 @@ def ready(
             run,
             options.data_format,
             options.dtype,
-            options.loss_scale,
-            bool(options.jit_compile),
-            options.steps_per_call or 1,
-            replicas,
-            options.sync_batch_norm,
-            library,
+            loss_scale=options.loss_scale,
+            jit_compile=options.jit_compile,
+            steps_per_call=options.steps_per_call,
+            replicas=replicas,
+            sync_batch_norm=options.sync_batch_norm,
+            native_library=library,
         )
         if resume_from:
             trainer.restore(resume_from)

@@ -46,8 +46,12 @@ def _default_folder(options: Options, given: dict[str, Any]) -> str:
 def refuse_export(options: Options) -> None:
     """Refuses an --export_dir that cannot be written, or that contains the run."""
     storage.refuse_patterns(options.export_dir)
-    apart_from = [options.ckpt_path, options.train_log_path]
-    storage.refuse_unwritable_folder(options.export_dir, apart_from)
+    wanted = os.path.realpath(options.export_dir)
+    for other in (options.ckpt_path, options.train_log_path):
+        if os.path.commonpath([wanted, os.path.realpath(other)]) == wanted:
+            why = f"is invalid: it contains {other}. Use another folder."
+            raise UserError(why, "export_dir", options.export_dir)
+    storage.refuse_unwritable_folder(options.export_dir)
 
 
 @contextlib.contextmanager
@@ -86,14 +90,13 @@ def lock(directory: str) -> Iterator[storage.HeldLock]:
 def clean(directory: str, log_path: str, needed: str | None = None) -> None:
     """Deletes a run's checkpoints and summaries, and no other files.
 
-    Refuses if the `needed` checkpoint is in the folder or does not exist. Also refuses a folder
-    with another program's checkpoints, or with files but no run.
+    Refuses if the `needed` checkpoint is in the folder. Also refuses a folder with another
+    program's checkpoints, or with files but no run.
     """
     from cifar10_resnet import checkpoints
     from cifar10_resnet.training.summaries import FILE_SUFFIX
 
-    origin = os.path.dirname(checkpoints.find(needed).prefix) if needed else None
-    if needed and os.path.realpath(origin) == os.path.realpath(directory):
+    if needed and os.path.realpath(os.path.dirname(needed)) == os.path.realpath(directory):
         raise UserError(
             f"--clean would delete the pretrained checkpoint {needed}. Use another --ckpt_path."
         )

@@ -98,7 +98,8 @@ class Trainer:
 
     def add_to_average(self, pipeline: tf.data.Dataset) -> None:
         """Adds the present weights to their average, and gives it statistics of some batches."""
-        batches = pipeline.take(BATCHES_MEASURED)
+        is_frozen = self.run.training.fine_tune  # The statistics are the pretrained network's.
+        batches = pipeline.take(0 if is_frozen else BATCHES_MEASURED)
         self.average.add(self.make_batch(element)[0] for element in batches)
 
     def train_steps(self, batches: "Iterator | Chunks", count: int) -> None:

@@ -132,7 +132,7 @@ def test_the_plots_in_the_folder_show_the_networks_as_they_are(tmp_path):
 def test_a_network_is_drawn_in_the_same_bytes_each_time(tmp_path):
     for folder in (tmp_path / "once", tmp_path / "again"):
         folder.mkdir()
-        files = [folder / "plain8.png", folder / "plain8.pdf"]
+        files = [folder / "plain8.PNG", folder / ".pdf"]
         draw(
             *("draw", "--resnet_size=8", "--noshortcut_connections"),
             *(f"--output={file}" for file in files),

@@ -62,11 +62,11 @@ def test_a_folder_of_runs_is_drawn_with_a_line_for_each_run_in_it(tmp_path):
 
 def test_the_plot_is_a_pdf_if_the_file_ends_so_and_is_the_same_each_time(tmp_path):
     write_events(tmp_path / "a" / "log", 3)
-    for file in ("one.pdf", "two.PDF"):
+    for file in ("one.pdf", "two.PDF", ".pdf"):
         run("plot", "--run=a", f"--output={file}", cwd=tmp_path)
     drawn = (tmp_path / "one.pdf").read_bytes()
     assert drawn.startswith(b"%PDF-")
-    assert drawn == (tmp_path / "two.PDF").read_bytes()
+    assert drawn == (tmp_path / "two.PDF").read_bytes() == (tmp_path / ".pdf").read_bytes()
 
 
 @pytest.mark.parametrize(

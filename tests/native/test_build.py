@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from programs import PROJECT, SMALL, error_of, run, run_code
 
+from cifar10_resnet.errors import UserError
 from cifar10_resnet.native import build
 
 TRAIN = ("run_trainer.py", "--use_synthetic_data", "--max_train_steps=3", *SMALL)
@@ -117,6 +118,19 @@ def test_programs_that_start_together_build_it_once(compiler, cache):
     files = {process.communicate()[0].split()[-1] for process in together}
     assert len(files) == 1
     assert calls.read_text() == "called\n"
+
+
+def test_a_failure_that_cannot_be_recorded_is_still_the_compilers(compiler, monkeypatch):
+    compiler("exit 1")
+
+    def on_a_full_disk(path: Path, content: bytes) -> None:
+        raise UserError(f"{path} cannot be written: No space left on device.")
+
+    monkeypatch.setattr("cifar10_resnet.storage.new_file", on_a_full_disk)
+    for _ in range(2):
+        with pytest.raises(build.CannotBuild, match="compiler failed: no reason") as refused:
+            build.library()
+        assert refused.value.is_new
 
 
 def test_a_build_that_is_killed_leaves_nothing_that_looks_whole(compiler, cache):

@@ -107,6 +107,16 @@ def test_the_mean_has_the_statistics_of_the_batches_after_it(tmp_path, monkeypat
             np.testing.assert_allclose(values[f"{name}/{kind}"], expected, rtol=1e-3, atol=1e-3)
 
 
+def test_a_fine_tuned_average_keeps_the_pretrained_statistics(tmp_path):
+    origin = train(tmp_path / "origin", (10,))
+    training = dataclasses.replace(RUN.training, fine_tune=True, pretrained=origin)
+    last = train(tmp_path / "tuned", run=dataclasses.replace(RUN, training=training))
+    before = checkpoints.load(checkpoints.read(origin)).statistics
+    after = checkpoints.load(checkpoints.read(last)).statistics
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
+
+
 def test_an_averaged_run_trains_as_without_and_resumes_bit_identically(tmp_path):
     whole = train(tmp_path / "whole", epochs_between_evals=1)
     resumed = train(tmp_path / "resumed", (10, 15, 26), log_per_iterations=3)

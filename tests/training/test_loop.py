@@ -7,11 +7,15 @@ from cifar10_resnet.options import Options
 from cifar10_resnet.training.loop import Agenda, next_end
 
 
+def settled(**settings) -> Options:
+    return Options(ckpt_path="run", **settings).settled("cpu", "channels_last", 1)
+
+
 def calls(first: int = 0, workers: int = 1, images: int = 100, **settings) -> list[tuple]:
     """Returns each call of a run of 10 steps of 10 images: its steps, and what is due after it."""
     run = RunConfig(training=training_config({"num_iterations": 10, "batch_size": 10}))
-    options = Options(ckpt_path="run", **{"log_per_iterations": 5, **settings})
-    agenda = Agenda(run, options, images, workers)
+    settings = {"log_per_iterations": 5, **settings}
+    agenda = Agenda(run, settled(**settings), images, workers)
     found, step = [], first
     while step < agenda.last:
         watched = "watched " if "watch" in agenda.due(step) else ""
@@ -70,7 +74,7 @@ def test_evaluations_come_with_the_step_that_ends_an_epoch_and_with_the_last():
 def logs(length: int, **settings) -> list[int]:
     """Returns the steps after which a run of this length logs."""
     run = RunConfig(training=training_config({"num_iterations": length}))
-    agenda = Agenda(run, Options(ckpt_path="run", **settings), 50_000)
+    agenda = Agenda(run, settled(**settings), 50_000)
     return [step for step in range(1, agenda.last + 1) if "log" in agenda.due(step)]
 
 
@@ -97,7 +101,7 @@ def test_several_workers_agree_every_ten_steps_and_one_after_each_call():
     due = calls(7, workers=2, log_per_iterations=100, steps_per_call=100, max_train_steps=None)
     assert [call[0] for call in due] == ["3 to 10"]
     run = RunConfig(training=training_config({"num_iterations": 40}))
-    options = Options(ckpt_path="run", log_per_iterations=100, steps_per_call=100)
+    options = settled(log_per_iterations=100, steps_per_call=100)
     together, alone = (Agenda(run, options, 1000, workers) for workers in (2, 1))
     assert [together.until_next(step) for step in (0, 4, 10)] == [10, 6, 10]
     assert ["agree" in together.due(step) for step in (9, 10, 11)] == [False, True, False]

@@ -1,5 +1,6 @@
 """A run's folder: its name, its lock, and what --clean deletes and what it leaves."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -68,6 +69,15 @@ def test_a_network_that_was_pretrained_gives_its_name_to_the_folder(tmp_path):
         for given, kind in (({}, "transfer"), ({"fine_tune": True}, "fine-tune")):
             settled = run_folder.settle(options, given)
             assert settled.ckpt_path == os.path.join("runs", f"{tmp_path.name}-{kind}")
+
+
+def test_an_export_that_the_run_would_fill_is_refused(tmp_path):
+    run = tmp_path / "run"
+    for path in (run, tmp_path, run / "log" / ".."):
+        options = Options(ckpt_path=str(run), train_log_path=str(run / "log"), export_dir=str(path))
+        with pytest.raises(UserError, match="is invalid: it contains"):
+            run_folder.refuse_export(options)
+    run_folder.refuse_export(dataclasses.replace(options, export_dir=str(run / "exported")))
 
 
 def test_folders_that_are_named_stay_and_a_wrong_depth_is_still_refused():
