@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from cifar10_resnet import storage
 from cifar10_resnet.cli import app
+from cifar10_resnet.cli.guard import tell
 from cifar10_resnet.config import DataConfig, ModelConfig
 from cifar10_resnet.data import dataset
 from cifar10_resnet.device import resolve_data_format, slowness, start_tensorflow
@@ -80,8 +81,12 @@ def main(flags: "Flags") -> int:
     from cifar10_resnet import checkpoints
     from cifar10_resnet.evaluation import evaluator
 
-    find = checkpoints.find_all if flags.all_checkpoints else lambda path: [checkpoints.find(path)]
-    saved = find(flags.ckpt_path)
+    if flags.all_checkpoints:
+        saved, problems = checkpoints.find_all(flags.ckpt_path)
+    else:
+        saved, problems = [checkpoints.find(flags.ckpt_path)], []
+    for problem in problems:
+        tell(problem)
     data_format = resolve_data_format(flags.data_format, flags.dtype)
     scores = []
     with quietly(flags.quiet) as stdout:
@@ -108,7 +113,7 @@ def main(flags: "Flags") -> int:
     if flags.report or flags.plot_dir:
         with quietly(flags.quiet):
             _draw(flags, scored, f"{flags.dtype}, {data_format}, on a {device.upper()}")
-    return 0
+    return 1 if problems else 0
 
 
 def _draw(flags: "Flags", scored: "Scored", computed_in: str) -> None:

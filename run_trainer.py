@@ -196,6 +196,8 @@ def _prepare(options: Options, data: Dataset | None, given: dict[str, Any]) -> s
         )
     if options.clean:  # only now that the new run passed its checks
         run_folder.clean(options.ckpt_path, options.train_log_path, run.training.pretrained)
+    elif not resume_from:
+        run_folder.refuse_other_curves(options.ckpt_path, options.train_log_path)
     return json.dumps([run.to_json(), [data.name, data.folder], resume_from])
 
 

@@ -166,14 +166,19 @@ def find(path: str, argument: str = "ckpt_path") -> SavedRun:
     return read(prefix)
 
 
-def find_all(path: str) -> list[SavedRun]:
-    """Returns all checkpoints of a folder, verified. `path` is the folder or one of them."""
-    found = {saved.prefix: saved for saved in [find(path)]}
-    for _, prefix in list_checkpoints(os.path.dirname(*found)):
-        if prefix not in found:
-            verify(prefix)
-            found[prefix] = read(prefix)
-    return sorted(found.values(), key=lambda saved: saved.step)
+def find_all(path: str) -> tuple[list[SavedRun], list[UserError]]:
+    """Returns all intact checkpoints of a folder, and the reasons to skip the others.
+
+    `path` is the folder, or one of its checkpoints.
+    """
+    folder = path if os.path.isdir(path) else os.path.dirname(find(path).prefix)
+    found, problems = [], []
+    for _, prefix in list_checkpoints(folder):
+        try:
+            found.append(find(prefix))
+        except UserError as problem:
+            problems.append(problem)
+    return found or [find(path)], problems
 
 
 def verify(prefix: str) -> None:

@@ -148,7 +148,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_decay": 5e-4,
     },
     "fast": _FAST,
-    "best": _FAST | {"num_iterations": 39_062, "average_epochs": 20},
+    "best": _FAST | {"num_iterations": 39_062, "average_weights": 0.2},
 }
 # --help shows these lines. docs/results.md has the test accuracies.
 RECIPE_NOTES = {
@@ -193,7 +193,7 @@ class TrainingConfig(Checked):
     mixup: float = of_recipe(
         0.0, "Mix images in pairs for this fraction of the run", least=0, most=1
     )
-    average_epochs: int = of_recipe(0, "Average the last N epochs' weights", least=0)
+    average_weights: float = of_recipe(0.0, "Last fraction of the run to average", least=0, most=1)
     seed: int = of_recipe(0, "Random seed for weights, image order, crops and flips", least=0)
     pretrained: str = setting("")  # the checkpoint that the network started from, if any
     fine_tune: bool = of_pretrained(False, "Train only the final layer")

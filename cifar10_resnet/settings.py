@@ -8,7 +8,12 @@ from typing import Any, get_args, get_origin
 
 from cifar10_resnet.errors import UserError
 
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "not empty",
+}
 BOUNDS = {
     "least": ("{:,} or more", lambda value, bound: value >= bound),
     "above": ("above {:,}", lambda value, bound: value > bound),
@@ -83,8 +88,11 @@ def _is_possible(item: Field, kind: type, value: Any) -> bool:
     if type(value) not in ((float, int) if kind is float else (kind,)):
         return False
     if kind is str:
-        return value in more.get("choices", (value,)) and bool(
-            re.fullmatch(more.get("pattern", "(?s).*"), value)
+        # An empty value is often a variable that a shell script did not set.
+        return (
+            (value or item.default == "")
+            and value in more.get("choices", (value,))
+            and bool(re.fullmatch(more.get("pattern", "(?s).*"), value))
         )
     is_sound = abs(value) <= (sys.float_info.max if kind is float else MAX_INTEGER)  # false for NaN
     bounds = (holds(value, more[name]) for name, (_, holds) in BOUNDS.items() if name in more)

@@ -40,7 +40,7 @@ PAPER = {
     "alternate_flips": "False",
     "cutout": "0",
     "mixup": "0.0",
-    "average_epochs": "0",
+    "average_weights": "0.0",
     "seed": "0",
     "fine_tune": "False",
     "dtype": "fp32",
@@ -65,7 +65,7 @@ FAST = ONE_CYCLE | {
     "alternate_flips": "True",
     "cutout": "9",
 }
-BEST = FAST | {"recipe": "best", "num_iterations": "39062", "average_epochs": "20"}
+BEST = FAST | {"recipe": "best", "num_iterations": "39062", "average_weights": "0.2"}
 # A smaller network for the recipes that are not the default.
 PLAIN8 = ("--num_layers=8", "--shortcut_connections=False")
 OF_PLAIN8 = {"num_layers": "8", "shortcut_connections": "False"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -22,11 +23,11 @@ def test_verbose_shows_all_settings_and_lets_tensorflow_speak(data, uninterrupte
     assert "oneDNN" in shown.stderr or "optimized to use available CPU instructions" in shown.stderr
 
 
-def test_a_home_folder_behind_an_equals_sign_is_found(data, uninterrupted):
+def test_a_home_folder_that_the_shell_did_not_expand_is_found(data, uninterrupted):
     home = {**os.environ, "HOME": str(uninterrupted.parent)}
-    scored = run(
-        "run_evaluator.py", f"--path={data}", f"--ckpt_path=~/{uninterrupted.name}", env=home
-    )
+    path = os.path.relpath(data, uninterrupted.parent)
+    words = (f"--path=~/{path}", "--ckpt_path", f"~/{uninterrupted.name}")
+    scored = run("run_evaluator.py", *words, env=home)
     assert f"{uninterrupted}/model.ckpt-60 (resnet8, step 60)" in scored.stdout
 
 
@@ -47,12 +48,18 @@ def test_the_evaluator_writes_what_it_prints(data, uninterrupted, tmp_path):
     assert scores["description"]["model"]["num_layers"] == 8
 
 
-def test_all_checkpoints_are_evaluated_one_after_the_other(data, uninterrupted, tmp_path):
-    file = tmp_path / "scores.json"
-    run(
-        *("run_evaluator.py", f"--path={data}", f"--ckpt_path={uninterrupted}", "--split=train"),
+def test_all_intact_checkpoints_are_evaluated_and_damaged_ones_reported(
+    data, uninterrupted, tmp_path
+):
+    folder, file = shutil.copytree(uninterrupted, tmp_path / "run"), tmp_path / "scores.json"
+    (folder / "model.ckpt-50.index").write_bytes(b"half")
+    done = run(
+        *("run_evaluator.py", f"--path={data}", f"--ckpt_path={folder}", "--split=train"),
         *("--all_checkpoints", f"--output_json={file}", "--batch_size=64"),
+        status=1,
     )
+    (problem,) = done.stderr.splitlines()
+    assert "model.ckpt-50 is incomplete" in problem
     scores = json.loads(file.read_text())
     assert [score["step"] for score in scores] == [20, 40, 60]
     assert {score["num_images"] for score in scores} == {400}

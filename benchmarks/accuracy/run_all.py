@@ -236,10 +236,16 @@ def train(run: Run, path: str, runs_dir: str, device: str = "auto") -> None:
 
 def _run_program(*words: str) -> None:
     """Runs one of the project's programs, and exits with its status if it fails."""
-    # Ctrl-C also reaches that program, which may take a while to save. This one waits for it.
-    before = signal.signal(signal.SIGINT, lambda number, frame: None)
-    status = subprocess.call([sys.executable, *words], cwd=TOP)
-    signal.signal(signal.SIGINT, before)
+    program = subprocess.Popen([sys.executable, *words], cwd=TOP)
+    # Ctrl-C also reaches that program, but SIGTERM does not. This one waits while it saves.
+    waiting = {
+        signal.SIGINT: lambda number, frame: None,
+        signal.SIGTERM: lambda number, frame: program.terminate(),
+    }
+    before = {number: signal.signal(number, handler) for number, handler in waiting.items()}
+    status = program.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if status:
         raise SystemExit(status)
 

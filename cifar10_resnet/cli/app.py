@@ -5,7 +5,6 @@ A program defines its settings in a dataclass and ends with `app.run(main, Setti
 
 import difflib
 import inspect
-import os
 import re
 import shutil
 import sys
@@ -44,7 +43,7 @@ def _run(
 
     from cifar10_resnet.cli.flags import Flags
 
-    given = Flags(settings, [_with_home(argument) for argument in sys.argv], flags.FLAGS)
+    given = Flags(settings, sys.argv, flags.FLAGS)
 
     class Help(app.HelpFlag):
         """The --help flag, instead of absl's. It prints groups, and the exit status is 0."""
@@ -84,17 +83,11 @@ def _run(
         return end.code
 
 
-def _with_home(argument: str) -> str:
-    """Returns a flag such as --path=~/data with its ~ expanded. Shells do not expand it after =."""
-    flag, equals, value = argument.partition("=")
-    return flag + equals + os.path.expanduser(value) if value.startswith("~") else argument
-
-
 def help_text(description: str, settings: type[Checked], width: int) -> str:
     """Returns what --help prints."""
     from cifar10_resnet.cli.flags import explanation, groups_of, names_of
 
-    lines = [inspect.cleandoc(description)]
+    lines = [inspect.cleandoc(description or "")]  # Python keeps no docstrings with -OO.
     for title, items in groups_of(settings).items():
         lines += ["", emphasised(title, sys.stdout)]
         for item in items:

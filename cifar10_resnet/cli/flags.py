@@ -1,5 +1,6 @@
 """Defines, explains and reads the flags of a program's settings."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
@@ -68,7 +69,8 @@ class _Parser(flags.ArgumentParser):
         if not isinstance(argument, str):  # a default
             return argument
         try:
-            value = self._convert(argument)
+            # Shells do not expand the ~ of --path=~/data.
+            value = self._convert(os.path.expanduser(argument))
             check(self.item, (value,) if self.is_repeatable else value)
         except (ValueError, OverflowError, UserError) as error:
             why = f"is invalid: it must be {valid_values(self.item)}."

@@ -75,7 +75,8 @@ def find(path: str | None = None, name: str | None = None) -> Dataset:
     if path is None:
         path = FORMATS[name or "cifar10"].folder
         if not path:
-            raise UserError(f"{FORMATS[name].title} has no default folder. Pass its own as --path.")
+            why = f"--dataset={name} has no default folder. Pass the folder as --path."
+            raise UserError(why)
     found: dict[str, str] = {}
     for folder in (path, *_folders_inside(path)):
         files = _list(folder, path, name)
@@ -126,8 +127,7 @@ def _list(folder: str, path: str, name: str | None) -> set[str]:
         flags = ["--dataset=cifar100"] if name == "cifar100" else []
         download = command("cifar10_download_and_extract.py", *flags)
         raise UserError(
-            f"is invalid: the folder does not exist. Run `{download}`, or train on synthetic "
-            "images with --use_synthetic_data.",
+            f"is invalid: the folder does not exist. Run `{download}`.",
             "path",
             path,
         ) from error

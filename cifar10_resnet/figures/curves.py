@@ -49,7 +49,10 @@ def curves_figure(histories: Histories, tags: Sequence[str], x: str = "epoch") -
             axes = figure.add_subplot(len(tags), 1, place)
             ends = _draw_tag(axes, histories, tag, x)
             if not ends:
-                raise UserError(f"the event files of these runs say nothing of {tag} over {x}s.")
+                advice = " Try --x=step." if x == "epoch" else ""
+                raise UserError(
+                    f"the event files of these runs say nothing of {tag} over {x}s.{advice}"
+                )
             _set_axes(axes, tag, x)
             lines.label_ends(axes, ends, height)
     return figure
@@ -60,7 +63,8 @@ def _draw_tag(axes: Axes, histories: Histories, tag: str, x: str) -> list[lines.
     ends = []
     for (name, history), look in zip(histories.items(), _looks(), strict=False):
         trained, tested = (_curve(history, writer, tag, x) for writer in ("train", "eval"))
-        axes.plot(*trained, color=look["color"], **DASHED)
+        point = {"marker": "."} if len(trained[0]) == 1 else {}  # A line needs two points.
+        axes.plot(*trained, color=look["color"], **DASHED, **point)
         axes.plot(*tested, markevery=lines.marked(len(tested[0])), **look)
         for over, values in (tested, trained):
             if len(over):

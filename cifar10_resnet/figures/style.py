@@ -7,6 +7,7 @@ colour-blind readers can distinguish. Files have twice the pixels.
 import contextlib
 import io
 import os
+import warnings
 from collections.abc import Iterator
 
 import matplotlib.style
@@ -127,7 +128,10 @@ def encode(figure: Figure, kind: str, dpi: int = 200) -> bytes:
         words = (text.get_text() for text in figure.findobj(Text))
         metadata["Description"] = " | ".join(filter(None, words))
     # Matplotlib makes some parts of a figure while it saves, and they need the style too.
-    with matplotlib.style.context(["default", STYLE, {"svg.hashsalt": "resnet"}]):
+    styled = matplotlib.style.context(["default", STYLE, {"svg.hashsalt": "resnet"}])
+    with styled, warnings.catch_warnings():
+        # The font shows a box in place of a character that it lacks.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
     return buffer.getvalue()
 

@@ -1,6 +1,7 @@
 """Runs the training loop: takes steps, and does what is due after each, until the run ends."""
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from cifar10_resnet.training.trainer import Trainer
 
 # After this many steps, several workers check whether one of them received a signal to stop.
 STEPS_BETWEEN_AGREEMENTS = 10
+BATCHES_MEASURED = 50  # at most, for the statistics of averaged weights
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def next_end(step: int, images: int, batch_size: int) -> int:
 def next_average(training: TrainingConfig, images: int, step: int) -> int:
     """Returns the next step to average: the end of one of the last epochs, or the last step."""
     length, size = training.num_iterations, training.batch_size
-    first = length - training.average_epochs * images // size
+    first = length - int(training.average_weights * length)
     return min(next_end(max(step, first), images, size), length)
 
 
@@ -79,11 +81,15 @@ class Agenda:
             between = options.epochs_between_evals * num_images
             size = run.training.batch_size
             self._next["evaluate"] = lambda step: min(next_end(step, between, size), self.last)
-        if run.training.average_epochs:
+        if run.training.average_weights:
             self._next["average"] = functools.partial(next_average, run.training, num_images)
         if options.profile_steps:
             first, last = options.profile_steps
             self._next["profile"] = lambda step: first - 1 if step < first - 1 else last
+        # In a short epoch, the statistics of fewer batches are enough.
+        self.batches_measured = min(
+            BATCHES_MEASURED, math.ceil(num_images / run.training.batch_size)
+        )
         # These duties do not interrupt a call of several steps.
         self._waits = {"agree"} if num_workers == 1 else set()
 
@@ -217,16 +223,18 @@ def train(
         if due & {"log", "save", "evaluate", "average"}:
             saving.check()
         if "average" in due:
-            trainer.add_to_average(batches_from(step, share=(0, 1)))  # all workers, whole batches
+            whole = {"share": (0, 1), "num_steps": agenda.batches_measured}  # on all workers
+            trainer.add_to_average(batches_from(step, **whole))
+        reached = "evaluate" in due and evaluations.reach_threshold()
+        if reached:
+            due |= {"log", "save", "end"}
         if "log" in due:
             progress.log_training(step, *trainer.means(reset=True), rate, trainer.summary)
             progress.show_once(step, trainer.trace, lambda: trainer.images_of(next(iter(pipeline))))
         if "evaluate" in due:
-            reached = evaluations.reach_threshold()
             progress.log_evaluation(step, evaluations.split, evaluations.metrics)
-            if reached:
-                progress.write(f"--stop_threshold={evaluations.threshold:g} is reached.")
-                due |= {"save", "end"}
+        if reached:
+            progress.write(f"--stop_threshold={evaluations.threshold:g} is reached.")
         if "save" in due and replicas.is_chief:
             saved = saving.save()
         if "end" in due:

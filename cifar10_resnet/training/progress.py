@@ -194,7 +194,7 @@ class Progress(Silent):
         `images` are the evaluated images.
         """
         rows, results = {}, {}
-        if self._trained:  # --stop_threshold may end a run before its first log.
+        if self._trained:
             losses, accuracies, steps = zip(*self._trained, strict=True)
             loss, accuracy = (np.average(v, weights=steps) for v in (losses, accuracies))
             results = {"train_loss": loss, "train_accuracy": accuracy}

@@ -76,8 +76,11 @@ def prepare_run(
     run = _with_fitting_batch(run, examples, given, newest)
     length = {}
     if train_epochs:
-        steps = train_epochs * examples / run.training.batch_size
-        length["num_iterations"] = math.ceil(min(max(steps, 1), MAX_ITERATIONS + 1))
+        steps = max(1, train_epochs * examples / run.training.batch_size)
+        if steps > MAX_ITERATIONS:
+            why = f"is invalid: it is more than {MAX_ITERATIONS:,} steps. Use fewer."
+            raise UserError(why, "train_epochs", train_epochs)
+        length["num_iterations"] = math.ceil(steps)
     if newest:
         refuse_contradictions(run, length, newest)
         return run, data, newest

@@ -87,6 +87,22 @@ def lock(directory: str) -> Iterator[storage.HeldLock]:
                 os.rmdir(directory)
 
 
+def refuse_other_curves(directory: str, log_path: str) -> None:
+    """Refuses a folder of another run's curves, outside of a new run's folder."""
+    folder, log = os.path.realpath(directory), os.path.realpath(log_path)
+    if os.path.commonpath([folder, log]) != folder and _event_files(log_path):
+        why = "is invalid: it contains the curves of another run. Use another folder."
+        raise UserError(why, "train_log_path", log_path)
+
+
+def _event_files(log_path: str) -> list[str]:
+    """Returns the event files in a folder that this program wrote."""
+    from cifar10_resnet.training.summaries import FILE_SUFFIX
+
+    pattern = f"*/events.out.tfevents.*{FILE_SUFFIX}"
+    return glob.glob(os.path.join(glob.escape(log_path), pattern))
+
+
 def clean(directory: str, log_path: str, needed: str | None = None) -> None:
     """Deletes a run's checkpoints and summaries, and no other files.
 
@@ -94,7 +110,6 @@ def clean(directory: str, log_path: str, needed: str | None = None) -> None:
     program's checkpoints, or with files but no run.
     """
     from cifar10_resnet import checkpoints
-    from cifar10_resnet.training.summaries import FILE_SUFFIX
 
     if needed and os.path.realpath(os.path.dirname(needed)) == os.path.realpath(directory):
         raise UserError(
@@ -107,13 +122,8 @@ def clean(directory: str, log_path: str, needed: str | None = None) -> None:
                 "another --ckpt_path, or remove --clean."
             )
     saved = checkpoints.list_checkpoints(directory, ".sha256")
-    events, profiles = (
-        glob.glob(os.path.join(glob.escape(log_path), files))
-        for files in (
-            f"*/events.out.tfevents.*{FILE_SUFFIX}",
-            "plugins/profile/*/*.xplane.pb",
-        )
-    )
+    events = _event_files(log_path)
+    profiles = os.path.join(glob.escape(log_path), "plugins", "profile", "*", "*.xplane.pb")
     others = set(os.listdir(directory)) - {storage.LOCK} if os.path.isdir(directory) else set()
     if not any(files for _, _, files in os.walk(log_path)):
         # An interrupted --clean leaves the folders of the summaries, without their files.
@@ -129,7 +139,7 @@ def clean(directory: str, log_path: str, needed: str | None = None) -> None:
             storage.remove(os.path.join(directory, checkpoints.STATE))
         for _, prefix in saved:
             checkpoints.delete(prefix)
-        for file in events + profiles:
+        for file in events + glob.glob(profiles):
             os.remove(file)
     except OSError as error:
         raise unwritable(directory, error) from error

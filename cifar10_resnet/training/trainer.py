@@ -20,8 +20,6 @@ from cifar10_resnet.training.loss_scale import DynamicLossScale, loss_scaling
 from cifar10_resnet.training.optimizers import OPTIMIZERS, learning_rates
 from resnet_model import IMAGE_SHAPE, ResNet, assign
 
-BATCHES_MEASURED = 50  # for the statistics of averaged weights
-
 
 class Trainer:
     """A network with its optimizer state, its step counter and its training step."""
@@ -65,7 +63,7 @@ class Trainer:
             self._counted = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._first_bad_step = tf.Variable(-1, dtype=tf.int64, trainable=False)
         self.average = None
-        if run.training.average_epochs:
+        if run.training.average_weights:
             self.average = WeightAverage(self.model, arguments)  # one, whatever the replicas
         self.learning_rates = learning_rates(run.training)
         with tf.device("cpu"):
@@ -97,10 +95,10 @@ class Trainer:
         return (self.make_batch(element)[0] + self.model.image_mean).numpy()
 
     def add_to_average(self, pipeline: tf.data.Dataset) -> None:
-        """Adds the present weights to their average, and gives it statistics of some batches."""
-        is_frozen = self.run.training.fine_tune  # The statistics are the pretrained network's.
-        batches = pipeline.take(0 if is_frozen else BATCHES_MEASURED)
-        self.average.add(self.make_batch(element)[0] for element in batches)
+        """Adds the present weights to their average, and measures its statistics on batches."""
+        if self.run.training.fine_tune:
+            pipeline = pipeline.take(0)  # The statistics are the pretrained network's.
+        self.average.add(self.make_batch(element)[0] for element in pipeline)
 
     def train_steps(self, batches: "Iterator | Chunks", count: int) -> None:
         """Takes `count` steps in few calls, so a GPU does not wait for Python between them."""

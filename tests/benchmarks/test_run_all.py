@@ -156,12 +156,17 @@ def save(number, frame):
     open(sys.argv[1], "w").close()
     sys.exit(130)
 signal.signal(signal.SIGINT, save)
+signal.signal(signal.SIGTERM, save)
 print("training", flush=True)
 signal.pause()
 """
 
 
-def test_ctrl_c_waits_for_the_trainer_to_save(tmp_path):
+# As a terminal sends Ctrl-C, and as a system asks a program to stop.
+@pytest.mark.parametrize(
+    ("send", "number"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)]
+)
+def test_a_signal_waits_for_the_trainer_to_save(tmp_path, send, number):
     (tmp_path / "trainer.py").write_text(SLOW_TRAINER)
     code = "import sys; sys.path.insert(0, 'benchmarks/accuracy'); import run_all; "
     code += "run_all._run_program(*sys.argv[1:])"
@@ -170,7 +175,7 @@ def test_ctrl_c_waits_for_the_trainer_to_save(tmp_path):
         **{"cwd": programs.PROJECT, "stdout": subprocess.PIPE, "start_new_session": True},
     )
     assert process.stdout.readline() == b"training\n"
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+    send(process.pid, number)
     assert process.wait(timeout=60) == 130
     assert (tmp_path / "saved").exists()
 

@@ -80,6 +80,7 @@ def test_absls_own_full_help_stays():
         (["--resnet_size=21"], "--resnet_size=21 is invalid: it must be 6n + 2. The nearest are"),
         (["--seed"], "--seed needs a value. Write --seed=value."),
         (["--quiet", "--verbose"], "--quiet and --verbose contradict. Use one of them."),
+        (["--ckpt_path="], "--ckpt_path= is invalid: it must be not empty."),
         (["--stop_threshold=0"], "it must be a number, above 0 up to 1."),
         (["--stop_threshold=1"], "needs evaluations. Add --epochs_between_evals=1."),
         (["--num_iterations=5", "--train_epochs=1"], "both set the length. Use one of them."),

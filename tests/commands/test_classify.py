@@ -42,6 +42,7 @@ def photos(tmp_path_factory) -> Path:
         colours = rng.integers(0, 256, (3, 4, 3), np.uint8)
         Image.fromarray(colours).resize((int(rng.integers(20, 90)), 40)).save(folder / name)
     (folder / "more" / "notes.txt").write_text("not a photo, and not said to be one")
+    (folder / "more" / "._Wide.JPEG").write_text("no photo, and hidden")
     (folder / "text.png").write_text("no photo")
     (folder / "cut.jpg").write_bytes((folder / "big.jpg").read_bytes()[:400])
     (folder / "empty").mkdir()

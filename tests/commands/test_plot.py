@@ -1,5 +1,6 @@
 """Learning curves, plotted as users plot them."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -62,8 +63,9 @@ def test_a_folder_of_runs_is_drawn_with_a_line_for_each_run_in_it(tmp_path):
 
 def test_the_plot_is_a_pdf_if_the_file_ends_so_and_is_the_same_each_time(tmp_path):
     write_events(tmp_path / "a" / "log", 3)
+    environment = os.environ | {"MPLBACKEND": "unknown"}  # Nothing is shown on a screen.
     for file in ("one.pdf", "two.PDF", ".pdf"):
-        run("plot", "--run=a", f"--output={file}", cwd=tmp_path)
+        run("plot", "--run=a", f"--output={file}", cwd=tmp_path, env=environment)
     drawn = (tmp_path / "one.pdf").read_bytes()
     assert drawn.startswith(b"%PDF-")
     assert drawn == (tmp_path / "two.PDF").read_bytes() == (tmp_path / ".pdf").read_bytes()

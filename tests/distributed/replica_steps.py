@@ -37,7 +37,7 @@ def make_trainer(name: str, replicas: distributed.Replicas, sync_batch_norm: boo
     run = RunConfig(
         ModelConfig(num_layers=8, batch_norm_decay=0.9, **shape),
         DataConfig("synthetic", CLASS_NAMES),
-        TrainingConfig(batch_size=BATCH_SIZE, init_lr=0.05, average_epochs=1, **hyperparameters),
+        TrainingConfig(batch_size=BATCH_SIZE, init_lr=0.05, average_weights=1.0, **hyperparameters),
     )
     return Trainer(run, data_format, replicas=replicas, sync_batch_norm=sync_batch_norm)
 

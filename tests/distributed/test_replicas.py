@@ -110,7 +110,7 @@ def data(tmp_path_factory) -> Path:
 # steps of some milliseconds, without and with which a run is as long as the other
 FLAGS = ("--num_layers=8", "--batch_size=12", "--num_iterations=60", "--save_per_iterations=20")
 FLAGS += ("--log_per_iterations=1", "--init_lr=0.001", "--sync_batch_norm", "--max_ckpts=-1")
-FLAGS += ("--average_epochs=2",)
+FLAGS += ("--average_weights=0.5",)
 
 
 def command(data: Path, ckpt_path: Path, *more: str) -> list[str]:

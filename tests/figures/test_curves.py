@@ -1,5 +1,7 @@
 """Learning curves: they show what the runs wrote, each run apart from the others."""
 
+import warnings
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -70,10 +72,23 @@ def test_forty_runs_look_different_and_their_labels_do_not_overlap():
     assert min(np.diff(tops)) >= 1.3 * style.SMALL * figure.dpi / 72
 
 
+def test_characters_that_the_font_lacks_cause_no_warning():
+    figure = curves_figure({"実験": HISTORY}, ["loss"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert encode(figure, "png")
+
+
+def test_a_curve_of_one_point_is_a_point():
+    figure = curves_figure({"mine": HISTORY[:1]}, ["loss"], "step")
+    (point,) = (line for line in figure.axes[0].lines if line.get_xdata().tolist() == [100])
+    assert point.get_marker() == "."
+
+
 def test_what_no_run_measured_is_refused():
     with pytest.raises(UserError, match="nothing of learning_rate"):
         curves_figure({"mine": HISTORY}, ["loss", "learning_rate"])
-    with pytest.raises(UserError, match="nothing of loss over epochs"):
+    with pytest.raises(UserError, match=r"over epochs\. Try --x=step"):
         curves_figure({"mine": [{"step": 1, "eval_loss": 2.0}]}, ["loss"], "epoch")
     with pytest.raises(UserError, match="nothing of loss"):
         curves_figure({"mine": [{"step": 1, "train_loss": np.nan}]}, ["loss"])

@@ -27,7 +27,7 @@ from cifar10_resnet.training.trainer import Trainer
 RUN = RunConfig(
     ModelConfig(num_layers=8),
     DataConfig("synthetic", CLASS_NAMES),
-    TrainingConfig(batch_size=8, num_iterations=26, average_epochs=2, init_lr=1.0),
+    TrainingConfig(batch_size=8, num_iterations=26, average_weights=0.8, init_lr=1.0),
 )
 
 
@@ -57,16 +57,16 @@ def raw_variables_of(prefix: str) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("length", "epochs", "images", "batch_size", "steps"),
+    ("length", "share", "images", "batch_size", "steps"),
     [
-        (26, 2, 80, 8, [10, 20, 26]),  # 26 - 2 * 10 = 6
-        (30, 2, 80, 8, [20, 30]),
-        (39_063, 3, 50_000, 128, [38_282, 38_672, 39_063]),  # the last three of 100 epochs
-        (5, 9, 80, 8, [5]),  # a run of less than an epoch
+        (26, 0.8, 80, 8, [10, 20, 26]),  # 26 - 20.8 = 5.2
+        (30, 0.4, 80, 8, [20, 30]),
+        (39_063, 0.03, 50_000, 128, [38_282, 38_672, 39_063]),  # the last three of 100 epochs
+        (5, 1, 80, 8, [5]),  # a run of less than an epoch
     ],
 )
-def test_the_average_is_over_the_ends_of_the_last_epochs(length, epochs, images, batch_size, steps):
-    training = TrainingConfig(num_iterations=length, average_epochs=epochs, batch_size=batch_size)
+def test_the_average_is_over_the_ends_of_the_last_epochs(length, share, images, batch_size, steps):
+    training = TrainingConfig(num_iterations=length, average_weights=share, batch_size=batch_size)
     found, step = [], 0
     while step < length:
         step = next_average(training, images, step)
@@ -90,7 +90,7 @@ def test_a_checkpoint_is_read_as_the_mean_of_the_averaged_steps(tmp_path):
 
 
 def test_the_mean_has_the_statistics_of_the_batches_after_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("cifar10_resnet.training.trainer.BATCHES_MEASURED", 3)
+    monkeypatch.setattr("cifar10_resnet.training.loop.BATCHES_MEASURED", 3)
     network = checkpoints.load(checkpoints.read(train(tmp_path)))
     values = {v.name.removesuffix(":0"): v.numpy() for v in network.variables}
     images = splits.load(find(None, "synthetic"), "train")
@@ -123,7 +123,7 @@ def test_an_averaged_run_trains_as_without_and_resumes_bit_identically(tmp_path)
     for read in (variables_of, raw_variables_of):
         for one, other in zip(read(whole), read(resumed), strict=True):
             np.testing.assert_array_equal(one, other)
-    plain = dataclasses.replace(RUN.training, average_epochs=0)
+    plain = dataclasses.replace(RUN.training, average_weights=0.0)
     without = train(tmp_path / "without", run=dataclasses.replace(RUN, training=plain))
     for one, other in zip(raw_variables_of(whole), variables_of(without), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -180,7 +180,7 @@ def test_the_proportion_is_uniform_a_function_of_seed_and_step_and_one_at_the_en
 def test_the_programs_evaluate_the_average_that_the_trainer_evaluated(data, tmp_path):
     flags = ("--num_layers=8", "--batch_size=8", "--num_iterations=12", "--mixup=0.5")
     where = (f"--path={data}", f"--ckpt_path={tmp_path / 'run'}")
-    more = ("--average_epochs=1", "--epochs_between_evals=1")
+    more = ("--average_weights=0.5", "--epochs_between_evals=1")
     trained = programs.run("run_trainer.py", *where, *flags, *more).stdout
     evaluated = programs.run("run_evaluator.py", *where).stdout
     accuracy = re.findall(r"evaluated on test: .* accuracy ([\d.]+%)", trained)[-1]

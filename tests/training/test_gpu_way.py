@@ -23,7 +23,7 @@ RUN = RunConfig(
         alternate_flips=True,
         cutout=6,
         init_lr=1e-3,
-        average_epochs=1,
+        average_weights=1.0,
     ),
 )
 

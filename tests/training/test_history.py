@@ -73,12 +73,15 @@ def test_the_record_that_a_killed_run_left_unfinished_is_left_out(tmp_path):
 
 def test_a_damaged_file_is_refused_with_a_one_line_error(tmp_path):
     file = write(tmp_path, "train", {10: {"loss": 4.0}})
-    damaged = bytearray(file.read_bytes())
-    damaged[12:20] = b"\xff" * 8
-    file.write_bytes(damaged)
-    with pytest.raises(UserError, match="damaged") as refused:
-        read_history(str(tmp_path))
-    assert str(file) in str(refused.value)
+    whole = file.read_bytes()
+    of_tensor = whole.index(b"loss") + whole[whole.index(b"loss") :].index(b"\x08\x01") + 1
+    for place, damage in ((slice(12, 20), b"\xff" * 8), (slice(of_tensor, of_tensor + 1), b"\0")):
+        damaged = bytearray(whole)
+        damaged[place] = damage
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match="is not an intact event file") as refused:
+            read_history(str(tmp_path))
+        assert str(file) in str(refused.value)
 
 
 def test_a_folder_without_event_files_has_no_history(tmp_path):

@@ -239,6 +239,18 @@ def test_clean_deletes_damaged_and_half_moved_checkpoints_too(folder, tmp_path):
     assert os.listdir(folder) == []
 
 
+def test_a_new_run_is_refused_the_curves_of_another(folder, tmp_path):
+    curves = str(folder / "log")
+    (folder / "log" / "train").mkdir(parents=True)
+    (folder / "log" / "train" / f"events.out.tfevents.1{FILE_SUFFIX}").touch()
+    for log_path in (curves, os.path.join(str(folder), "..", folder.name, "log")):
+        with pytest.raises(UserError, match="it contains the curves of another run"):
+            run_folder.refuse_other_curves(str(tmp_path / "new"), log_path)
+    # These are a run's own, which was killed before its first save.
+    run_folder.refuse_other_curves(str(folder), curves)
+    run_folder.refuse_other_curves(str(folder), str(tmp_path / "empty"))
+
+
 def test_clean_refuses_a_folder_with_a_checkpoint_that_somebody_else_wrote(folder, tiny, tmp_path):
     tiny.write(prefix_of(folder, 99))
     logs = tmp_path / "logs"
