@@ -127,7 +127,8 @@ def _list(folder: str, path: str, name: str | None) -> set[str]:
         flags = ["--dataset=cifar100"] if name == "cifar100" else []
         download = command("cifar10_download_and_extract.py", *flags)
         raise UserError(
-            f"is invalid: the folder does not exist. Run `{download}`.",
+            f"is invalid: the folder does not exist. Run `{download}`, or train on synthetic "
+            "images with --use_synthetic_data.",
             "path",
             path,
         ) from error

@@ -50,7 +50,7 @@ def test_of_two_trainers_started_at_once_one_is_refused_and_the_other_not_distur
         (first,), _ = wait(ends, return_when=FIRST_COMPLETED)  # the other trains for 64,000 steps
         refused = ends.pop(first)
         (second,) = ends.values()
-        wait_for(second, "step ")
+        wait_for(second, "loss")
         second.send_signal(signal.SIGTERM)
         out, err = second.communicate()
     assert refused.returncode == 1
