@@ -171,14 +171,16 @@ def find_all(path: str) -> tuple[list[SavedRun], list[UserError]]:
 
     `path` is the folder, or one of its checkpoints.
     """
-    folder = path if os.path.isdir(path) else os.path.dirname(find(path).prefix)
-    found, problems = [], []
-    for _, prefix in list_checkpoints(folder):
+    found = {} if os.path.isdir(path) else {saved.prefix: saved for saved in [find(path)]}
+    problems = []
+    for _, prefix in list_checkpoints(os.path.dirname(*found) if found else path):
         try:
-            found.append(find(prefix))
+            found[prefix] = found.get(prefix) or find(prefix)
         except UserError as problem:
             problems.append(problem)
-    return found or [find(path)], problems
+    if not found:
+        find(path)  # It refuses, and says why.
+    return sorted(found.values(), key=lambda saved: saved.step), problems
 
 
 def verify(prefix: str) -> None:

@@ -8,12 +8,7 @@ from typing import Any, get_args, get_origin
 
 from cifar10_resnet.errors import UserError
 
-WORDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "not empty",
-}
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "not empty"}
 BOUNDS = {
     "least": ("{:,} or more", lambda value, bound: value >= bound),
     "above": ("above {:,}", lambda value, bound: value > bound),

@@ -114,7 +114,8 @@ raise SystemExit(exits_with_a_sentence(lambda: tf.zeros([10**6, 10**7]))())
 
 def test_what_does_not_fit_into_memory_ends_with_a_one_line_error():
     error = run_code(OUT_OF_MEMORY, status=1).stderr.splitlines()[-1]
-    assert re.search(r"error: The memory is full: OOM .*\. Stop other programs\.", error)
+    advice = r"Stop other programs\. If there is a --batch_size, use a smaller one\."
+    assert re.search(rf"error: The memory is full: OOM .*\. {advice}$", error)
 
 
 def test_a_gpu_that_is_not_there_is_refused_by_name_of_what_to_install(tmp_path):

@@ -60,8 +60,11 @@ def read_photos(paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray | UserEr
 
 def _photos_in(folder: str) -> list[str]:
     try:
-        visible = [name for name in os.listdir(folder) if not name.startswith(".")]
-        names = [name for name in visible if name.lower().endswith(EXTENSIONS)]
+        names = [
+            name
+            for name in os.listdir(folder)
+            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+        ]
     except OSError as error:
         raise unreadable(folder, error) from error
     if not names:

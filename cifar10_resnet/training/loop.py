@@ -225,16 +225,17 @@ def train(
         if "average" in due:
             whole = {"share": (0, 1), "num_steps": agenda.batches_measured}  # on all workers
             trainer.add_to_average(batches_from(step, **whole))
-        reached = "evaluate" in due and evaluations.reach_threshold()
-        if reached:
-            due |= {"log", "save", "end"}
+        if "evaluate" in due and evaluations.have_threshold:
+            due.add("log")  # before an evaluation that may end the run
         if "log" in due:
             progress.log_training(step, *trainer.means(reset=True), rate, trainer.summary)
             progress.show_once(step, trainer.trace, lambda: trainer.images_of(next(iter(pipeline))))
         if "evaluate" in due:
+            reached = evaluations.reach_threshold()
             progress.log_evaluation(step, evaluations.split, evaluations.metrics)
-        if reached:
-            progress.write(f"--stop_threshold={evaluations.threshold:g} is reached.")
+            if reached:
+                progress.write(f"--stop_threshold={evaluations.threshold:g} is reached.")
+                due |= {"save", "end"}
         if "save" in due and replicas.is_chief:
             saved = saving.save()
         if "end" in due:

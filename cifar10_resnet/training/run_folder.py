@@ -43,12 +43,17 @@ def _default_folder(options: Options, given: dict[str, Any]) -> str:
     return os.path.join("runs", "-".join(parts) + "-coarse" * bool(given.get("coarse_labels")))
 
 
+def _contains(folder: str, path: str) -> bool:
+    """Returns whether a path is the folder, or is inside it."""
+    folder = os.path.realpath(folder)
+    return os.path.commonpath([folder, os.path.realpath(path)]) == folder
+
+
 def refuse_export(options: Options) -> None:
     """Refuses an --export_dir that cannot be written, or that contains the run."""
     storage.refuse_patterns(options.export_dir)
-    wanted = os.path.realpath(options.export_dir)
     for other in (options.ckpt_path, options.train_log_path):
-        if os.path.commonpath([wanted, os.path.realpath(other)]) == wanted:
+        if _contains(options.export_dir, other):
             why = f"is invalid: it contains {other}. Use another folder."
             raise UserError(why, "export_dir", options.export_dir)
     storage.refuse_unwritable_folder(options.export_dir)
@@ -89,8 +94,7 @@ def lock(directory: str) -> Iterator[storage.HeldLock]:
 
 def refuse_other_curves(directory: str, log_path: str) -> None:
     """Refuses a folder of another run's curves, outside of a new run's folder."""
-    folder, log = os.path.realpath(directory), os.path.realpath(log_path)
-    if os.path.commonpath([folder, log]) != folder and _event_files(log_path):
+    if not _contains(directory, log_path) and _event_files(log_path):
         why = "is invalid: it contains the curves of another run. Use another folder."
         raise UserError(why, "train_log_path", log_path)
 
